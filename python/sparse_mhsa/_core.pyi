@@ -1,0 +1,169 @@
+"""The compiled core: configuration, edge sets and kernels.
+
+Everything here is private; `sparse_mhsa` wraps it. Keep this file in step with `src/python/` (`make test` runs stubtest).
+"""
+
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+__version__: str
+TORCH_VERSION: str
+"""The torch release this extension was compiled against, for example ``"2.13.0"``."""
+
+class ConfigError(ValueError):
+    """A configuration that cannot be honoured.
+
+    Attributes set on every instance: ``source`` (file name or ``None``), ``line`` (1-based or ``None``),
+    ``key`` (dotted path such as ``mask_kwargs.window``, or ``None``).
+    """
+
+@final
+class AttentionConfig:
+    """A parsed, range-checked attention configuration. Immutable, hashable, picklable (through its YAML text)."""
+
+    @staticmethod
+    def parse(text: str, source: str | None = None) -> AttentionConfig:
+        """Parse YAML (or JSON) text. ``source`` names the file in error messages."""
+    @property
+    def backend(self) -> str: ...
+    @property
+    def mask(self) -> str: ...
+    @property
+    def scale(self) -> float | None: ...
+    @property
+    def masked_logits(self) -> str: ...
+    @property
+    def num_prefix_tokens(self) -> int | None: ...
+    @property
+    def prefix_dense(self) -> bool: ...
+    @property
+    def grid(self) -> list[int] | None: ...
+    @property
+    def on_empty_row(self) -> str: ...
+    @property
+    def embed_dim(self) -> int | None: ...
+    @property
+    def num_heads(self) -> int | None: ...
+    def to_json(self) -> str:
+        """Every key, defaults filled in, as JSON: ``mask_kwargs`` and ``backend_kwargs`` are mappings in it."""
+    def to_yaml(self) -> str:
+        """The same as YAML text that ``parse`` reads back to an equal configuration."""
+    def for_layer(self, name: str) -> AttentionConfig:
+        """The configuration of the layer whose module name is ``name``: ``layers`` overrides applied."""
+    def spec(
+        self,
+        num_heads: int,
+        layer: int = 0,
+        num_layers: int | None = None,
+        epoch: int = 0,
+        grid: list[int] | None = None,
+        num_prefix_tokens: int | None = None,
+    ) -> str:
+        """Canonical text of one layer's mask: what the operators take. ``grid`` and ``num_prefix_tokens`` are what was
+        found in the model; the configuration's own values win over them."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __reduce__(self) -> tuple[Any, ...]: ...
+
+@final
+class Edges:
+    """The edges of every head of one mask. Memory grows with the segments that describe them, never with N x N."""
+
+    @staticmethod
+    def from_spec(spec: str, num_tokens: int) -> Edges: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Leading tokens that are off the patch grid (CLS, registers), as the mask resolved them."""
+    def nnz(self) -> list[int]:
+        """Edges kept, per head, over the whole N x N matrix."""
+    def nnz_patches(self) -> list[int]:
+        """Edges kept, per head, whose query and key are both patches."""
+    def degrees(self, head: int) -> NDArray[np.int64]:
+        """(N,) keys kept per query."""
+    def to_csr(self, head: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``row_ptr`` (N + 1,) and ``col`` (nnz,), columns ascending within a row."""
+    def to_dense(self) -> NDArray[np.bool_]:
+        """(H, N, N), True = keep."""
+    def density_image(self, head: int, size: int) -> NDArray[np.float32]:
+        """(s, s), s = min(size, N): the share of kept entries in each cell of the mask, in O(edges)."""
+
+def registered_masks() -> list[dict[str, Any]]:
+    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs)."""
+
+def edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    """``row_ptr`` (H, num_queries + 1) int64 with absolute offsets into ``col`` (nnz of all heads,) int64."""
+
+def dropout_keep(
+    row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float
+) -> Tensor:
+    """(batch, num_heads, nnz of a head...) flattened to (batch, total) float64 of 0 or 1 / (1 - p): the factor the kernels
+    apply to each edge. ``row_ptr`` is (H, N + 1) as `edge_index` returns it and ``total = len(col)``."""
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: str,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out. ``key_mask`` (B, S) bool, True = keep;
+    ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores; ``seed`` is an int64 scalar tensor.
+    k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64 for float64, else float32."""
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: str,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dq``, ``dk``, ``dv`` in the dtypes and shapes of q, k, v, contiguous."""
+
+def forward_edges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`forward` over edges given as tensors: ``row_ptr`` (P, N + 1) int64 with absolute offsets into the flat ``col``
+    int64, P = 1 (shared), H (per head) or B * H (per batch and head). Columns ascend strictly within a row."""
+
+def backward_edges(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -1,0 +1,234 @@
+//! One document's keys: their types, ranges and names, and the mask they ask for.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, unknown_name};
+use crate::pattern::registry::{self, ReadError, Registered, field_names};
+
+/// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
+pub(super) const SOFTMAX_BACKENDS: &[&str] = &["vit", "softmax", "sparse", "vit_qchunk"];
+/// The reference's gather backend: the mask `fibottention` with `backend_kwargs` as its parameters.
+const FIBOTTENTION_BACKEND: &str = "fibottention_sparse";
+
+/// Largest number of heads and of prefix tokens accepted: far beyond any model, small enough to allocate.
+pub(super) const MAX_HEADS: u64 = 4096;
+const MAX_PREFIX: u64 = 1 << 20;
+
+/// What a row without any key gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnEmptyRow {
+    /// Output 0, lse -inf, zero gradients.
+    Zero,
+    /// An error that names the row.
+    Error,
+}
+
+/// What the logit of a pair that is not kept counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MaskedLogits {
+    /// Minus infinity: such pairs have no weight.
+    NegInf,
+    /// Zero, as in published Fibottention checkpoints, which multiply the logits by the mask.
+    Zero,
+}
+
+/// How the tokens of a video grid are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenOrder {
+    /// Time slowest, columns fastest.
+    RowMajor,
+    /// Time fastest, as TimeSformer lays out its tokens.
+    TFastest,
+}
+
+/// The keys of a document, before anything is known of the mask.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Document {
+    pub(super) backend: Option<String>,
+    pub(super) backend_kwargs: Option<Map<String, Value>>,
+    pub(super) mask: Option<String>,
+    pub(super) mask_kwargs: Option<Map<String, Value>>,
+    pub(super) scale: Option<f64>,
+    pub(super) masked_logits: MaskedLogits,
+    pub(super) num_prefix_tokens: Option<u64>,
+    pub(super) prefix_dense: bool,
+    pub(super) grid: Option<Vec<u64>>,
+    pub(super) token_order: TokenOrder,
+    pub(super) on_empty_row: OnEmptyRow,
+    pub(super) layers: Option<Map<String, Value>>,
+    pub(super) embed_dim: Option<u64>,
+    pub(super) num_heads: Option<u64>,
+}
+
+impl Default for Document {
+    fn default() -> Self {
+        Document {
+            backend: None,
+            backend_kwargs: None,
+            mask: None,
+            mask_kwargs: None,
+            scale: None,
+            masked_logits: MaskedLogits::NegInf,
+            num_prefix_tokens: None,
+            prefix_dense: true,
+            grid: None,
+            token_order: TokenOrder::RowMajor,
+            on_empty_row: OnEmptyRow::Zero,
+            layers: None,
+            embed_dim: None,
+            num_heads: None,
+        }
+    }
+}
+
+/// A rule that is broken, at a path of keys; the caller knows the text and adds file and line.
+pub(super) struct Broken {
+    pub(super) path: Vec<String>,
+    pub(super) message: String,
+}
+
+impl Broken {
+    pub(super) fn at(path: impl IntoIterator<Item = impl Into<String>>, message: impl Into<String>) -> Self {
+        Broken { path: path.into_iter().map(Into::into).collect(), message: message.into() }
+    }
+
+    pub(super) fn below(mut self, prefix: &[&str]) -> Self {
+        self.path.splice(0..0, prefix.iter().map(|key| (*key).to_owned()));
+        self
+    }
+}
+
+impl Document {
+    /// Read the keys of a mapping and check what can be checked without the mask.
+    pub(super) fn read(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
+        check_keys("key", written, field_names::<Document>(), &[])?;
+        let document: Document = serde_path_to_error::deserialize(&Value::Object(written.clone()))
+            .map_err(|error| Broken::at(split_path(&error.path().to_string()), error.inner().to_string()))?;
+        check_numbers(&document)?;
+        Ok(document)
+    }
+}
+
+fn check_numbers(document: &Document) -> std::result::Result<(), Broken> {
+    let range = |key: &str, value: Option<u64>, low: u64, high: u64| match value {
+        Some(value) if value < low || value > high => {
+            Err(Broken::at([key], format!("expected {low} to {high}, got {value}")))
+        }
+        _ => Ok(()),
+    };
+    range("num_heads", document.num_heads, 1, MAX_HEADS)?;
+    range("embed_dim", document.embed_dim, 1, 1 << 20)?;
+    range("num_prefix_tokens", document.num_prefix_tokens, 0, MAX_PREFIX)?;
+    if let Some(grid) = &document.grid {
+        let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
+        if !(2..=3).contains(&grid.len()) || cells.is_none_or(|cells| cells == 0 || cells > u32::MAX as u64) {
+            return Err(Broken::at(
+                ["grid"],
+                format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The mask that `document` asks for, by `mask` or by a backend that implies one.
+pub(super) fn resolve_mask(document: &Document) -> std::result::Result<(&'static Registered, Value), Broken> {
+    let backend = document.backend.as_deref().unwrap_or("vit").to_lowercase();
+    let parameters = document.backend_kwargs.clone().unwrap_or_default();
+    let asked = document.mask.as_deref().unwrap_or("none");
+    if backend == FIBOTTENTION_BACKEND {
+        if registry::find(asked).is_none_or(|mask| mask.name != "none") {
+            let message = format!(
+                "the backend `{FIBOTTENTION_BACKEND}` brings its own mask and cannot apply `{asked}`; allowed: none"
+            );
+            return Err(Broken::at(["mask"], message));
+        }
+        if document.mask_kwargs.as_ref().is_some_and(|kwargs| !kwargs.is_empty()) {
+            let message =
+                format!("the backend `{FIBOTTENTION_BACKEND}` takes its parameters from backend_kwargs");
+            return Err(Broken::at(["mask_kwargs"], message));
+        }
+        let mask = registry::find("fibottention").expect("registered");
+        return Ok((mask, read_kwargs(mask, "backend_kwargs", parameters)?));
+    }
+    if !SOFTMAX_BACKENDS.contains(&backend.as_str()) {
+        let allowed: Vec<_> = SOFTMAX_BACKENDS.iter().copied().chain([FIBOTTENTION_BACKEND]).collect();
+        return Err(Broken::at(["backend"], unknown_name("backend", &backend, &allowed)));
+    }
+    let ignored: &[&str] = if backend == "vit_qchunk" { &["query_chunk_size"] } else { &[] };
+    check_keys("key", &parameters, &[], ignored).map_err(|broken| broken.below(&["backend_kwargs"]))?;
+    let mask = registry::find(asked)
+        .ok_or_else(|| Broken::at(["mask"], unknown_name("mask", asked, &registry::names())))?;
+    let kwargs = read_kwargs(mask, "mask_kwargs", document.mask_kwargs.clone().unwrap_or_default())?;
+    let forced = mask.read(&kwargs).ok().and_then(|pattern| pattern.forced_prefix());
+    match (forced, document.num_prefix_tokens) {
+        (Some(forced), Some(given)) if forced as u64 != given => {
+            let message = format!(
+                "expected {forced}, as mask_kwargs of `{}` demand (add_class_token: false), got {given}",
+                mask.name
+            );
+            Err(Broken::at(["num_prefix_tokens"], message))
+        }
+        _ => Ok((mask, kwargs)),
+    }
+}
+
+/// The parameters of `mask` under the key `section`, checked and with defaults filled in.
+fn read_kwargs(
+    mask: &'static Registered,
+    section: &str,
+    mut kwargs: Map<String, Value>,
+) -> std::result::Result<Value, Broken> {
+    check_keys("key", &kwargs, mask.keys(), mask.ignored).map_err(|broken| broken.below(&[section]))?;
+    for key in mask.ignored {
+        if kwargs.shift_remove(*key).is_some() {
+            log::debug!("{section}.{key} has no effect on the mask `{}`", mask.name);
+        }
+    }
+    match mask.read(&Value::Object(kwargs)) {
+        Ok(pattern) => Ok(pattern.kwargs()),
+        Err(ReadError::Type { path, message }) => {
+            Err(Broken::at(split_path(&path), message).below(&[section]))
+        }
+        Err(ReadError::Range(Error::Config(error))) => {
+            Err(Broken::at(split_path(&error.key), error.message).below(&[section]))
+        }
+        Err(ReadError::Range(other)) => Err(Broken::at([section], other.to_string())),
+    }
+}
+
+fn check_keys(
+    what: &str,
+    map: &Map<String, Value>,
+    allowed: &[&str],
+    ignored: &[&str],
+) -> std::result::Result<(), Broken> {
+    match map.keys().find(|key| !allowed.contains(&key.as_str()) && !ignored.contains(&key.as_str())) {
+        Some(key) => {
+            let all: Vec<_> = allowed.iter().chain(ignored).copied().collect();
+            Err(Broken::at([key.as_str()], unknown_name(what, key, &all)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// serde's `a.b[2]` as keys.
+fn split_path(path: &str) -> Vec<String> {
+    path.split(['.', '[', ']']).filter(|key| !key.is_empty() && *key != "?").map(str::to_owned).collect()
+}
+
+pub(super) fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a mapping",
+    }
+}

@@ -1,0 +1,257 @@
+//! The attention configuration: YAML text in, typed and range-checked values out. Nothing is guessed and nothing is replaced:
+//! what cannot be honoured is an error that names file, line, key and what is allowed.
+
+mod document;
+mod spec;
+mod tree;
+
+use serde_json::{Map, Value, json};
+
+use document::{Broken, Document, MAX_HEADS, SOFTMAX_BACKENDS, resolve_mask, type_name};
+pub use document::{MaskedLogits, OnEmptyRow, TokenOrder};
+pub use spec::{MaskEdges, Spec};
+pub use tree::{MAX_BYTES, MAX_DEPTH, MAX_NODES};
+
+use crate::error::{ConfigError, Error, Result};
+use crate::pattern::registry::Registered;
+
+/// A configuration that can be honoured.
+#[derive(Debug, Clone)]
+pub struct AttentionConfig {
+    document: Document,
+    mask: &'static Registered,
+    /// Parameters of the mask with every default filled in.
+    mask_kwargs: Value,
+    /// The mapping as it was written, to which layer overrides apply.
+    written: Map<String, Value>,
+}
+
+impl PartialEq for AttentionConfig {
+    fn eq(&self, other: &Self) -> bool {
+        self.canonical() == other.canonical()
+    }
+}
+
+impl AttentionConfig {
+    /// Parse YAML (or JSON, which is YAML) text. `source` names the file in messages.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming source, line, key path, what is wrong and what is allowed.
+    pub fn parse(text: &str, source: Option<&str>) -> Result<Self> {
+        let fail = |key: String, message: String, position: Option<(usize, usize)>| {
+            Err(Error::Config(Box::new(ConfigError {
+                source: source.map(str::to_owned),
+                position,
+                key,
+                message,
+            })))
+        };
+        let root = match tree::read(text) {
+            Ok(root) => root,
+            Err((message, position)) => return fail(String::new(), message, position),
+        };
+        match Self::from_root(root) {
+            Ok(config) => Ok(config),
+            Err(broken) => fail(broken.path.join("."), broken.message, tree::locate(text, &broken.path)),
+        }
+    }
+
+    fn from_root(root: Value) -> std::result::Result<Self, Broken> {
+        let top = |message: &str| Err(Broken::at([] as [&str; 0], message));
+        match root {
+            Value::Null => top("the document is empty; expected a mapping with keys such as `mask`"),
+            Value::Object(mut map) if map.contains_key("attention") => {
+                if let Some(other) = map.keys().find(|key| *key != "attention") {
+                    let message = format!("unknown key `{other}` beside `attention`; allowed: attention");
+                    return Err(Broken::at([other.as_str()], message));
+                }
+                match map.remove("attention") {
+                    Some(Value::Object(inner)) => {
+                        Self::from_mapping(inner).map_err(|broken| broken.below(&["attention"]))
+                    }
+                    other => {
+                        let got = other.as_ref().map_or("nothing", type_name);
+                        Err(Broken::at(["attention"], format!("expected a mapping, got {got}")))
+                    }
+                }
+            }
+            Value::Object(map) => Self::from_mapping(map),
+            other => top(&format!("expected a mapping with keys such as `mask`, got {}", type_name(&other))),
+        }
+    }
+
+    fn from_mapping(written: Map<String, Value>) -> std::result::Result<Self, Broken> {
+        let config = Self::without_layers(&written)?;
+        // Overrides are checked here, not when a model happens to contain the layer.
+        for (pattern, keys) in config.document.layers.iter().flatten() {
+            let at = ["layers", pattern.as_str()];
+            regex::Regex::new(pattern)
+                .map_err(|error| Broken::at(at, format!("not a regular expression: {error}")))?;
+            let Value::Object(keys) = keys else {
+                return Err(Broken::at(
+                    at,
+                    format!("expected a mapping of keys to replace, got {}", type_name(keys)),
+                ));
+            };
+            for fixed in ["layers", "embed_dim", "num_heads"] {
+                if keys.contains_key(fixed) {
+                    return Err(Broken::at([at[0], at[1], fixed], "cannot be replaced for single layers"));
+                }
+            }
+            Self::without_layers(&overridden(&written, keys)).map_err(|broken| broken.below(&at))?;
+        }
+        Ok(config)
+    }
+
+    fn without_layers(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
+        let document = Document::read(written)?;
+        let (mask, mask_kwargs) = resolve_mask(&document)?;
+        Ok(AttentionConfig { document, mask, mask_kwargs, written: written.clone() })
+    }
+
+    /// The configuration of the layer called `name`: keys of every matching `layers` entry replace the document's, in order.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the combination of several matching entries cannot be honoured.
+    pub fn for_layer(&self, name: &str) -> Result<Self> {
+        let mut written = self.written.clone();
+        for (pattern, keys) in self.document.layers.iter().flatten() {
+            let matches = regex::Regex::new(pattern).is_ok_and(|regex| regex.is_match(name));
+            if let (true, Value::Object(keys)) = (matches, keys) {
+                written = overridden(&written, keys);
+            }
+        }
+        written.shift_remove("layers");
+        Self::without_layers(&written).map_err(|broken| {
+            let message =
+                format!("{} (in the combination of `layers` entries that match `{name}`)", broken.message);
+            Error::config(broken.path.join("."), message)
+        })
+    }
+
+    /// Every key with defaults filled in and names canonical; equal configurations give equal values.
+    pub fn canonical(&self) -> Value {
+        let document = &self.document;
+        json!({
+            "backend": "vit",
+            "backend_kwargs": {},
+            "mask": self.mask.name,
+            "mask_kwargs": self.mask_kwargs,
+            "scale": document.scale,
+            "masked_logits": document.masked_logits,
+            "num_prefix_tokens": document.num_prefix_tokens,
+            "prefix_dense": document.prefix_dense,
+            "grid": document.grid,
+            "token_order": document.token_order,
+            "on_empty_row": document.on_empty_row,
+            "layers": document.layers.clone().unwrap_or_default(),
+            "embed_dim": document.embed_dim,
+            "num_heads": document.num_heads,
+        })
+    }
+
+    /// The canonical document as YAML that [`Self::parse`] reads back to an equal configuration.
+    pub fn to_yaml(&self) -> String {
+        serde_yaml::to_string(&json!({ "attention": self.canonical() }))
+            .expect("a configuration is plain data")
+    }
+
+    /// The canonical text of one layer's mask. What was found in the model (`grid`, `num_prefix_tokens`) yields to the
+    /// configuration's own values.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a head count out of range.
+    pub fn spec(
+        &self,
+        num_heads: usize,
+        layer: usize,
+        num_layers: Option<usize>,
+        epoch: u64,
+        grid: Option<Vec<u64>>,
+        num_prefix_tokens: Option<u64>,
+    ) -> Result<String> {
+        if num_heads == 0 || num_heads as u64 > MAX_HEADS {
+            return Err(Error::Value(format!("num_heads: expected 1 to {MAX_HEADS}, got {num_heads}")));
+        }
+        let document = &self.document;
+        let pattern = self
+            .mask
+            .read(&self.mask_kwargs)
+            .expect("parameters were checked when the configuration was read");
+        let (by_layer, by_epoch) = (pattern.uses_layer(), pattern.uses_epoch());
+        let prefix =
+            document.num_prefix_tokens.or(pattern.forced_prefix().map(|p| p as u64)).or(num_prefix_tokens);
+        let spec = Spec {
+            mask: self.mask.name.to_owned(),
+            mask_kwargs: self.mask_kwargs.clone(),
+            masked_logits: document.masked_logits,
+            heads: num_heads,
+            // What a mask does not depend on is left out of its text, so that layers share plans and graphs do not recompile.
+            layer: if by_layer { layer } else { 0 },
+            num_layers: num_layers.filter(|_| by_layer),
+            epoch: if by_epoch { epoch } else { 0 },
+            grid: document.grid.clone().or(grid),
+            token_order: document.token_order,
+            num_prefix_tokens: prefix.unwrap_or(pattern.default_prefix() as u64),
+            prefix_dense: document.prefix_dense,
+        };
+        Ok(spec.to_text())
+    }
+
+    /// Canonical name of the mask.
+    pub fn mask(&self) -> &'static str {
+        self.mask.name
+    }
+    /// Canonical name of the backend.
+    pub fn backend(&self) -> &'static str {
+        SOFTMAX_BACKENDS[0]
+    }
+    /// Factor on q.k, if not 1 / sqrt(head_dim).
+    pub fn scale(&self) -> Option<f64> {
+        self.document.scale
+    }
+    /// What a masked logit counts as.
+    pub fn masked_logits(&self) -> MaskedLogits {
+        self.document.masked_logits
+    }
+    /// Leading tokens off the grid, if the configuration says.
+    pub fn num_prefix_tokens(&self) -> Option<u64> {
+        self.document.num_prefix_tokens
+    }
+    /// Whether prefix rows and columns are dense.
+    pub fn prefix_dense(&self) -> bool {
+        self.document.prefix_dense
+    }
+    /// Shape of the patch grid, if the configuration says.
+    pub fn grid(&self) -> Option<&[u64]> {
+        self.document.grid.as_deref()
+    }
+    /// What a row without keys gives.
+    pub fn on_empty_row(&self) -> OnEmptyRow {
+        self.document.on_empty_row
+    }
+    /// Width of the model, if the configuration says.
+    pub fn embed_dim(&self) -> Option<u64> {
+        self.document.embed_dim
+    }
+    /// Number of heads, if the configuration says.
+    pub fn num_heads(&self) -> Option<u64> {
+        self.document.num_heads
+    }
+}
+
+/// `base` with `keys` replacing its own. A new mask or backend does not inherit the parameters of the old one.
+fn overridden(base: &Map<String, Value>, keys: &Map<String, Value>) -> Map<String, Value> {
+    let mut written = base.clone();
+    written.shift_remove("layers");
+    for (name, parameters) in [("mask", "mask_kwargs"), ("backend", "backend_kwargs")] {
+        if keys.contains_key(name) {
+            written.shift_remove(parameters);
+        }
+    }
+    written.extend(keys.iter().map(|(key, value)| (key.clone(), value.clone())));
+    written
+}
+
+#[cfg(test)]
+mod tests;

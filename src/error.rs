@@ -1,0 +1,101 @@
+//! The one error type of the crate. `src/python/error.rs` maps each variant to a Python exception.
+
+use std::fmt;
+
+/// Everything that can go wrong outside of Python itself.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration that cannot be honoured.
+    #[error("{0}")]
+    Config(Box<ConfigError>),
+    /// Arguments whose shapes do not fit together; the text names the argument, the expected and the given shape.
+    #[error("{0}")]
+    Shape(String),
+    /// An argument whose data type is not supported or differs from its companions.
+    #[error("{0}")]
+    Dtype(String),
+    /// A tensor on a device that has no kernels.
+    #[error("{0}")]
+    Device(String),
+    /// An argument with the right type and shape but a value out of range.
+    #[error("{0}")]
+    Value(String),
+    /// A size that does not fit the index type.
+    #[error("{what} is too large: {size} exceeds {limit}")]
+    Overflow {
+        /// What was being counted.
+        what: &'static str,
+        /// The size that was asked for.
+        size: u128,
+        /// The largest size accepted.
+        limit: u128,
+    },
+    /// Stopped on request (Ctrl-C) before the result was complete.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// A shorthand used throughout the crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Where and why a configuration cannot be honoured.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ConfigError {
+    /// File name, or `None` for text and mappings.
+    pub source: Option<String>,
+    /// 1-based line and column, when the parser knows them.
+    pub position: Option<(usize, usize)>,
+    /// Dotted path of the key, for example `mask_kwargs.window`; empty for the document itself.
+    pub key: String,
+    /// What is wrong, what is allowed, and a suggestion where there is one.
+    pub message: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(source) = &self.source {
+            write!(f, "{source}:")?;
+            if let Some((line, column)) = self.position {
+                write!(f, "{line}:{column}:")?;
+            }
+            f.write_str(" ")?;
+        } else if let Some((line, column)) = self.position {
+            write!(f, "line {line}, column {column}: ")?;
+        }
+        if !self.key.is_empty() {
+            write!(f, "{}: ", self.key)?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl Error {
+    /// A configuration error at `key`; the loader adds file and position.
+    pub fn config(key: impl Into<String>, message: impl Into<String>) -> Self {
+        Error::Config(Box::new(ConfigError {
+            key: key.into(),
+            message: message.into(),
+            ..ConfigError::default()
+        }))
+    }
+}
+
+/// The name in `allowed` that a reader most likely meant by `given`, if one is close.
+pub fn did_you_mean<'a>(given: &str, allowed: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    allowed
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&given.to_lowercase(), name), name))
+        .filter(|(distance, name)| *distance <= 1 + name.len() / 4)
+        .min()
+        .map(|(_, name)| name)
+}
+
+/// "unknown … `given`: did you mean …? allowed: …", the wording shared by every closed set of names.
+pub fn unknown_name(what: &str, given: &str, allowed: &[&str]) -> String {
+    let hint = did_you_mean(given, allowed.iter().copied())
+        .map(|name| format!(": did you mean `{name}`?"))
+        .unwrap_or_else(|| ";".to_owned());
+    let list = if allowed.is_empty() { "none".to_owned() } else { allowed.join(", ") };
+    format!("unknown {what} `{given}`{hint} allowed: {list}")
+}

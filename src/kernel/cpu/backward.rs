@@ -1,0 +1,71 @@
+//! Gradients, in two passes that both gather: dq (and what the second pass needs of every query) by query, then dk and dv by key.
+
+use super::background::Background;
+use super::matrix::{Column, Matrix};
+use super::tasks::Call;
+use super::{by_key, by_query};
+use crate::error::Result;
+use crate::kernel::element::{Element, Real};
+use crate::kernel::view::Output;
+use crate::kernel::{Attention, Gradients, Run, View, View4};
+
+/// The tensors that only the backward pass reads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Saved<'a, T: Element> {
+    pub grad_out: View4<'a, T>,
+    pub out: View4<'a, T>,
+    pub lse: View<'a, T::Acc, 3>,
+}
+
+impl<'a, T: Element> Saved<'a, T> {
+    pub(super) fn grad_out(&self, batch: usize, head: usize) -> Matrix<'a, T> {
+        Matrix::of(&self.grad_out, batch, head)
+    }
+
+    pub(super) fn out(&self, batch: usize, head: usize) -> Matrix<'a, T> {
+        Matrix::of(&self.out, batch, head)
+    }
+
+    pub(super) fn lse(&self, batch: usize, head: usize) -> Column<'a, T::Acc> {
+        Column::of(&self.lse, [batch, head, 0])
+    }
+}
+
+/// What is subtracted from a score before the exponential: its row's `lse`, but so that a row without keys gives nothing.
+#[inline(always)]
+pub(super) fn shift<R: Real>(lse: R) -> R {
+    if lse == R::NEG_INFINITY { -lse } else { lse }
+}
+
+/// [`Attention::backward`].
+pub(in crate::kernel) fn backward<T: Element>(
+    problem: &Attention<T>,
+    grad_out: View4<T>,
+    out: View4<T>,
+    lse: View<T::Acc, 3>,
+    gradients: Gradients<T>,
+    run: &Run,
+) -> Result<()> {
+    let call = Call::new(problem)?;
+    let sizes = call.sizes;
+    sizes.check_out("grad_out", &grad_out)?;
+    sizes.check_out("out", &out)?;
+    sizes.check_lse(&lse)?;
+    let dq = Output::new("dq", gradients.dq, &[sizes.batch, sizes.heads, sizes.queries, sizes.dim])?;
+    let dk = Output::new("dk", gradients.dk, &[sizes.batch, sizes.kv_heads, sizes.keys, sizes.dim])?;
+    let dv = Output::new("dv", gradients.dv, &[sizes.batch, sizes.kv_heads, sizes.keys, sizes.value_dim])?;
+    let saved = Saved { grad_out, out, lse };
+    let queries = sizes.batch * sizes.heads * sizes.queries;
+
+    let mut delta = vec![T::Acc::ZERO; queries];
+    let mut background = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
+    by_query::run(&call, &saved, &dq, &mut delta, &mut background, run)?;
+
+    let background = if call.has_background() {
+        let sums = Background::of_grad_out(&saved.grad_out, &background, run)?;
+        Some((background, sums))
+    } else {
+        None
+    };
+    by_key::run(&call, &saved, &delta, background.as_ref().map(|(weights, sums)| (&weights[..], sums)), &dk, &dv, run)
+}

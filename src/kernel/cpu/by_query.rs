@@ -1,0 +1,305 @@
+//! The backward pass over queries: `dq_i = scale * sum_j dS_ij k_j`, with `dS_ij = P_ij (dO_i . v_j - delta_i)` and
+//! `delta_i = dO_i . O_i`.
+
+use std::ops::Range;
+
+use super::backward::{Saved, shift};
+use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::matrix::{Column, GROUP, Matrix, add_weighted, dot, dots, padded, write_scaled};
+use super::tasks::{Call, Head, runs_of_rows};
+use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
+use crate::error::Result;
+use crate::kernel::Run;
+use crate::kernel::element::{Element, Real};
+use crate::kernel::simd::{Kernel, Memory, Vector};
+use crate::kernel::softmax::{exp, exp_or_zero};
+use crate::kernel::view::Output;
+use crate::pattern::edges::EdgeSet;
+
+/// Write `dq`, `delta` of every query and, where there is a background, the weight that every query gives to a key in it.
+pub(super) fn run<T: Element>(
+    call: &Call<T>,
+    saved: &Saved<T>,
+    dq: &Output<T>,
+    delta: &mut [T::Acc],
+    background: &mut [T::Acc],
+    run: &Run,
+) -> Result<()> {
+    let sizes = call.sizes;
+    let per_query = [sizes.batch, sizes.heads, sizes.queries, 1];
+    let delta = Output::new("delta", delta, &per_query)?;
+    let background = if call.has_background() { Some(Output::new("background", background, &per_query)?) } else { None };
+    let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 3, run);
+    let isa = run.isa;
+    pool.run(
+        tasks.len(sizes.batch),
+        || Scratch::new(call),
+        |scratch, index| {
+            let (batch, head, rows) = tasks.get(index);
+            let task = Task {
+                edges: call.problem.plan.head(batch, head, sizes.heads).by_query(),
+                tensors: call.head(batch, head),
+                grad_out: saved.grad_out(batch, head),
+                out: saved.out(batch, head),
+                lse: saved.lse(batch, head),
+                scale: call.scale,
+                first_row: (batch * sizes.heads + head) * sizes.queries,
+                rows,
+                dq,
+                delta: &delta,
+                background: background.as_ref(),
+                scratch,
+            };
+            // SAFETY: every index is one task, and tasks do not share rows.
+            unsafe { isa.run::<T>(task) };
+        },
+        run.interrupt,
+    )
+}
+
+/// Some queries of one head.
+struct Task<'a, T: Element> {
+    edges: &'a EdgeSet,
+    tensors: Head<'a, T>,
+    grad_out: Matrix<'a, T>,
+    out: Matrix<'a, T>,
+    lse: Column<'a, T::Acc>,
+    scale: T::Acc,
+    /// Where the head's first query lies in what is written.
+    first_row: usize,
+    rows: Range<usize>,
+    dq: &'a Output<'a, T>,
+    delta: &'a Output<'a, T::Acc>,
+    background: Option<&'a Output<'a, T::Acc>>,
+    scratch: &'a mut Scratch<T>,
+}
+
+/// What a thread keeps from task to task.
+struct Scratch<T: Element> {
+    lists: Lists,
+    batch: Batch,
+    copies: Vec<T>,
+    /// One row of q, of grad_out, of out.
+    query: Vec<T::Acc>,
+    grad_out: Vec<T::Acc>,
+    out: Vec<T::Acc>,
+    /// `q . k`, then `dS`, of a batch.
+    scores: Vec<T::Acc>,
+    /// `dO . v` of a batch.
+    grads: Vec<T::Acc>,
+    /// One row of dq.
+    sum: Vec<T::Acc>,
+    tile: Option<Tile<T::Acc>>,
+}
+
+/// Panels of a tile; made when first needed.
+struct Tile<R> {
+    columns: Vec<u32>,
+    deltas: Vec<R>,
+    queries: Vec<R>,
+    grad_out: Vec<R>,
+    keys: Vec<R>,
+    values: Vec<R>,
+    /// Keys, then values, one column per key.
+    transposed: Vec<R>,
+    scores: Vec<R>,
+    grads: Vec<R>,
+    sums: Vec<R>,
+}
+
+impl<T: Element> Scratch<T> {
+    fn new(call: &Call<T>) -> Self {
+        let row = |width: usize| vec![T::Acc::ZERO; padded(width)];
+        let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
+        Scratch {
+            lists: Lists::default(),
+            batch: Batch::default(),
+            copies: Vec::new(),
+            query: row(dim),
+            grad_out: row(value_dim),
+            out: row(value_dim),
+            scores: row(EDGES),
+            grads: row(EDGES),
+            sum: row(dim),
+            tile: None,
+        }
+    }
+}
+
+impl<R: Real> Tile<R> {
+    fn new(dim: usize, value_dim: usize) -> Self {
+        let panel = |width: usize| vec![R::ZERO; TILE * padded(width)];
+        Tile {
+            columns: Vec::with_capacity(TILE),
+            deltas: vec![R::ZERO; TILE],
+            queries: panel(dim),
+            grad_out: panel(value_dim),
+            keys: panel(dim),
+            values: panel(value_dim),
+            transposed: panel(dim.max(value_dim)),
+            scores: panel(TILE),
+            grads: panel(TILE),
+            sums: panel(dim),
+        }
+    }
+}
+
+impl<T: Element> Kernel<T> for Task<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
+        for (rows, is_dense) in runs_of_rows(self.edges, self.rows.clone()) {
+            // SAFETY: the caller's promise; a bias may remove single edges, which tiles cannot leave unread.
+            unsafe {
+                if is_dense && rows.len() >= WORTH_PACKING && self.tensors.bias.is_none() {
+                    for start in rows.clone().step_by(TILE) {
+                        self.tile::<V>(start..rows.end.min(start + TILE));
+                    }
+                } else {
+                    self.batches::<V>(rows);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element> Task<'_, T> {
+    /// Rows with their own columns each.
+    #[inline(always)]
+    unsafe fn batches<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>) {
+        let head = self.tensors;
+        let Scratch { lists, batch, copies, query, grad_out, out, scores, grads, sum, .. } = &mut *self.scratch;
+        let mut cursor = Cursor::new(self.edges, rows, head.allowed(false), lists);
+        // A bias is added to scores that are already scaled.
+        let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
+        // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.
+        unsafe {
+            while cursor.next(batch) {
+                for piece in &batch.pieces {
+                    head.q.stage::<V>(piece.row, query);
+                    self.grad_out.stage::<V>(piece.row, grad_out);
+                    if piece.first {
+                        self.out.stage::<V>(piece.row, out);
+                        self.delta.row_mut(self.first_row + piece.row)[0] = dot::<V>(grad_out, out);
+                        if let Some(background) = self.background {
+                            let has_keys = head.background_keys(self.edges, piece.row) > 0;
+                            background.row_mut(self.first_row + piece.row)[0] =
+                                if has_keys { exp_or_zero(-self.lse.at(piece.row)) } else { T::Acc::ZERO };
+                        }
+                    }
+                    let groups = piece.start..piece.start + piece.len.next_multiple_of(GROUP);
+                    let columns = &batch.columns[groups.clone()];
+                    dots::<V, T>(query, &head.k, columns, &mut scores[groups.clone()], copies);
+                    dots::<V, T>(grad_out, &head.v, columns, &mut grads[groups], copies);
+                    let (edges, columns) = (piece.edges(), &batch.columns[piece.edges()]);
+                    head.add_bias(self.scale, piece.row, false, columns, &mut scores[edges.clone()]);
+                    head.drop_weights(piece.row, columns, &mut grads[edges]);
+                }
+                for piece in &batch.pieces {
+                    let shift = shift(self.lse.at(piece.row));
+                    let delta = self.delta.row_mut(self.first_row + piece.row)[0];
+                    let edges = piece.padded_edges();
+                    score_gradients::<V>(&mut scores[edges.clone()], &grads[edges], scale_left, shift, delta, self.scale);
+                }
+                for piece in &batch.pieces {
+                    if piece.first {
+                        sum.fill(T::Acc::ZERO);
+                    }
+                    let edges = piece.edges();
+                    add_weighted::<V, T>(&scores[edges.clone()], &head.k, &batch.columns[edges], sum, copies);
+                    if piece.last {
+                        write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(self.first_row + piece.row));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Up to [`TILE`] rows that keep every column. They have no background.
+    #[inline(always)]
+    unsafe fn tile<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>) {
+        let head = self.tensors;
+        let (dim, value_dim) = (head.q.width(), head.v.width());
+        let (stride, value_stride) = (padded(dim), padded(value_dim));
+        let out = &mut self.scratch.out;
+        let tile = self.scratch.tile.get_or_insert_with(|| Tile::new(dim, value_dim));
+        let allowed = head.allowed(false);
+        let count_rows = rows.len();
+        // SAFETY: rows and columns are those of this head; panels hold TILE rows of padded length.
+        unsafe {
+            pack::<V, T>(&head.q, rows.clone(), &mut tile.queries);
+            pack::<V, T>(&self.grad_out, rows.clone(), &mut tile.grad_out);
+            for (slot, row) in rows.clone().enumerate() {
+                self.out.stage::<V>(row, out);
+                tile.deltas[slot] = dot::<V>(&tile.grad_out[slot * value_stride..(slot + 1) * value_stride], out);
+                self.delta.row_mut(self.first_row + row)[0] = tile.deltas[slot];
+                if let Some(background) = self.background {
+                    background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;
+                }
+            }
+            tile.sums.fill(T::Acc::ZERO);
+            let mut next = 0;
+            while allowed.take_keys(&mut next, self.edges.num_cols(), TILE, &mut tile.columns) {
+                let count = tile.columns.len();
+                pack::<V, T>(&head.k, tile.columns.iter().map(|&column| column as usize), &mut tile.keys);
+                pack::<V, T>(&head.v, tile.columns.iter().map(|&column| column as usize), &mut tile.values);
+                transpose::<V>(&tile.keys, count, dim, &mut tile.transposed);
+                multiply::<V, false>(
+                    Block { data: &tile.queries, stride },
+                    Block { data: &tile.transposed, stride: TILE },
+                    &mut tile.scores,
+                    TILE,
+                    (count_rows, count, dim),
+                );
+                transpose::<V>(&tile.values, count, value_dim, &mut tile.transposed);
+                multiply::<V, false>(
+                    Block { data: &tile.grad_out, stride: value_stride },
+                    Block { data: &tile.transposed, stride: TILE },
+                    &mut tile.grads,
+                    TILE,
+                    (count_rows, count, value_dim),
+                );
+                for (slot, row) in rows.clone().enumerate() {
+                    let (start, end) = (slot * TILE, slot * TILE + padded(count));
+                    head.drop_weights(row, &tile.columns, &mut tile.grads[start..start + count]);
+                    let (shift, delta) = (shift(self.lse.at(row)), tile.deltas[slot]);
+                    let scores = &mut tile.scores[start..end];
+                    score_gradients::<V>(scores, &tile.grads[start..end], self.scale, shift, delta, self.scale);
+                }
+                multiply::<V, true>(
+                    Block { data: &tile.scores, stride: TILE },
+                    Block { data: &tile.keys, stride },
+                    &mut tile.sums,
+                    stride,
+                    (count_rows, dim, count),
+                );
+            }
+            for (slot, row) in rows.enumerate() {
+                let sum = &tile.sums[slot * stride..(slot + 1) * stride];
+                write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(self.first_row + row));
+            }
+        }
+    }
+}
+
+/// Replace dots by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift)`.
+#[inline(always)]
+unsafe fn score_gradients<V: Vector>(
+    dots: &mut [V::Lane],
+    grads: &[V::Lane],
+    scale_left: V::Lane,
+    shift: V::Lane,
+    delta: V::Lane,
+    scale: V::Lane,
+) {
+    debug_assert!(dots.len() == grads.len() && dots.len().is_multiple_of(V::LANES));
+    // SAFETY: whole registers, as asserted.
+    unsafe {
+        let (scale_left, shift) = (V::splat(scale_left), V::splat(shift));
+        let (delta, scale) = (V::splat(delta), V::splat(scale));
+        for i in (0..dots.len()).step_by(V::LANES) {
+            let place = dots.as_mut_ptr().add(i);
+            let p = exp(V::load(place) * scale_left - shift);
+            (p * (V::load(grads.as_ptr().add(i)) - delta) * scale).store(place);
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Kernels for the processor: tasks are ranges of rows of one head, queries forward and for dq, keys for dk and dv.
+//!
+//! Rows with few edges go in batches: all products with keys, then all weights, then all sums over values, so that no row waits for
+//! itself. Rows that keep everything go in tiles, because they can share what they load.
+
+mod background;
+mod backward;
+mod batch;
+mod by_key;
+mod by_query;
+mod forward;
+mod matrix;
+mod tasks;
+mod tile;
+
+pub(super) use backward::backward;
+pub(super) use forward::forward;

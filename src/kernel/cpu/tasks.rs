@@ -1,0 +1,190 @@
+//! What tasks share, and how rows are cut into tasks.
+
+use std::ops::Range;
+
+use super::batch::Allowed;
+use super::matrix::{Column, Matrix};
+use crate::error::Result;
+use crate::kernel::dropout::HeadDraws;
+use crate::kernel::element::{Element, Real};
+use crate::kernel::shape::Sizes;
+use crate::kernel::{Attention, MaskedLogits, Run};
+use crate::pattern::edges::EdgeSet;
+use crate::pool::Pool;
+
+/// Multiplications below which another thread is not worth waking: a few tens of microseconds.
+const WORTH_A_THREAD: usize = 1 << 20;
+/// Multiplications per task, about: short enough to balance and to be interrupted, long enough not to count.
+const PER_TASK: usize = 1 << 19;
+
+/// A problem whose arguments fit together.
+#[derive(Debug)]
+pub(super) struct Call<'a, T: Element> {
+    pub problem: &'a Attention<'a, T>,
+    pub sizes: Sizes,
+    pub scale: T::Acc,
+    /// Allowed keys per batch element, where those that are not edges keep a score of 0.
+    background_keys: Option<Vec<usize>>,
+}
+
+/// One head of a problem, and what the call allows in it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Head<'a, T: Element> {
+    pub q: Matrix<'a, T>,
+    pub k: Matrix<'a, T>,
+    pub v: Matrix<'a, T>,
+    pub key_mask: Option<Column<'a, u8>>,
+    pub bias: Option<Matrix<'a, T>>,
+    pub draws: Option<HeadDraws>,
+    /// The number of allowed keys, where those that are not edges keep a score of 0.
+    allowed_keys: Option<usize>,
+}
+
+impl<'a, T: Element> Call<'a, T> {
+    pub(super) fn new(problem: &'a Attention<'a, T>) -> Result<Self> {
+        let sizes = problem.check()?;
+        let allowed_keys = |batch: usize| match &problem.key_mask {
+            Some(mask) => (0..sizes.keys).filter(|&key| mask.at([batch, key]) != 0).count(),
+            None => sizes.keys,
+        };
+        let background_keys =
+            (problem.masked_logits == MaskedLogits::Zero).then(|| (0..sizes.batch).map(allowed_keys).collect());
+        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys })
+    }
+
+    pub(super) fn head(&self, batch: usize, head: usize) -> Head<'a, T> {
+        let Attention { q, k, v, key_mask, bias, dropout, .. } = self.problem;
+        let kv_head = head / self.sizes.group();
+        let index = (batch * self.sizes.heads + head) as u64;
+        Head {
+            q: Matrix::of(q, batch, head),
+            k: Matrix::of(k, batch, kv_head),
+            v: Matrix::of(v, batch, kv_head),
+            key_mask: key_mask.as_ref().map(|mask| Column::of(mask, [batch, 0])),
+            bias: bias.as_ref().map(|bias| Matrix::of(bias, batch, head)),
+            draws: dropout.as_ref().filter(|dropout| dropout.p > 0.0).map(|dropout| HeadDraws::new(dropout, index)),
+            allowed_keys: self.background_keys.as_ref().map(|keys| keys[batch]),
+        }
+    }
+
+    pub(super) fn has_background(&self) -> bool {
+        self.background_keys.is_some()
+    }
+
+    /// Edges of all heads of the batch.
+    fn edges(&self) -> usize {
+        let Sizes { batch, heads, .. } = self.sizes;
+        let plan = self.problem.plan;
+        let shared = batch > 1 && heads > 0 && std::ptr::eq(plan.head(0, 0, heads), plan.head(1, 0, heads));
+        let counted = if shared { 1 } else { batch };
+        let mut edges = 0;
+        for b in 0..counted {
+            for h in 0..heads {
+                let set = plan.head(b, h, heads).by_query();
+                if b == 0 && h == 1 && std::ptr::eq(set, plan.head(0, 0, heads).by_query()) {
+                    return edges * heads * batch;
+                }
+                edges += set.nnz();
+            }
+        }
+        if shared { edges * batch } else { edges }
+    }
+
+    /// The rows of `heads` heads per batch element in tasks, and the threads that are worth using for all of them. A task does
+    /// `products` products of its rows per edge.
+    pub(super) fn tasks(&self, heads: usize, rows: usize, products: usize, run: &Run) -> (Tasks, Pool) {
+        let total = self.sizes.batch * heads * rows;
+        let work = self.edges().saturating_mul(products).saturating_mul(self.sizes.dim.max(self.sizes.value_dim));
+        let per_row = work / total.max(1) + 1;
+        let rows_per_task = (PER_TASK / per_row).max(1).next_multiple_of(super::tile::TILE).min(rows.max(1));
+        let tasks = Tasks { heads, rows, rows_per_task, per_head: rows.div_ceil(rows_per_task) };
+        (tasks, run.pool.at_most(work / WORTH_A_THREAD + 1))
+    }
+}
+
+impl<'a, T: Element> Head<'a, T> {
+    /// Which edges to list. With a background, an edge that its bias removes is listed still: it has to be taken out of the
+    /// background.
+    pub(super) fn allowed(&self, by_key: bool) -> Allowed<'a, T> {
+        let bias = if self.allowed_keys.is_some() { None } else { self.bias };
+        Allowed { key_mask: self.key_mask, bias, by_key }
+    }
+
+    /// How many keys that are not edges keep a score of 0 for query `row`.
+    pub(super) fn background_keys(&self, edges: &EdgeSet, row: usize) -> usize {
+        match (self.allowed_keys, self.key_mask) {
+            (None, _) => 0,
+            (Some(allowed), None) => allowed - edges.degree(row),
+            (Some(allowed), Some(mask)) => {
+                let mut runs = Vec::new();
+                edges.row(row, &mut runs);
+                // SAFETY: the mask has an entry per key.
+                allowed - runs.into_iter().flatten().filter(|&key| unsafe { mask.at(key) } != 0).count()
+            }
+        }
+    }
+
+    /// Multiply `weights`, one per column of `row`, by dropout's factors.
+    #[inline(always)]
+    pub(super) fn drop_weights(&self, row: usize, columns: &[u32], weights: &mut [T::Acc]) {
+        if let Some(draws) = &self.draws {
+            let draws = draws.query(row);
+            for (weight, &column) in weights.iter_mut().zip(columns) {
+                *weight *= T::Acc::from_f64(draws.factor(column as usize));
+            }
+        }
+    }
+
+    /// Turn dots into scores less than their `scale` factor: `dot * scale + bias`.
+    #[inline(always)]
+    pub(super) fn add_bias(&self, scale: T::Acc, row: usize, by_key: bool, columns: &[u32], dots: &mut [T::Acc]) {
+        if let Some(bias) = &self.bias {
+            for (dot, &column) in dots.iter_mut().zip(columns) {
+                let (query, key) = if by_key { (column as usize, row) } else { (row, column as usize) };
+                // SAFETY: the bias has an entry per (query, key), and edges lie inside that shape.
+                *dot = *dot * scale + unsafe { bias.at(query, key) }.to_acc();
+            }
+        }
+    }
+}
+
+/// Ranges of rows, all heads of the batch after one another.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tasks {
+    heads: usize,
+    rows: usize,
+    rows_per_task: usize,
+    per_head: usize,
+}
+
+impl Tasks {
+    pub(super) fn len(&self, batch: usize) -> usize {
+        batch * self.heads * self.per_head
+    }
+
+    /// Batch element, head and rows of a task.
+    pub(super) fn get(&self, index: usize) -> (usize, usize, Range<usize>) {
+        let (head, part) = (index / self.per_head, index % self.per_head);
+        let start = part * self.rows_per_task;
+        (head / self.heads, head % self.heads, start..self.rows.min(start + self.rows_per_task))
+    }
+}
+
+/// `rows` cut where dense rows begin and end.
+pub(super) fn runs_of_rows(edges: &EdgeSet, rows: Range<usize>) -> impl Iterator<Item = (Range<usize>, bool)> {
+    let mut next = rows.start;
+    std::iter::from_fn(move || {
+        if next >= rows.end {
+            return None;
+        }
+        let start = next;
+        let dense = edges.dense_rows().iter().find(|dense| dense.end > start);
+        let (end, is_dense) = match dense {
+            Some(dense) if dense.start <= start => (dense.end, true),
+            Some(dense) => (dense.start, false),
+            None => (rows.end, false),
+        };
+        next = end.min(rows.end);
+        Some((start..next, is_dense))
+    })
+}

@@ -1,0 +1,222 @@
+//! Vectors: a few operations on registers of each instruction set, and the choice between sets at run time.
+//!
+//! Kernels are written once over [`Vector`]. They are `#[inline(always)]` down to the last operation, so that everything is
+//! compiled inside one of the `enter` functions, the only ones with `#[target_feature]`. An operation that is not inlined would
+//! lose the feature; that is why kernels do not hide vector code in closures given to iterators.
+
+#[cfg(target_arch = "x86_64")]
+#[macro_use]
+mod x86;
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
+pub mod scalar;
+
+use std::ops::{Add, Mul, Sub};
+use std::sync::OnceLock;
+
+use super::element::{Element, Real};
+use crate::error::{Error, Result, unknown_name};
+
+/// A register of `LANES` numbers.
+///
+/// A value proves that the instructions exist: whatever makes one is unsafe, whatever uses one is not.
+pub trait Vector:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Memory<<Self as Vector>::Lane>
+{
+    /// One number.
+    type Lane: Real;
+    /// Numbers per register.
+    const LANES: usize;
+    /// Registers that the set has.
+    const REGISTERS: usize;
+
+    /// `value` in every lane.
+    ///
+    /// # Safety
+    /// The instructions of `Self` are available.
+    unsafe fn splat(value: Self::Lane) -> Self;
+
+    /// `self * factor + addend`, rounded once where the set has such an instruction.
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// The smaller number; `other` where either is NaN.
+    fn min(self, other: Self) -> Self;
+    /// The larger number; `other` where either is NaN.
+    fn max(self, other: Self) -> Self;
+    /// The nearest whole number.
+    fn round(self) -> Self;
+    /// `2^self` for whole numbers whose power is a normal number.
+    fn power_of_two(self) -> Self;
+    /// `self`, but 0 in lanes where `x < bound`.
+    fn or_zero_below(self, x: Self, bound: Self) -> Self;
+    /// The first `count <= LANES` lanes of `self`, the others of `filler`.
+    fn first_or(self, count: usize, filler: Self) -> Self;
+    /// Sum of the lanes.
+    fn sum(self) -> Self::Lane;
+    /// The largest lane; NaN may or may not be noticed.
+    fn largest(self) -> Self::Lane;
+    /// The sums of four registers, each as precise as [`Self::sum`], written to `out`.
+    fn sums(registers: [Self; 4], out: &mut [Self::Lane; 4]);
+
+    /// Copy a square of `LANES` x `LANES` numbers, turning rows into columns.
+    ///
+    /// # Safety
+    /// - The instructions of `Self` are available;
+    /// - rows of `LANES` numbers can be read at every multiple of `from_stride` from `from`, and written likewise at `to`.
+    unsafe fn transpose(from: *const Self::Lane, from_stride: usize, to: *mut Self::Lane, to_stride: usize);
+}
+
+/// Moves between a register and elements of type `T` in memory. Never touches an element beyond those named.
+pub trait Memory<T>: Copy {
+    /// A whole register from `from`.
+    ///
+    /// # Safety
+    /// The instructions of `Self` are available and `LANES` elements can be read at `from`.
+    unsafe fn load(from: *const T) -> Self;
+
+    /// The first `count < LANES` lanes from `from`, zeros in the others.
+    ///
+    /// # Safety
+    /// The instructions of `Self` are available and `count` elements can be read at `from`.
+    unsafe fn load_first(from: *const T, count: usize) -> Self;
+
+    /// The whole register to `to`, rounded to `T`.
+    ///
+    /// # Safety
+    /// `LANES` elements can be written at `to`.
+    unsafe fn store(self, to: *mut T);
+
+    /// The first `count < LANES` lanes to `to`, rounded to `T`.
+    ///
+    /// # Safety
+    /// `count` elements can be written at `to`.
+    unsafe fn store_first(self, to: *mut T, count: usize);
+}
+
+/// Code that can run on any instruction set.
+pub(super) trait Kernel<T: Element> {
+    /// Must be `#[inline(always)]`.
+    ///
+    /// # Safety
+    /// The instructions of `V` are available, and whatever the kernel itself asks for.
+    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(self);
+}
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// Whatever every machine of this architecture has.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// From the most portable to the fastest.
+    const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// Name in `SPARSE_MHSA_SIMD`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The sets of this machine, the most portable first.
+    pub fn available() -> Vec<Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// The set named by the environment variable `SPARSE_MHSA_SIMD`, else the fastest. Looked up once per process.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the variable names no set, or one that this machine lacks.
+    pub fn selected() -> Result<Isa> {
+        static SELECTED: OnceLock<Result<Isa>> = OnceLock::new();
+        if let Some(selected) = SELECTED.get() {
+            return selected.clone();
+        }
+        // Not `get_or_init`: a logger may wait for another thread, which must not wait for this one.
+        let selected = Isa::choose(std::env::var("SPARSE_MHSA_SIMD").ok().as_deref());
+        if let Ok(isa) = &selected {
+            log::debug!("instruction set {}", isa.name());
+        }
+        SELECTED.get_or_init(|| selected).clone()
+    }
+
+    fn choose(request: Option<&str>) -> Result<Isa> {
+        let names = Isa::ALL.map(Isa::name);
+        let Some(request) = request.filter(|name| !name.is_empty()) else {
+            return Ok(*Isa::available().last().expect("scalar is always available"));
+        };
+        match Isa::ALL.into_iter().find(|isa| isa.name() == request) {
+            None => Err(Error::Value(format!("SPARSE_MHSA_SIMD: {}", unknown_name("instruction set", request, &names)))),
+            Some(isa) if !isa.is_available() => {
+                let available: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
+                Err(Error::Value(format!(
+                    "SPARSE_MHSA_SIMD: this machine lacks `{request}`; it has {}",
+                    available.join(", ")
+                )))
+            }
+            Some(isa) => Ok(isa),
+        }
+    }
+
+    /// Run `kernel` with this set's registers.
+    ///
+    /// # Safety
+    /// What the kernel itself asks for.
+    ///
+    /// # Panics
+    /// When the machine lacks the set.
+    pub(super) unsafe fn run<T: Element>(self, kernel: impl Kernel<T>) {
+        match self {
+            // SAFETY: the portable registers need no instructions; the rest is the caller's promise.
+            Isa::Scalar => unsafe { kernel.run::<T::Scalar>() },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                assert!(self.is_available());
+                // SAFETY: the instructions were just found; the rest is the caller's promise.
+                unsafe { avx2::enter(kernel) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                assert!(self.is_available());
+                // SAFETY: as above.
+                unsafe { avx512::enter(kernel) }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("not available on this architecture"),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

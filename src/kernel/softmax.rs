@@ -1,0 +1,168 @@
+//! The exponential function on vectors, and softmax that can be continued.
+
+use super::element::Real;
+use super::simd::Vector;
+
+/// Constants of `exp`, after Cody and Waite: `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `|r| <= ln 2 / 2`.
+#[derive(Debug, Clone, Copy)]
+pub struct Exp<R: 'static> {
+    log2_e: R,
+    /// `ln 2` in two parts, the first short enough that its product with `n` is exact.
+    ln_2: [R; 2],
+    /// Below this, `exp` would be denormal, and denormals cost a hundred times more than other numbers: the result is zero.
+    smallest: R,
+    /// From here on the result is infinite.
+    largest: R,
+    largest_exponent: R,
+    /// Of `r^2` and up, highest power first.
+    coefficients: &'static [R],
+}
+
+impl Exp<f32> {
+    pub(super) const F32: Self = Exp {
+        log2_e: std::f32::consts::LOG2_E,
+        ln_2: [0.693_359_375, -2.121_944_4e-4],
+        smallest: -87.336_54,
+        largest: 89.0,
+        largest_exponent: 127.0,
+        coefficients: &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1],
+    };
+}
+
+impl Exp<f64> {
+    /// Taylor's series up to `r^13`, which is short of `exp(r)` by less than 5e-18.
+    pub(super) const F64: Self = Exp {
+        log2_e: std::f64::consts::LOG2_E,
+        ln_2: [0.693_145_751_953_125, 1.428_606_820_309_417_2e-6],
+        smallest: -708.396_418_532_264_1,
+        largest: 710.0,
+        largest_exponent: 1023.0,
+        coefficients: &[
+            1.0 / 6_227_020_800.0,
+            1.0 / 479_001_600.0,
+            1.0 / 39_916_800.0,
+            1.0 / 3_628_800.0,
+            1.0 / 362_880.0,
+            1.0 / 40_320.0,
+            1.0 / 5_040.0,
+            1.0 / 720.0,
+            1.0 / 120.0,
+            1.0 / 24.0,
+            1.0 / 6.0,
+            0.5,
+        ],
+    };
+}
+
+/// `exp` of every lane within an ulp or two; exactly zero instead of a denormal number; infinity and NaN as usual.
+///
+/// Arguments in this crate are at most a rounding error above zero; those above `ln(largest) - ln(2) / 2` lose a few ulp more.
+///
+/// # Safety
+/// The instructions of `V` are available.
+#[inline(always)]
+pub(super) unsafe fn exp<V: Vector>(x: V) -> V {
+    let constants = &V::Lane::EXP;
+    // SAFETY: the caller's promise.
+    unsafe {
+        // `min` gives its second operand where one is NaN, so that NaN goes through.
+        let clamped = V::splat(constants.largest).min(x);
+        let n = V::splat(constants.largest_exponent).min((clamped * V::splat(constants.log2_e)).round());
+        let r = n.mul_add(V::splat(-constants.ln_2[0]), clamped);
+        let r = n.mul_add(V::splat(-constants.ln_2[1]), r);
+        let mut series = V::splat(constants.coefficients[0]);
+        for &coefficient in &constants.coefficients[1..] {
+            series = series.mul_add(r, V::splat(coefficient));
+        }
+        let fraction = series.mul_add(r * r, r) + V::splat(V::Lane::ONE);
+        (fraction * n.power_of_two()).or_zero_below(x, V::splat(constants.smallest))
+    }
+}
+
+/// The softmax of one row, seen piece by piece.
+///
+/// `background` keys beside those seen have a score of 0: they are never listed, but counted in the sum, and every listed weight is
+/// given relative to theirs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Running<R> {
+    largest: R,
+    sum: R,
+    background: R,
+}
+
+impl<R: Real> Running<R> {
+    /// Nothing seen yet.
+    pub(super) fn new(background: usize) -> Self {
+        Running {
+            largest: if background > 0 { R::ZERO } else { R::NEG_INFINITY },
+            sum: R::ZERO,
+            background: R::from_f64(background as f64),
+        }
+    }
+
+    /// Replace the first `len` of `dots` (whose length is whole registers) by weights `exp(scale * dot - largest)`, less
+    /// [`Self::background_weight`]. What was summed with earlier weights has to be multiplied by the result, because the largest
+    /// score may have grown.
+    ///
+    /// # Safety
+    /// The instructions of `V` are available.
+    #[inline(always)]
+    pub(super) unsafe fn absorb<V: Vector<Lane = R>>(&mut self, dots: &mut [R], len: usize, scale: R) -> R {
+        debug_assert!(len <= dots.len() && dots.len().is_multiple_of(V::LANES));
+        let data = dots.as_mut_ptr();
+        // SAFETY: whole registers, as asserted.
+        unsafe {
+            let nothing = V::splat(R::NEG_INFINITY);
+            let factor = V::splat(scale);
+            let mut largest = nothing;
+            for i in (0..len).step_by(V::LANES) {
+                let mut scores = V::load(data.add(i)) * factor;
+                if len - i < V::LANES {
+                    scores = scores.first_or(len - i, nothing);
+                }
+                scores.store(data.add(i));
+                largest = largest.max(scores);
+            }
+            let largest = largest.largest();
+            let before = self.largest;
+            // A NaN may hide from the maximum but not from the sum.
+            if largest > before {
+                self.largest = largest;
+            }
+            let shift = V::splat(if self.largest == R::NEG_INFINITY { R::ZERO } else { self.largest });
+            let background = V::splat(self.background_weight());
+            let mut sum = V::splat(R::ZERO);
+            for i in (0..len).step_by(V::LANES) {
+                let weights = exp(V::load(data.add(i)) - shift);
+                sum = sum + weights;
+                (weights - background).store(data.add(i));
+            }
+            let correction = if self.largest == before { R::ONE } else { exp_or_zero(before - self.largest) };
+            self.sum = self.sum * correction + sum.sum();
+            correction
+        }
+    }
+
+    /// What a key with a score of 0 weighs now; nothing when there are none.
+    #[inline(always)]
+    pub(super) fn background_weight(&self) -> R {
+        if self.background > R::ZERO { exp_or_zero(-self.largest) } else { R::ZERO }
+    }
+
+    /// What to multiply the weighted sum by, and the log of the sum of the exponentials. A row without keys gives zero and minus
+    /// infinity.
+    #[inline(always)]
+    pub(super) fn finish(&self) -> (R, R) {
+        let total = self.sum + self.background * self.background_weight();
+        if total == R::ZERO {
+            return (R::ZERO, R::NEG_INFINITY);
+        }
+        (R::ONE / total, self.largest + total.ln())
+    }
+}
+
+/// [`exp`] of one number.
+#[inline(always)]
+pub(super) fn exp_or_zero<R: Real>(x: R) -> R {
+    if x < R::EXP.smallest { R::ZERO } else { x.exp() }
+}

@@ -1,0 +1,186 @@
+//! Read-only views of tensors: any strides, every reachable element checked once to lie inside the storage.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use crate::error::{Error, Result};
+
+/// Elements at `origin + sum(index[d] * strides[d])`. Strides count elements and may be 0 (broadcast) or negative.
+#[derive(Clone, Copy)]
+pub struct View<'a, T, const RANK: usize> {
+    origin: *const T,
+    shape: [usize; RANK],
+    strides: [isize; RANK],
+    storage: PhantomData<&'a [T]>,
+}
+
+/// `(batch, head, token, channel)` and the like.
+pub type View4<'a, T> = View<'a, T, 4>;
+/// `(batch, key)`.
+pub type View2<'a, T> = View<'a, T, 2>;
+
+// SAFETY: a view only reads, and borrows what it reads as `&'a [T]` would.
+unsafe impl<T: Sync, const RANK: usize> Send for View<'_, T, RANK> {}
+// SAFETY: as above.
+unsafe impl<T: Sync, const RANK: usize> Sync for View<'_, T, RANK> {}
+
+impl<'a, T, const RANK: usize> View<'a, T, RANK> {
+    /// A contiguous tensor. `name` is what errors call it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `data` does not hold exactly `shape`.
+    pub fn contiguous(name: &str, data: &'a [T], shape: [usize; RANK]) -> Result<Self> {
+        let size = shape.iter().try_fold(1usize, |size, &extent| size.checked_mul(extent));
+        if size != Some(data.len()) {
+            return Err(Error::Shape(format!(
+                "{name}: expected {} elements for shape {shape:?}, got {}",
+                size.map_or("more than memory holds".to_owned(), |size| size.to_string()),
+                data.len()
+            )));
+        }
+        let mut strides = [1i64; RANK];
+        for dim in (1..RANK).rev() {
+            strides[dim - 1] = strides[dim].saturating_mul(shape[dim] as i64);
+        }
+        Self::strided(name, data, 0, shape, strides)
+    }
+
+    /// A tensor whose first element is `storage[offset]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when an index inside `shape` would leave `storage`.
+    pub fn strided(
+        name: &str,
+        storage: &'a [T],
+        offset: usize,
+        shape: [usize; RANK],
+        strides: [i64; RANK],
+    ) -> Result<Self> {
+        // SAFETY: a slice is its own storage: aligned, readable and not written to for 'a.
+        unsafe { Self::from_raw_parts(name, storage.as_ptr(), storage.len(), offset, shape, strides) }
+    }
+
+    /// A tensor whose first element is `storage.add(offset)`, in a storage of `storage_len` elements.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when an index inside `shape` would leave the storage; [`Error::Value`] when `storage` is not aligned.
+    ///
+    /// # Safety
+    /// - `storage` points to `storage_len` initialised elements in one allocation (or `storage_len` is 0);
+    /// - nobody writes to them during `'a`.
+    pub unsafe fn from_raw_parts(
+        name: &str,
+        storage: *const T,
+        storage_len: usize,
+        offset: usize,
+        shape: [usize; RANK],
+        strides: [i64; RANK],
+    ) -> Result<Self> {
+        let empty = shape.contains(&0);
+        if !empty {
+            let (mut lowest, mut highest) = (offset as i128, offset as i128);
+            for dim in 0..RANK {
+                // A step that is never taken cannot leave the storage, whatever its stride says.
+                let reach = (shape[dim] as i128 - 1) * i128::from(strides[dim]);
+                let end = if reach < 0 { &mut lowest } else { &mut highest };
+                *end = end.saturating_add(reach);
+            }
+            if lowest < 0 || highest >= storage_len as i128 {
+                return Err(Error::Shape(format!(
+                    "{name}: shape {shape:?} with strides {strides:?} reaches elements {lowest} to {highest} of a storage of {storage_len}"
+                )));
+            }
+            if !storage.is_aligned() {
+                return Err(Error::Value(format!(
+                    "{name}: expected storage aligned to {} bytes, got address {storage:p}",
+                    align_of::<T>()
+                )));
+            }
+        }
+        let strides = std::array::from_fn(|dim| if empty || shape[dim] == 1 { 0 } else { strides[dim] as isize });
+        let origin = if empty { std::ptr::dangling() } else { storage.wrapping_add(offset) };
+        Ok(View { origin, shape, strides, storage: PhantomData })
+    }
+
+    /// Length of every dimension.
+    pub fn shape(&self) -> [usize; RANK] {
+        self.shape
+    }
+
+    /// Step of dimension `dim` in elements; 0 where the dimension has fewer than two elements.
+    pub(super) fn stride(&self, dim: usize) -> isize {
+        self.strides[dim]
+    }
+}
+
+impl<T: Copy, const RANK: usize> View<'_, T, RANK> {
+    /// The element at `index`.
+    ///
+    /// # Panics
+    /// When `index` is outside the shape.
+    pub fn at(&self, index: [usize; RANK]) -> T {
+        assert!((0..RANK).all(|dim| index[dim] < self.shape[dim]), "index {index:?} outside shape {:?}", self.shape);
+        // SAFETY: the index is inside the shape.
+        unsafe { *self.pointer(index) }
+    }
+
+    /// Where the element at `index` lies.
+    ///
+    /// # Safety
+    /// `index` lies inside the shape.
+    #[inline(always)]
+    pub(super) unsafe fn pointer(&self, index: [usize; RANK]) -> *const T {
+        let mut pointer = self.origin;
+        for dim in 0..RANK {
+            // SAFETY: construction checked that every index inside the shape stays in one allocation.
+            pointer = unsafe { pointer.offset(index[dim] as isize * self.strides[dim]) };
+        }
+        pointer
+    }
+}
+
+impl<T, const RANK: usize> fmt::Debug for View<'_, T, RANK> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("View").field("shape", &self.shape).field("strides", &self.strides).finish_non_exhaustive()
+    }
+}
+
+/// A contiguous output `(rows, width)` that tasks fill side by side.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Output<'a, T> {
+    data: *mut T,
+    rows: usize,
+    width: usize,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: rows are only handed out under the contract of `rows_mut`.
+unsafe impl<T: Send> Send for Output<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Output<'_, T> {}
+
+impl<'a, T> Output<'a, T> {
+    /// `data` in rows of `width`.
+    pub(super) fn new(name: &str, data: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        let size = shape.iter().try_fold(1usize, |size, &extent| size.checked_mul(extent));
+        if size != Some(data.len()) {
+            return Err(Error::Shape(format!(
+                "{name}: expected contiguous room for shape {shape:?}, got {} elements",
+                data.len()
+            )));
+        }
+        let width = shape.last().copied().unwrap_or(1);
+        Ok(Output { data: data.as_mut_ptr(), rows: data.len().checked_div(width).unwrap_or(0), width, owner: PhantomData })
+    }
+
+    /// Row `row`.
+    ///
+    /// # Safety
+    /// No other borrow of this row exists: every row belongs to one task.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(super) unsafe fn row_mut(&self, row: usize) -> &mut [T] {
+        assert!(row < self.rows);
+        // SAFETY: the row lies inside `data`; the caller promises that nobody else holds it.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width), self.width) }
+    }
+}

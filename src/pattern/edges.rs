@@ -1,0 +1,437 @@
+//! `EdgeSet`: which keys each query may attend to, for one head, as a few segments and never as an N x N array.
+//!
+//! Patterns describe themselves with overlapping [`Builder`] calls (bands, rectangles, anti-diagonals, edge lists). `build`
+//! turns them into one canonical form whose parts are pairwise disjoint, because a kernel must meet every edge exactly once:
+//! dense rows, then dense columns, then diagonals, then per-row runs for what is left. Each part is what some kernel is fast at,
+//! and all but the runs cost memory that does not depend on the number of tokens.
+
+use std::ops::Range;
+
+use super::segments::{Segment, merge_ranges, subtract_ranges};
+use crate::error::{Error, Result};
+
+/// Edges `(row, row + offset)` for every `row` in `rows`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Diagonal {
+    /// Key index minus query index.
+    pub offset: i64,
+    /// First row of the diagonal.
+    pub start: usize,
+    /// One past its last row.
+    pub end: usize,
+}
+
+impl Diagonal {
+    /// The column this diagonal holds in `row`, if it passes through it.
+    #[inline]
+    pub fn column(&self, row: usize) -> Option<usize> {
+        (self.start <= row && row < self.end).then(|| (row as i64 + self.offset) as usize)
+    }
+}
+
+/// Per-row runs of consecutive columns, in compressed rows. Empty (no `row_ptr`) when nothing is irregular.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Runs {
+    row_ptr: Vec<usize>,
+    start: Vec<u32>,
+    end: Vec<u32>,
+}
+
+impl Runs {
+    /// The runs of `row`, ascending and not touching one another.
+    #[inline]
+    pub fn row(&self, row: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        let range = if self.row_ptr.is_empty() { 0..0 } else { self.row_ptr[row]..self.row_ptr[row + 1] };
+        self.start[range.clone()]
+            .iter()
+            .zip(&self.end[range])
+            .map(|(&start, &end)| start as usize..end as usize)
+    }
+
+    /// Whether there is no run at all.
+    pub fn is_empty(&self) -> bool {
+        self.start.is_empty()
+    }
+
+    fn nnz(&self) -> usize {
+        self.start.iter().zip(&self.end).map(|(&start, &end)| (end - start) as usize).sum()
+    }
+
+    fn transposed(&self, num_rows: usize, num_cols: usize) -> Self {
+        if self.is_empty() {
+            return Self::default();
+        }
+        // A column's run grows while consecutive rows contain it, so two sweeps give exact sizes without an edge list.
+        let mut row_ptr = vec![0usize; num_cols + 1];
+        let mut next_row = vec![u32::MAX; num_cols];
+        let sweep = |visit: &mut dyn FnMut(usize, usize, bool), next_row: &mut [u32]| {
+            for row in 0..num_rows {
+                for col in self.row(row).flatten() {
+                    visit(row, col, next_row[col] == row as u32);
+                    next_row[col] = row as u32 + 1;
+                }
+            }
+        };
+        sweep(&mut |_, col, grows| row_ptr[col + 1] += usize::from(!grows), &mut next_row);
+        for col in 0..num_cols {
+            row_ptr[col + 1] += row_ptr[col];
+        }
+        let (mut start, mut end) = (vec![0; row_ptr[num_cols]], vec![0; row_ptr[num_cols]]);
+        let mut fill = row_ptr.clone();
+        next_row.fill(u32::MAX);
+        sweep(
+            &mut |row, col, grows| {
+                if !grows {
+                    start[fill[col]] = row as u32;
+                    fill[col] += 1;
+                }
+                end[fill[col] - 1] = row as u32 + 1;
+            },
+            &mut next_row,
+        );
+        Runs { row_ptr, start, end }
+    }
+}
+
+/// The edges of one head in canonical form. Rows are queries and columns are keys.
+///
+/// A cell belongs to the first part that covers it: dense row, dense column, diagonal, run. Diagonals and runs never reach into
+/// dense rows or columns, nor into each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EdgeSet {
+    num_rows: usize,
+    num_cols: usize,
+    dense_rows: Vec<Range<usize>>,
+    dense_cols: Vec<Range<usize>>,
+    diagonals: Vec<Diagonal>,
+    runs: Runs,
+}
+
+impl EdgeSet {
+    /// Start describing the edges of a `num_rows` x `num_cols` mask.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`] when a side does not fit 32 bits, the width in which irregular columns are stored.
+    pub fn builder(num_rows: usize, num_cols: usize) -> Result<Builder> {
+        for (what, size) in [("number of queries", num_rows), ("number of keys", num_cols)] {
+            if size >= u32::MAX as usize {
+                return Err(Error::Overflow { what, size: size as u128, limit: u32::MAX as u128 - 1 });
+            }
+        }
+        Ok(Builder { num_rows, num_cols, segments: Vec::new() })
+    }
+
+    /// Number of queries.
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    /// Number of keys.
+    pub fn num_cols(&self) -> usize {
+        self.num_cols
+    }
+
+    /// Ranges of rows that keep every column; ascending, not touching.
+    pub fn dense_rows(&self) -> &[Range<usize>] {
+        &self.dense_rows
+    }
+
+    /// Ranges of columns kept by every row; ascending, not touching.
+    pub fn dense_cols(&self) -> &[Range<usize>] {
+        &self.dense_cols
+    }
+
+    /// Diagonals, ascending by offset and then by first row.
+    pub fn diagonals(&self) -> &[Diagonal] {
+        &self.diagonals
+    }
+
+    /// What no other part can express.
+    pub fn runs(&self) -> &Runs {
+        &self.runs
+    }
+
+    /// Whether `row` keeps every column.
+    #[inline]
+    pub fn is_dense_row(&self, row: usize) -> bool {
+        self.dense_rows.iter().any(|range| range.contains(&row))
+    }
+
+    /// Number of edges.
+    pub fn nnz(&self) -> usize {
+        let dense_rows: usize = self.dense_rows.iter().map(ExactSizeIterator::len).sum();
+        let dense_cols: usize = self.dense_cols.iter().map(ExactSizeIterator::len).sum();
+        dense_rows * self.num_cols
+            + dense_cols * (self.num_rows - dense_rows)
+            + self.diagonals.iter().map(|d| d.end - d.start).sum::<usize>()
+            + self.runs.nnz()
+    }
+
+    /// Number of edges `(row, col)` with `row >= prefix` and `col >= prefix`: those between patches.
+    pub fn nnz_after(&self, prefix: usize) -> usize {
+        let after = |range: &Range<usize>| range.end.saturating_sub(range.start.max(prefix));
+        let dense_rows: usize = self.dense_rows.iter().map(after).sum();
+        let dense_cols: usize = self.dense_cols.iter().map(after).sum();
+        let cols = self.num_cols.saturating_sub(prefix);
+        let rows = self.num_rows.saturating_sub(prefix);
+        let diagonals = self.diagonals.iter().map(|d| {
+            let first = (d.start as i64).max(prefix as i64).max(prefix as i64 - d.offset);
+            (d.end as i64 - first).max(0) as usize
+        });
+        let runs = if self.runs.is_empty() {
+            0
+        } else {
+            (prefix..self.num_rows).flat_map(|row| self.runs.row(row)).map(|run| after(&run)).sum()
+        };
+        dense_rows * cols + dense_cols * (rows - dense_rows) + diagonals.sum::<usize>() + runs
+    }
+
+    /// Append the columns of `row` to `out`, each exactly once and always in the same order (dense columns, diagonals, runs).
+    #[inline]
+    pub fn columns(&self, row: usize, out: &mut Vec<u32>) {
+        if self.is_dense_row(row) {
+            out.extend(0..self.num_cols as u32);
+            return;
+        }
+        for range in &self.dense_cols {
+            out.extend(range.start as u32..range.end as u32);
+        }
+        out.extend(self.diagonals.iter().filter_map(|diagonal| diagonal.column(row)).map(|col| col as u32));
+        for run in self.runs.row(row) {
+            out.extend(run.start as u32..run.end as u32);
+        }
+    }
+
+    /// Replace `out` by the columns of `row` as ascending runs that neither overlap nor touch.
+    pub fn row(&self, row: usize, out: &mut Vec<Range<usize>>) {
+        out.clear();
+        if self.is_dense_row(row) {
+            out.push(0..self.num_cols);
+        } else {
+            out.extend(self.dense_cols.iter().cloned());
+            out.extend(
+                self.diagonals.iter().filter_map(|diagonal| diagonal.column(row)).map(|col| col..col + 1),
+            );
+            out.extend(self.runs.row(row));
+            merge_ranges(out);
+        }
+    }
+
+    /// Number of columns that `row` keeps.
+    pub fn degree(&self, row: usize) -> usize {
+        if self.is_dense_row(row) {
+            return self.num_cols;
+        }
+        self.dense_cols.iter().map(ExactSizeIterator::len).sum::<usize>()
+            + self.diagonals.iter().filter(|diagonal| diagonal.column(row).is_some()).count()
+            + self.runs.row(row).map(|run| run.len()).sum::<usize>()
+    }
+
+    /// Every edge `(row, col)` once, ascending by row and then by column.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        (0..self.num_rows).flat_map(move |row| {
+            let mut runs = Vec::new();
+            self.row(row, &mut runs);
+            runs.into_iter().flatten().map(move |col| (row, col))
+        })
+    }
+
+    /// Whether the mask keeps everything.
+    pub fn is_full(&self) -> bool {
+        self.nnz() == self.num_rows * self.num_cols
+    }
+
+    /// The edges with queries and keys exchanged.
+    #[must_use]
+    pub fn transposed(&self) -> Self {
+        let mut diagonals: Vec<_> = self
+            .diagonals
+            .iter()
+            .map(|d| Diagonal {
+                offset: -d.offset,
+                start: (d.start as i64 + d.offset) as usize,
+                end: (d.end as i64 + d.offset) as usize,
+            })
+            .collect();
+        diagonals.sort_unstable();
+        EdgeSet {
+            num_rows: self.num_cols,
+            num_cols: self.num_rows,
+            dense_rows: self.dense_cols.clone(),
+            dense_cols: self.dense_rows.clone(),
+            diagonals,
+            runs: self.runs.transposed(self.num_rows, self.num_cols),
+        }
+    }
+
+    /// Bytes held, for the plan cache's bound.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + (self.dense_rows.len() + self.dense_cols.len()) * size_of::<Range<usize>>()
+            + self.diagonals.len() * size_of::<Diagonal>()
+            + self.runs.row_ptr.len() * size_of::<usize>()
+            + self.runs.start.len() * 2 * size_of::<u32>()
+    }
+}
+
+/// Collects overlapping segments; [`Builder::build`] makes them canonical. Everything is clipped to the mask.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    num_rows: usize,
+    num_cols: usize,
+    segments: Vec<Segment>,
+}
+
+impl Builder {
+    /// Keep every column of `rows` and every row of `cols`: how a prefix (CLS, registers) or a global token behaves.
+    #[must_use]
+    pub fn global(self, tokens: Range<usize>) -> Self {
+        let (rows, cols) = (self.num_rows, self.num_cols);
+        self.rect(tokens.clone(), 0..cols).rect(0..rows, tokens)
+    }
+
+    /// Keep `rows` x `cols`.
+    #[must_use]
+    pub fn rect(mut self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        self.segments.push(Segment::Rect { rows, cols });
+        self
+    }
+
+    /// Inside `rows` x `cols`, keep `(r, c)` with `c - r` in `lo, lo + step, ..., <= hi`.
+    #[must_use]
+    pub fn band(mut self, offsets: (i64, i64, usize), rows: Range<usize>, cols: Range<usize>) -> Self {
+        let (lo, hi, step) = offsets;
+        self.segments.push(Segment::Band { lo, hi, step: step.max(1), rows, cols });
+        self
+    }
+
+    /// Inside `rows` x `cols`, keep `(r, c)` with `c - r` equal to `offset`.
+    #[must_use]
+    pub fn diagonal(self, offset: i64, rows: Range<usize>, cols: Range<usize>) -> Self {
+        self.band((offset, offset, 1), rows, cols)
+    }
+
+    /// Inside `rows` x `cols`, keep `(r, c)` with `r + c` equal to `sum`.
+    #[must_use]
+    pub fn anti_diagonal(mut self, sum: i64, rows: Range<usize>, cols: Range<usize>) -> Self {
+        self.segments.push(Segment::AntiDiagonal { sum, rows, cols });
+        self
+    }
+
+    /// Keep the edges of a compressed-row list. Columns must ascend strictly within a row.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the list is not a valid compressed-row description of this mask.
+    pub fn edge_list(mut self, row_ptr: &[i64], col: &[i64]) -> Result<Self> {
+        self.segments.push(Segment::edge_list(self.num_rows, self.num_cols, row_ptr, col)?);
+        Ok(self)
+    }
+
+    /// Keep the edges of `other`, moved by `(shift, shift)`: how a mask over patches becomes a mask over tokens.
+    #[must_use]
+    pub fn shifted(mut self, other: &EdgeSet, shift: usize) -> Self {
+        let (rows, cols) = (shift..shift + other.num_rows, shift..shift + other.num_cols);
+        let moved = |range: &Range<usize>| range.start + shift..range.end + shift;
+        for range in &other.dense_rows {
+            self = self.rect(moved(range), cols.clone());
+        }
+        for range in &other.dense_cols {
+            self = self.rect(rows.clone(), moved(range));
+        }
+        for d in &other.diagonals {
+            self = self.diagonal(d.offset, d.start + shift..d.end + shift, cols.clone());
+        }
+        if !other.runs.is_empty() {
+            self.segments.push(Segment::shifted_runs(
+                &other.runs.row_ptr,
+                &other.runs.start,
+                &other.runs.end,
+                shift,
+            ));
+        }
+        self
+    }
+
+    /// The canonical edge set.
+    pub fn build(self) -> EdgeSet {
+        let (num_rows, num_cols) = (self.num_rows, self.num_cols);
+        let (mut dense_rows, mut dense_cols) = (Vec::new(), Vec::new());
+        let (mut diagonals, mut rest) = (Vec::new(), Vec::new());
+        for segment in self.segments {
+            match segment.clipped(num_rows, num_cols) {
+                Segment::Rect { rows, cols } if rows.is_empty() || cols.is_empty() => {}
+                Segment::Rect { rows, cols } if cols == (0..num_cols) => dense_rows.push(rows),
+                Segment::Rect { rows, cols } if rows == (0..num_rows) => dense_cols.push(cols),
+                Segment::Band { lo, hi, step, rows, cols } => {
+                    diagonals.extend((lo..=hi).step_by(step).filter_map(|offset| {
+                        let start = (rows.start as i64).max(cols.start as i64 - offset);
+                        let end = (rows.end as i64).min(cols.end as i64 - offset);
+                        (start < end).then_some(Diagonal { offset, start: start as usize, end: end as usize })
+                    }));
+                }
+                other => rest.push(other),
+            }
+        }
+        merge_ranges(&mut dense_rows);
+        merge_ranges(&mut dense_cols);
+        let diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        let mut set =
+            EdgeSet { num_rows, num_cols, dense_rows, dense_cols, diagonals, runs: Runs::default() };
+        if !rest.is_empty() {
+            set.runs = remaining_runs(&set, rest);
+        }
+        set
+    }
+}
+
+/// Join the pieces of each offset, then cut out what dense rows and columns already cover.
+fn disjoint_diagonals(
+    mut diagonals: Vec<Diagonal>,
+    dense_rows: &[Range<usize>],
+    dense_cols: &[Range<usize>],
+) -> Vec<Diagonal> {
+    diagonals.sort_unstable();
+    let mut pieces = Vec::with_capacity(diagonals.len());
+    for group in diagonals.chunk_by(|a, b| a.offset == b.offset) {
+        let offset = group[0].offset;
+        let mut ranges: Vec<_> = group.iter().map(|d| d.start..d.end).collect();
+        merge_ranges(&mut ranges);
+        subtract_ranges(&mut ranges, dense_rows.iter().cloned());
+        let to_row = |col: usize| (col as i64 - offset).max(0) as usize;
+        subtract_ranges(&mut ranges, dense_cols.iter().map(|cols| to_row(cols.start)..to_row(cols.end)));
+        pieces.extend(ranges.into_iter().map(|rows| Diagonal { offset, start: rows.start, end: rows.end }));
+    }
+    pieces
+}
+
+/// What `rest` adds to `set`, row by row. The rows where a segment is active are swept in order, so a row only looks at segments
+/// that reach it.
+fn remaining_runs(set: &EdgeSet, mut rest: Vec<Segment>) -> Runs {
+    rest.sort_by_key(|segment| segment.rows().start);
+    let mut runs = Runs { row_ptr: vec![0; set.num_rows + 1], ..Runs::default() };
+    let mut waiting = rest.into_iter().peekable();
+    let (mut active, mut covered, mut row_runs): (Vec<Segment>, _, _) = (Vec::new(), Vec::new(), Vec::new());
+    for row in 0..set.num_rows {
+        while let Some(segment) = waiting.next_if(|segment| segment.rows().start <= row) {
+            active.push(segment);
+        }
+        active.retain(|segment| segment.rows().end > row);
+        if !active.is_empty() && !set.is_dense_row(row) {
+            row_runs.clear();
+            active.iter().for_each(|segment| segment.row(row, &mut row_runs));
+            merge_ranges(&mut row_runs);
+            set.row(row, &mut covered);
+            subtract_ranges(&mut row_runs, covered.iter().cloned());
+            for run in &row_runs {
+                runs.start.push(run.start as u32);
+                runs.end.push(run.end as u32);
+            }
+        }
+        runs.row_ptr[row + 1] = runs.start.len();
+    }
+    if runs.is_empty() { Runs::default() } else { runs }
+}
+
+#[cfg(test)]
+#[path = "edges_tests.rs"]
+mod tests;

@@ -1,0 +1,28 @@
+//! No mask: dense attention.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::edges::EdgeSet;
+use super::{Context, Domain, HeadEdges, Pattern};
+use crate::error::Result;
+
+/// Every query keeps every key.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct None {}
+
+impl Pattern for None {
+    const NAME: &'static str = "none";
+    const ALIASES: &'static [&'static str] = &["dense", "full"];
+    const ABOUT: &'static str = "every query keeps every key: dense attention";
+
+    fn domain(&self) -> Domain {
+        Domain::Tokens
+    }
+
+    fn edges(&self, context: &Context) -> Result<HeadEdges> {
+        let n = context.num_tokens;
+        Ok(vec![Arc::new(EdgeSet::builder(n, n)?.rect(0..n, 0..n).build())])
+    }
+}

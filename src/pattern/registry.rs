@@ -1,0 +1,155 @@
+//! Every mask, one line each. A new mask is a file beside this one, a line here, and a YAML in `configs/attention/`.
+
+use serde::de::{Deserializer, Visitor, value::Error as NoData};
+use serde_json::Value;
+
+use super::{AnyPattern, Pattern};
+use crate::error::Result;
+
+/// Calls `$then!` with `file::Type` of every mask.
+macro_rules! masks {
+    ($($then:tt)+) => {
+        $($then)+! {
+            none::None,
+            local::Local,
+            longformer::Longformer,
+            sparse::Sparse,
+            fibottention::Fibottention,
+            crossdiag::CrossDiagonal,
+        }
+    };
+}
+pub(super) use masks;
+
+/// Declares the module of every mask.
+macro_rules! declare_modules {
+    ($($module:ident :: $type:ident),+ $(,)?) => { $(pub mod $module;)+ };
+}
+pub(super) use declare_modules;
+
+/// Builds the table of registered masks.
+macro_rules! declare_table {
+    ($($module:ident :: $type:ident),+ $(,)?) => {
+        /// All registered masks, in the order of the documentation.
+        pub static MASKS: &[Registered] = &[$(Registered::of::<super::$module::$type>()),+];
+    };
+}
+masks!(declare_table);
+
+/// A mask as the configuration loader sees it.
+#[derive(Debug)]
+pub struct Registered {
+    /// Canonical name.
+    pub name: &'static str,
+    /// Other names.
+    pub aliases: &'static [&'static str],
+    /// One sentence.
+    pub about: &'static str,
+    /// Keys that are accepted without effect.
+    pub ignored: &'static [&'static str],
+    keys: fn() -> &'static [&'static str],
+    read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
+}
+
+/// Why `mask_kwargs` could not be read.
+#[derive(Debug)]
+pub enum ReadError {
+    /// A value of the wrong type at this path below `mask_kwargs`.
+    Type {
+        /// Key path.
+        path: String,
+        /// serde's words.
+        message: String,
+    },
+    /// A value out of range.
+    Range(crate::error::Error),
+}
+
+impl Registered {
+    const fn of<P: Pattern>() -> Self {
+        Registered {
+            name: P::NAME,
+            aliases: P::ALIASES,
+            about: P::ABOUT,
+            ignored: P::IGNORED,
+            keys: field_names::<P>,
+            read: |value| {
+                let pattern: P = serde_path_to_error::deserialize(value).map_err(|e| ReadError::Type {
+                    path: e.path().to_string(),
+                    message: e.inner().to_string(),
+                })?;
+                pattern.check().map_err(ReadError::Range)?;
+                Ok(Box::new(pattern))
+            },
+        }
+    }
+
+    /// The names allowed in `mask_kwargs`.
+    pub fn keys(&self) -> &'static [&'static str] {
+        (self.keys)()
+    }
+
+    /// The pattern with these `mask_kwargs` (a mapping whose keys are known).
+    ///
+    /// # Errors
+    /// [`ReadError`] for a wrong type or a number out of range.
+    pub fn read(&self, kwargs: &Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError> {
+        (self.read)(kwargs)
+    }
+}
+
+/// The mask called `name` (canonical or alias, any case).
+pub fn find(name: &str) -> Option<&'static Registered> {
+    let name = name.to_lowercase();
+    MASKS.iter().find(|mask| mask.name == name || mask.aliases.contains(&name.as_str()))
+}
+
+/// Canonical names and aliases of all masks.
+pub fn names() -> Vec<&'static str> {
+    MASKS.iter().flat_map(|mask| std::iter::once(mask.name).chain(mask.aliases.iter().copied())).collect()
+}
+
+/// The field names of a struct, asked of serde itself so that no list can go stale.
+pub fn field_names<T: serde::de::DeserializeOwned>() -> &'static [&'static str] {
+    let mut names: &'static [&'static str] = &[];
+    // The deserializer below has no data: it notes the names it is asked for and fails.
+    let _ = T::deserialize(FieldNames(&mut names));
+    names
+}
+
+struct FieldNames<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for FieldNames<'_> {
+    type Error = NoData;
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        _visitor: V,
+    ) -> std::result::Result<V::Value, NoData> {
+        *self.0 = fields;
+        Err(serde::de::Error::custom("names only"))
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> std::result::Result<V::Value, NoData> {
+        Err(serde::de::Error::custom("names only"))
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+/// Require `value` to lie in `range`, or say what is allowed.
+pub(super) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive<i64>) -> Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let allowed = match (*range.start(), *range.end()) {
+        (low, i64::MAX) => format!("at least {low}"),
+        (low, high) => format!("{low} to {high}"),
+    };
+    Err(crate::error::Error::config(key, format!("expected {allowed}, got {value}")))
+}

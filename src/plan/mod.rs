@@ -1,0 +1,123 @@
+//! `Plan`: what kernels read. The edges of every head by query (forward, dq) and, once a backward asks for it, by key (dk, dv).
+
+mod cache;
+
+use std::sync::{Arc, OnceLock};
+
+pub use cache::PlanCache;
+
+use crate::error::{Error, Result};
+use crate::pattern::edges::EdgeSet;
+
+/// One head's edges in both directions.
+#[derive(Debug)]
+pub struct HeadPlan {
+    by_query: Arc<EdgeSet>,
+    by_key: OnceLock<Arc<EdgeSet>>,
+}
+
+impl HeadPlan {
+    /// Rows are queries, columns are keys.
+    pub fn by_query(&self) -> &EdgeSet {
+        &self.by_query
+    }
+
+    /// Rows are keys, columns are queries. Built on first use: inference never pays for it. A symmetric mask is stored once.
+    pub fn by_key(&self) -> &EdgeSet {
+        self.by_key.get_or_init(|| {
+            let transposed = self.by_query.transposed();
+            if transposed == *self.by_query { Arc::clone(&self.by_query) } else { Arc::new(transposed) }
+        })
+    }
+}
+
+/// The edges of all heads, ready for the kernels. Heads with the same edges share one [`HeadPlan`].
+#[derive(Debug, Clone)]
+pub struct Plan {
+    num_queries: usize,
+    num_keys: usize,
+    sets: Vec<Arc<HeadPlan>>,
+}
+
+impl Plan {
+    /// `sets` holds one edge set (shared by every head), one per head, or one per (batch, head) in that order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `sets` is empty or its members differ in shape.
+    pub fn new(sets: &[Arc<EdgeSet>]) -> Result<Self> {
+        let first =
+            sets.first().ok_or_else(|| Error::Shape("a plan needs the edges of at least one head".into()))?;
+        let (num_queries, num_keys) = (first.num_rows(), first.num_cols());
+        let mut heads: Vec<Arc<HeadPlan>> = Vec::with_capacity(sets.len());
+        for (index, set) in sets.iter().enumerate() {
+            if (set.num_rows(), set.num_cols()) != (num_queries, num_keys) {
+                return Err(Error::Shape(format!(
+                    "edges of head {index}: expected {num_queries} x {num_keys}, got {} x {}",
+                    set.num_rows(),
+                    set.num_cols()
+                )));
+            }
+            let shared = sets[..index].iter().position(|earlier| Arc::ptr_eq(earlier, set));
+            heads.push(match shared {
+                Some(earlier) => Arc::clone(&heads[earlier]),
+                None => Arc::new(HeadPlan { by_query: Arc::clone(set), by_key: OnceLock::new() }),
+            });
+        }
+        Ok(Plan { num_queries, num_keys, sets: heads })
+    }
+
+    /// Number of queries N.
+    pub fn num_queries(&self) -> usize {
+        self.num_queries
+    }
+
+    /// Number of keys S.
+    pub fn num_keys(&self) -> usize {
+        self.num_keys
+    }
+
+    /// Number of edge sets: 1, one per head, or one per (batch, head).
+    pub fn num_sets(&self) -> usize {
+        self.sets.len()
+    }
+
+    /// Check that the plan serves `batch` x `num_heads`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming what was expected and what the plan holds.
+    pub fn check_heads(&self, batch: usize, num_heads: usize) -> Result<()> {
+        if [1, num_heads, batch * num_heads].contains(&self.sets.len()) {
+            return Ok(());
+        }
+        Err(Error::Shape(format!(
+            "edges: expected 1, {num_heads} (heads) or {} (batch x heads) edge sets, got {}",
+            batch * num_heads,
+            self.sets.len()
+        )))
+    }
+
+    /// The edges of head `head` of batch element `batch`, in a problem with `num_heads` heads.
+    #[inline]
+    pub fn head(&self, batch: usize, head: usize, num_heads: usize) -> &HeadPlan {
+        let index = match self.sets.len() {
+            1 => 0,
+            len if len == num_heads => head,
+            _ => batch * num_heads + head,
+        };
+        &self.sets[index]
+    }
+
+    /// Bytes held once both directions exist, counting shared heads once.
+    pub fn bytes(&self) -> usize {
+        let mut seen: Vec<*const HeadPlan> = Vec::new();
+        let mut bytes = size_of::<Self>();
+        for head in &self.sets {
+            bytes += size_of::<Arc<HeadPlan>>();
+            if !seen.contains(&Arc::as_ptr(head)) {
+                seen.push(Arc::as_ptr(head));
+                bytes += 2 * head.by_query.bytes();
+            }
+        }
+        bytes
+    }
+}

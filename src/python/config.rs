@@ -1,0 +1,122 @@
+//! `AttentionConfig` for Python.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use super::error::to_python;
+use crate::config::AttentionConfig;
+
+/// A parsed, range-checked attention configuration.
+#[pyclass(name = "AttentionConfig", module = "sparse_mhsa._core", frozen, eq)]
+#[derive(Clone, PartialEq)]
+pub(super) struct PyAttentionConfig(AttentionConfig);
+
+/// A unit variant's name in a configuration.
+fn variant(value: impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+#[pymethods]
+impl PyAttentionConfig {
+    #[staticmethod]
+    #[pyo3(signature = (text, source=None))]
+    fn parse(py: Python<'_>, text: &str, source: Option<&str>) -> PyResult<Self> {
+        AttentionConfig::parse(text, source).map(Self).map_err(|error| to_python(py, error))
+    }
+
+    #[getter]
+    fn backend(&self) -> &'static str {
+        self.0.backend()
+    }
+
+    #[getter]
+    fn mask(&self) -> &'static str {
+        self.0.mask()
+    }
+
+    #[getter]
+    fn scale(&self) -> Option<f64> {
+        self.0.scale()
+    }
+
+    #[getter]
+    fn masked_logits(&self) -> String {
+        variant(self.0.masked_logits())
+    }
+
+    #[getter]
+    fn num_prefix_tokens(&self) -> Option<u64> {
+        self.0.num_prefix_tokens()
+    }
+
+    #[getter]
+    fn prefix_dense(&self) -> bool {
+        self.0.prefix_dense()
+    }
+
+    #[getter]
+    fn grid(&self) -> Option<Vec<u64>> {
+        self.0.grid().map(<[u64]>::to_vec)
+    }
+
+    #[getter]
+    fn on_empty_row(&self) -> String {
+        variant(self.0.on_empty_row())
+    }
+
+    #[getter]
+    fn embed_dim(&self) -> Option<u64> {
+        self.0.embed_dim()
+    }
+
+    #[getter]
+    fn num_heads(&self) -> Option<u64> {
+        self.0.num_heads()
+    }
+
+    fn to_json(&self) -> String {
+        self.0.canonical().to_string()
+    }
+
+    fn to_yaml(&self) -> String {
+        self.0.to_yaml()
+    }
+
+    fn for_layer(&self, py: Python<'_>, name: &str) -> PyResult<Self> {
+        self.0.for_layer(name).map(Self).map_err(|error| to_python(py, error))
+    }
+
+    #[pyo3(signature = (num_heads, layer=0, num_layers=None, epoch=0, grid=None, num_prefix_tokens=None))]
+    #[expect(clippy::too_many_arguments, reason = "the signature is Python's, where they are keywords")]
+    fn spec(
+        &self,
+        py: Python<'_>,
+        num_heads: usize,
+        layer: usize,
+        num_layers: Option<usize>,
+        epoch: u64,
+        grid: Option<Vec<u64>>,
+        num_prefix_tokens: Option<u64>,
+    ) -> PyResult<String> {
+        self.0
+            .spec(num_heads, layer, num_layers, epoch, grid, num_prefix_tokens)
+            .map_err(|error| to_python(py, error))
+    }
+
+    fn __hash__(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.to_json().hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("AttentionConfig({})", self.to_json())
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let parse = py.get_type::<Self>().getattr("parse")?;
+        Ok((parse, PyTuple::new(py, [self.to_yaml()])?))
+    }
+}

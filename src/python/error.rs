@@ -1,0 +1,38 @@
+//! Which Python exception each error becomes.
+
+use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::error::Error;
+
+pyo3::create_exception!(sparse_mhsa, ConfigError, PyValueError, "A configuration that cannot be honoured.");
+
+/// Turn a crate error into a Python exception.
+pub(super) fn to_python(py: Python<'_>, error: Error) -> PyErr {
+    match error {
+        Error::Config(error) => {
+            let exception = ConfigError::new_err(error.to_string());
+            let value = exception.value(py);
+            let attributes = value
+                .setattr("source", &error.source)
+                .and_then(|()| value.setattr("line", error.position.map(|(line, _)| line)))
+                .and_then(|()| value.setattr("key", (!error.key.is_empty()).then_some(&error.key)));
+            attributes.err().unwrap_or(exception)
+        }
+        Error::Dtype(message) => PyTypeError::new_err(message),
+        Error::Shape(message) | Error::Value(message) => PyValueError::new_err(message),
+        Error::Device(message) => PyRuntimeError::new_err(message),
+        error @ Error::Overflow { .. } => PyOverflowError::new_err(error.to_string()),
+        Error::Interrupted => PyRuntimeError::new_err("interrupted"),
+    }
+}
+
+/// What libtorch reports, most often that memory ran out.
+pub(super) fn from_torch(error: tch::TchError) -> PyErr {
+    let message = error.to_string();
+    if message.contains("can't allocate memory") || message.contains("not enough memory") {
+        PyMemoryError::new_err(message)
+    } else {
+        PyRuntimeError::new_err(message)
+    }
+}

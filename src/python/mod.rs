@@ -1,0 +1,50 @@
+//! The Python extension `sparse_mhsa._core`: thin, typed, and the only place that knows PyO3, numpy and torch.
+
+mod config;
+mod edges;
+mod enter;
+mod error;
+mod ops;
+mod tensor;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use crate::pattern::registry::MASKS;
+
+/// The torch release that torch-sys links.
+const TORCH_VERSION: &str = "2.13.0";
+
+/// One mapping per registered mask.
+#[pyfunction]
+fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
+    let masks = PyList::empty(py);
+    for mask in MASKS {
+        let entry = PyDict::new(py);
+        entry.set_item("name", mask.name)?;
+        entry.set_item("aliases", mask.aliases)?;
+        entry.set_item("about", mask.about)?;
+        entry.set_item("keys", mask.keys())?;
+        masks.append(entry)?;
+    }
+    Ok(masks)
+}
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    // A second import in the same process (a sub-interpreter, a reload) keeps the first logger.
+    let _ = pyo3_log::try_init();
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("TORCH_VERSION", TORCH_VERSION)?;
+    module.add("ConfigError", module.py().get_type::<error::ConfigError>())?;
+    module.add_class::<config::PyAttentionConfig>()?;
+    module.add_class::<edges::PyEdges>()?;
+    module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
+    module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
+    module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
+    module.add_function(wrap_pyfunction!(ops::forward, module)?)?;
+    module.add_function(wrap_pyfunction!(ops::backward, module)?)?;
+    module.add_function(wrap_pyfunction!(ops::forward_edges, module)?)?;
+    module.add_function(wrap_pyfunction!(ops::backward_edges, module)?)?;
+    Ok(())
+}

@@ -1,0 +1,336 @@
+//! The operators behind `torch.ops.sparse_mhsa`: tensors to views, dtypes to instances, and outputs back.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use tch::{Kind, Tensor};
+
+use super::edges::compressed_rows;
+use super::enter::enter;
+use super::error::to_python;
+use super::tensor::{
+    Output, PyTensor, Stored, TensorRef, accumulator_kind, double_tensor, dtype_name, int64_tensor,
+    seed_value, slice, view,
+};
+use crate::attention::{ResolvedMask, plan_of_edge_lists, resolve};
+use crate::error::{Error, Result};
+use crate::kernel::{Attention, Dropout, Element, Gradients, Isa, MaskedLogits, Run};
+use crate::pool::Pool;
+
+/// Where the edges of a call come from.
+enum Edges<'a> {
+    Spec(&'a str),
+    Lists { row_ptr: TensorRef<'a>, col: TensorRef<'a> },
+}
+
+impl Edges<'_> {
+    fn resolve(&self, queries: usize, keys: usize, heads: usize) -> Result<Arc<ResolvedMask>> {
+        match self {
+            Edges::Spec(text) => resolve(text, queries, keys, heads),
+            Edges::Lists { row_ptr, col } => {
+                let plan =
+                    plan_of_edge_lists(slice("row_ptr", row_ptr, 2)?, slice("col", col, 1)?, queries, keys)?;
+                Ok(Arc::new(ResolvedMask { plan, masked_logits: MaskedLogits::NegInf }))
+            }
+        }
+    }
+}
+
+/// The arguments that every operator shares.
+struct Call<'a> {
+    q: TensorRef<'a>,
+    k: TensorRef<'a>,
+    v: TensorRef<'a>,
+    edges: Edges<'a>,
+    key_mask: Option<TensorRef<'a>>,
+    bias: Option<TensorRef<'a>>,
+    dropout: Option<Dropout>,
+    scale: f64,
+}
+
+impl<'a> Call<'a> {
+    #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
+    fn new(
+        q: &'a PyTensor,
+        k: &'a PyTensor,
+        v: &'a PyTensor,
+        edges: Edges<'a>,
+        key_mask: Option<&'a PyTensor>,
+        bias: Option<&'a PyTensor>,
+        seed: Option<&'a PyTensor>,
+        dropout_p: f64,
+        scale: f64,
+    ) -> PyResult<Self> {
+        let dropout = match seed {
+            _ if dropout_p == 0.0 => None,
+            Some(seed) => Some(Dropout { seed: seed_value(&seed.0)?, p: dropout_p }),
+            None => {
+                return Err(PyValueError::new_err(format!(
+                    "seed: expected a tensor, because dropout_p is {dropout_p}"
+                )));
+            }
+        };
+        let (key_mask, bias) = (key_mask.map(PyTensor::as_ref), bias.map(PyTensor::as_ref));
+        Ok(Call { q: q.as_ref(), k: k.as_ref(), v: v.as_ref(), edges, key_mask, bias, dropout, scale })
+    }
+
+    fn shape<const RANK: usize>(name: &str, tensor: &Tensor) -> PyResult<[usize; RANK]> {
+        let size: Vec<usize> = tensor.size().iter().map(|&side| side as usize).collect();
+        size.try_into().map_err(|size: Vec<usize>| {
+            PyValueError::new_err(format!("{name}: expected {RANK} dimensions, got shape {size:?}"))
+        })
+    }
+
+    /// Bind the arguments to a plan and hand them to `work`.
+    fn attention<T: Element + Stored, R>(
+        &self,
+        work: impl FnOnce(Attention<'_, T>) -> Result<R>,
+    ) -> Result<R> {
+        let (q, k, v) = (view("q", &self.q)?, view("k", &self.k)?, view("v", &self.v)?);
+        let resolved = self.edges.resolve(q.shape()[2], k.shape()[2], q.shape()[1])?;
+        // Broadcasting is a matter of strides: an expanded view costs nothing.
+        let bias = self.bias.map(|bias| {
+            let [batch, heads, queries, _] = q.shape().map(|side| side as i64);
+            let size = [batch, heads, queries, k.shape()[2] as i64];
+            bias.f_expand(size, false).map_err(|_| {
+                Error::Shape(format!(
+                    "bias: expected a shape that broadcasts to {size:?}, got {:?}",
+                    bias.size()
+                ))
+            })
+        });
+        let bias = bias.transpose()?;
+        work(Attention {
+            plan: &resolved.plan,
+            q,
+            k,
+            v,
+            key_mask: self.key_mask.as_ref().map(|mask| view("key_mask", mask)).transpose()?,
+            bias: bias.as_ref().map(|bias| view("bias", bias)).transpose()?,
+            dropout: self.dropout,
+            scale: self.scale,
+            masked_logits: resolved.masked_logits,
+        })
+    }
+
+    fn forward<T: Element + Stored>(&self, py: Python<'_>) -> PyResult<(PyTensor, PyTensor)>
+    where
+        T::Acc: Stored,
+    {
+        let [batch, heads, queries, _] = Self::shape("q", &self.q)?;
+        let [.., value_dim] = Self::shape::<4>("v", &self.v)?;
+        let mut out = Output::new(&[batch, heads, queries, value_dim], T::KIND)?;
+        let mut lse = Output::new(&[batch, heads, queries], accumulator_kind::<T>())?;
+        let (pool, isa) = (pool(), isa(py)?);
+        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<T::Acc>());
+        enter(py, |interrupt| {
+            self.attention::<T, _>(|attention| {
+                attention.forward(out_elements, lse_elements, &Run { pool, isa, interrupt })
+            })
+        })?;
+        Ok((out.finish(), lse.finish()))
+    }
+
+    fn backward<T: Element + Stored>(
+        &self,
+        py: Python<'_>,
+        grad_out: TensorRef<'_>,
+        out: TensorRef<'_>,
+        lse: TensorRef<'_>,
+    ) -> PyResult<(PyTensor, PyTensor, PyTensor)>
+    where
+        T::Acc: Stored,
+    {
+        let like = |name, tensor: TensorRef<'_>| Output::new(&Self::shape::<4>(name, &tensor)?, T::KIND);
+        let (mut dq, mut dk, mut dv) = (like("q", self.q)?, like("k", self.k)?, like("v", self.v)?);
+        let (pool, isa) = (pool(), isa(py)?);
+        let gradients = Gradients { dq: dq.elements::<T>(), dk: dk.elements(), dv: dv.elements() };
+        enter(py, |interrupt| {
+            self.attention::<T, _>(|attention| {
+                let (grad_out, out, lse) =
+                    (view("grad_out", &grad_out)?, view("out", &out)?, view("lse", &lse)?);
+                attention.backward(grad_out, out, lse, gradients, &Run { pool, isa, interrupt })
+            })
+        })?;
+        Ok((dq.finish(), dk.finish(), dv.finish()))
+    }
+}
+
+/// As many threads as torch would use here: one inside a DataLoader worker, for example.
+fn pool() -> Pool {
+    Pool::of(usize::try_from(tch::get_num_threads()).unwrap_or(1))
+}
+
+fn isa(py: Python<'_>) -> PyResult<Isa> {
+    Isa::selected().map_err(|error| to_python(py, error))
+}
+
+/// Call a method of [`Call`] for the dtype of q.
+macro_rules! by_dtype {
+    ($py:expr, $call:expr, $method:ident($($argument:expr),*)) => {
+        match $call.q.kind() {
+            Kind::Float => $call.$method::<f32>($($argument),*),
+            Kind::Double => $call.$method::<f64>($($argument),*),
+            Kind::BFloat16 => $call.$method::<bf16>($($argument),*),
+            Kind::Half => $call.$method::<f16>($($argument),*),
+            other => Err(to_python($py, Error::Dtype(format!(
+                "q: expected torch.float32, torch.float64, torch.bfloat16 or torch.float16, got {}",
+                dtype_name(other)
+            )))),
+        }
+    };
+}
+
+#[pyfunction]
+#[pyo3(signature = (q, k, v, spec, key_mask, bias, seed, dropout_p, scale))]
+#[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
+pub(super) fn forward(
+    py: Python<'_>,
+    q: PyTensor,
+    k: PyTensor,
+    v: PyTensor,
+    spec: &str,
+    key_mask: Option<PyTensor>,
+    bias: Option<PyTensor>,
+    seed: Option<PyTensor>,
+    dropout_p: f64,
+    scale: f64,
+) -> PyResult<(PyTensor, PyTensor)> {
+    let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
+    let call = Call::new(&q, &k, &v, Edges::Spec(spec), key_mask, bias, seed, dropout_p, scale)?;
+    by_dtype!(py, call, forward(py))
+}
+
+#[pyfunction]
+#[pyo3(signature = (grad_out, q, k, v, out, lse, spec, key_mask, bias, seed, dropout_p, scale))]
+#[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
+pub(super) fn backward(
+    py: Python<'_>,
+    grad_out: PyTensor,
+    q: PyTensor,
+    k: PyTensor,
+    v: PyTensor,
+    out: PyTensor,
+    lse: PyTensor,
+    spec: &str,
+    key_mask: Option<PyTensor>,
+    bias: Option<PyTensor>,
+    seed: Option<PyTensor>,
+    dropout_p: f64,
+    scale: f64,
+) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
+    let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
+    let call = Call::new(&q, &k, &v, Edges::Spec(spec), key_mask, bias, seed, dropout_p, scale)?;
+    by_dtype!(py, call, backward(py, grad_out.as_ref(), out.as_ref(), lse.as_ref()))
+}
+
+#[pyfunction]
+#[pyo3(signature = (q, k, v, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
+#[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
+pub(super) fn forward_edges(
+    py: Python<'_>,
+    q: PyTensor,
+    k: PyTensor,
+    v: PyTensor,
+    row_ptr: PyTensor,
+    col: PyTensor,
+    key_mask: Option<PyTensor>,
+    bias: Option<PyTensor>,
+    seed: Option<PyTensor>,
+    dropout_p: f64,
+    scale: f64,
+) -> PyResult<(PyTensor, PyTensor)> {
+    let edges = Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref() };
+    let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
+    let call = Call::new(&q, &k, &v, edges, key_mask, bias, seed, dropout_p, scale)?;
+    by_dtype!(py, call, forward(py))
+}
+
+#[pyfunction]
+#[pyo3(signature = (grad_out, q, k, v, out, lse, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
+#[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
+pub(super) fn backward_edges(
+    py: Python<'_>,
+    grad_out: PyTensor,
+    q: PyTensor,
+    k: PyTensor,
+    v: PyTensor,
+    out: PyTensor,
+    lse: PyTensor,
+    row_ptr: PyTensor,
+    col: PyTensor,
+    key_mask: Option<PyTensor>,
+    bias: Option<PyTensor>,
+    seed: Option<PyTensor>,
+    dropout_p: f64,
+    scale: f64,
+) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
+    let edges = Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref() };
+    let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
+    let call = Call::new(&q, &k, &v, edges, key_mask, bias, seed, dropout_p, scale)?;
+    by_dtype!(py, call, backward(py, grad_out.as_ref(), out.as_ref(), lse.as_ref()))
+}
+
+/// `row_ptr` (H, N + 1) with absolute offsets into `col`.
+#[pyfunction]
+pub(super) fn edge_index(
+    py: Python<'_>,
+    spec: &str,
+    num_queries: usize,
+    num_keys: usize,
+) -> PyResult<(PyTensor, PyTensor)> {
+    let (heads, row_ptr, col) = enter(py, |_| {
+        let heads = crate::config::Spec::from_text(spec)?.heads;
+        let resolved = resolve(spec, num_queries, num_keys, heads)?;
+        let (mut row_ptr, mut col) = (Vec::with_capacity(heads * (num_queries + 1)), Vec::new());
+        for head in 0..heads {
+            let (pointers, columns) = compressed_rows(resolved.plan.head(0, head, heads).by_query());
+            let before = col.len() as i64;
+            row_ptr.extend(pointers.into_iter().map(|pointer| pointer + before));
+            col.extend(columns);
+        }
+        Ok((heads, row_ptr, col))
+    })?;
+    let row_ptr = int64_tensor(&row_ptr, &[heads as i64, num_queries as i64 + 1])?;
+    Ok((row_ptr, int64_tensor(&col, &[col.len() as i64])?))
+}
+
+/// The factor, 0 or 1 / (1 - p), that the kernels apply to each edge: (batch, edges of all heads).
+#[pyfunction]
+pub(super) fn dropout_keep(
+    py: Python<'_>,
+    row_ptr: PyTensor,
+    col: PyTensor,
+    batch: usize,
+    num_heads: usize,
+    seed: PyTensor,
+    dropout_p: f64,
+) -> PyResult<PyTensor> {
+    let dropout = Dropout { seed: seed_value(&seed.0)?, p: dropout_p };
+    let (row_ptr, col, edges) = (row_ptr.as_ref(), col.as_ref(), col.0.numel());
+    let factors = enter(py, |_| {
+        let (row_ptr, col): (&[i64], &[i64]) = (slice("row_ptr", &row_ptr, 2)?, slice("col", &col, 1)?);
+        if num_heads == 0 || row_ptr.len() % num_heads != 0 || row_ptr.len() < num_heads {
+            let got = row_ptr.len();
+            return Err(Error::Shape(format!(
+                "row_ptr: expected one row for each of {num_heads} heads, got {got} entries"
+            )));
+        }
+        let rows = row_ptr.len() / num_heads - 1;
+        // Checks the lists, so that the loop below cannot leave them.
+        let keys = col.iter().max().map_or(0, |&last| last.max(0) as usize + 1);
+        plan_of_edge_lists(row_ptr, col, rows, keys)?;
+        let mut factors = Vec::with_capacity(batch * edges);
+        for unit in 0..batch * num_heads {
+            let pointers = &row_ptr[unit % num_heads * (rows + 1)..][..rows + 1];
+            for (row, span) in pointers.windows(2).enumerate() {
+                let columns = &col[span[0] as usize..span[1] as usize];
+                factors.extend(columns.iter().map(|&c| dropout.factor(unit as u64, row, c as usize)));
+            }
+        }
+        Ok(factors)
+    })?;
+    double_tensor(&factors, &[batch as i64, edges as i64])
+}

@@ -1,0 +1,215 @@
+//! Torch tensors in and out. The only place that touches libtorch's memory.
+#![allow(unsafe_code)]
+
+use std::ops::Deref;
+
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::error::from_torch;
+use crate::error::{Error, Result};
+use crate::kernel::{Element, View};
+
+/// A `torch.Tensor` argument or return value.
+pub(super) struct PyTensor(pub Tensor);
+
+impl<'py> FromPyObject<'_, 'py> for PyTensor {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        // SAFETY: the pointer belongs to a live Python object, borrowed for this call, and the GIL is held.
+        let tensor = unsafe { Tensor::pyobject_unpack(object.as_ptr().cast()) }.map_err(from_torch)?;
+        let tensor = tensor.ok_or_else(|| {
+            let name =
+                object.get_type().name().map_or_else(|_| "unknown".to_owned(), |name| name.to_string());
+            PyTypeError::new_err(format!("expected a torch.Tensor, got {name}"))
+        })?;
+        Ok(PyTensor(tensor))
+    }
+}
+
+impl<'py> IntoPyObject<'py> for PyTensor {
+    type Target = PyAny;
+    type Output = Bound<'py, PyAny>;
+    type Error = PyErr;
+
+    fn into_pyobject(self, py: Python<'py>) -> PyResult<Self::Output> {
+        let object = self.0.pyobject_wrap().map_err(from_torch)?;
+        // SAFETY: libtorch returns a new reference to a Python object (or null with an exception set), which we take over.
+        unsafe { Bound::from_owned_ptr_or_err(py, object.cast()) }
+    }
+}
+
+impl PyTensor {
+    /// The tensor, for work without the GIL.
+    pub(super) fn as_ref(&self) -> TensorRef<'_> {
+        TensorRef(&self.0)
+    }
+}
+
+/// A borrowed tensor that is only read: its shape, strides, dtype and memory.
+#[derive(Clone, Copy)]
+pub(super) struct TensorRef<'a>(&'a Tensor);
+
+// SAFETY: `Tensor` is a pointer to libtorch's reference-counted tensor, whose const methods may be called from any thread; nothing
+// here changes it, and none of those methods need the GIL.
+unsafe impl Send for TensorRef<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorRef<'_> {}
+
+impl Deref for TensorRef<'_> {
+    type Target = Tensor;
+
+    fn deref(&self) -> &Tensor {
+        self.0
+    }
+}
+
+/// The torch name of a dtype, for messages.
+pub(super) fn dtype_name(kind: Kind) -> String {
+    match kind {
+        Kind::Float => "torch.float32".into(),
+        Kind::Double => "torch.float64".into(),
+        Kind::BFloat16 => "torch.bfloat16".into(),
+        Kind::Half => "torch.float16".into(),
+        Kind::Bool => "torch.bool".into(),
+        Kind::Int64 => "torch.int64".into(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// Rust types that a torch dtype stores, bit for bit.
+pub(super) trait Stored: Copy {
+    const KIND: Kind;
+}
+
+macro_rules! stored {
+    ($($type:ty => $kind:ident),+ $(,)?) => { $(impl Stored for $type { const KIND: Kind = Kind::$kind; })+ };
+}
+// Booleans are read as bytes: torch promises 0 or 1 but does not enforce it.
+stored!(f32 => Float, f64 => Double, half::bf16 => BFloat16, half::f16 => Half, i64 => Int64, u8 => Bool);
+
+fn check_layout(name: &str, tensor: &Tensor, kind: Kind, rank: usize) -> Result<()> {
+    if tensor.device() != Device::Cpu {
+        return Err(Error::Device(format!(
+            "{name}: this version has kernels for CPU tensors only, got a tensor on {:?}",
+            tensor.device()
+        )));
+    }
+    if tensor.is_sparse() || tensor.is_mkldnn() {
+        return Err(Error::Value(format!("{name}: expected a strided tensor, got another layout")));
+    }
+    if tensor.kind() != kind {
+        let (expected, got) = (dtype_name(kind), dtype_name(tensor.kind()));
+        return Err(Error::Dtype(format!("{name}: expected dtype {expected}, got {got}")));
+    }
+    if tensor.dim() != rank {
+        return Err(Error::Shape(format!(
+            "{name}: expected {rank} dimensions, got shape {:?}",
+            tensor.size()
+        )));
+    }
+    Ok(())
+}
+
+/// Read access to a tensor's elements with whatever strides it has.
+pub(super) fn view<'a, T: Stored, const RANK: usize>(
+    name: &str,
+    tensor: &'a Tensor,
+) -> Result<View<'a, T, RANK>> {
+    check_layout(name, tensor, T::KIND, RANK)?;
+    let size = tensor.size();
+    let strides = tensor.stride();
+    let shape: [usize; RANK] = std::array::from_fn(|axis| size[axis] as usize);
+    let strides: [i64; RANK] = std::array::from_fn(|axis| strides[axis]);
+    // The last element reachable through torch's non-negative strides. Torch keeps it inside the tensor's storage.
+    let span = if shape.contains(&0) {
+        0
+    } else {
+        1 + shape.iter().zip(strides).map(|(&side, stride)| (side - 1) * stride as usize).sum::<usize>()
+    };
+    // SAFETY: `data_ptr` points at the tensor's first element; torch guarantees that every element reachable by its sizes and
+    // strides, `span` of them from there, is allocated; the tensor is borrowed for 'a and holds its storage.
+    unsafe { View::from_raw_parts(name, tensor.data_ptr().cast(), span, 0, shape, strides) }
+}
+
+/// Read access to a contiguous tensor's elements.
+pub(super) fn slice<'a, T: Stored>(name: &str, tensor: &'a Tensor, rank: usize) -> Result<&'a [T]> {
+    check_layout(name, tensor, T::KIND, rank)?;
+    if !tensor.is_contiguous() {
+        return Err(Error::Value(format!("{name}: expected a contiguous tensor")));
+    }
+    if tensor.numel() == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: contiguous, non-empty, of T's dtype, on the CPU, and borrowed for 'a.
+    Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
+/// A new contiguous CPU tensor that a kernel is about to fill.
+pub(super) struct Output(Tensor);
+
+impl Output {
+    pub(super) fn new(shape: &[usize], kind: Kind) -> PyResult<Self> {
+        let size: Vec<i64> = shape
+            .iter()
+            .map(|&side| {
+                i64::try_from(side)
+                    .map_err(|_| PyValueError::new_err(format!("shape {shape:?} is too large")))
+            })
+            .collect::<PyResult<_>>()?;
+        Tensor::f_empty(&size, (kind, Device::Cpu)).map(Output).map_err(from_torch)
+    }
+
+    /// Its elements, for writing.
+    pub(super) fn elements<T: Stored>(&mut self) -> &mut [T] {
+        assert_eq!(self.0.kind(), T::KIND, "an output is filled in its own dtype");
+        if self.0.numel() == 0 {
+            return &mut [];
+        }
+        // SAFETY: made contiguous by `new`, of T's dtype, and not shared with anyone until `finish`. Every bit pattern is a valid
+        // T, so that the memory is not yet written does no harm beyond its values, which the kernel replaces.
+        unsafe { std::slice::from_raw_parts_mut(self.0.data_ptr().cast(), self.0.numel()) }
+    }
+
+    pub(super) fn finish(self) -> PyTensor {
+        PyTensor(self.0)
+    }
+}
+
+/// The dtype in which T is accumulated.
+pub(super) fn accumulator_kind<T: Element>() -> Kind
+where
+    T::Acc: Stored,
+{
+    T::Acc::KIND
+}
+
+/// The value of a seed tensor (int64, one element).
+pub(super) fn seed_value(seed: &Tensor) -> PyResult<u64> {
+    if seed.numel() != 1 || seed.kind() != Kind::Int64 {
+        return Err(PyValueError::new_err(format!(
+            "seed: expected one torch.int64 value, got {} of {}",
+            seed.numel(),
+            dtype_name(seed.kind())
+        )));
+    }
+    seed.f_int64_value(&vec![0; seed.dim()])
+        .map(|value| value as u64)
+        .map_err(|e| PyRuntimeError::new_err(e.to_string()))
+}
+
+/// A Python list's worth of int64 as a tensor.
+pub(super) fn int64_tensor(values: &[i64], shape: &[i64]) -> PyResult<PyTensor> {
+    let tensor =
+        Tensor::f_from_slice(values).and_then(|tensor| tensor.f_reshape(shape)).map_err(from_torch)?;
+    Ok(PyTensor(tensor))
+}
+
+/// A plain tensor of doubles.
+pub(super) fn double_tensor(values: &[f64], shape: &[i64]) -> PyResult<PyTensor> {
+    let tensor =
+        Tensor::f_from_slice(values).and_then(|tensor| tensor.f_reshape(shape)).map_err(from_torch)?;
+    Ok(PyTensor(tensor))
+}
