@@ -1,0 +1,75 @@
+# `make demo` and `make test` are the two commands of the README; `make help` lists the rest.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+
+# torch-sys asks the active virtual environment for libtorch, and PyO3 for the interpreter: both must be this one.
+export VIRTUAL_ENV := $(VENV)
+export PYO3_PYTHON := $(BIN)/python
+export PATH := $(BIN):$(PATH)
+
+RUST_FILES = $(shell git ls-files '*.rs')
+MATURIN := maturin develop --release --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help check-tools build demo test lint test-rust test-python test-slow format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+check-tools: ## Say which prerequisite is missing
+	@command -v cargo >/dev/null || { echo "error: cargo not found. Install the Rust toolchain (1.89 or newer) with rustup or your system's packages." >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo "error: c++ not found. Install a C++ compiler, for example g++ or clang." >&2; exit 1; }
+	@command -v git >/dev/null || { echo "error: git not found. Install git." >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.10 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than 3.10. Name a newer one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian and Ubuntu: python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || { echo "error: Python.h not found. Install the headers of $(PYTHON) (Debian and Ubuntu: python3-dev)." >&2; exit 1; }
+
+$(VENV)/.ready: pyproject.toml | check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "maturin>=1.16,<2" "torch==2.13.*" "numpy>=1.26"
+	@touch $@
+
+build: $(VENV)/.ready ## Build the extension in release mode into .venv
+	$(MATURIN)
+
+demo: $(VENV)/.ready ## Train a small ViT dense and with Fibottention on real images; writes runs/demo/report.html
+	$(MATURIN) --extras train
+	sparse-mhsa demo --output-dir runs/demo
+
+test: lint test-rust test-python ## Everything that must pass: linters, Rust tests, Python tests
+
+$(VENV)/.test-ready: pyproject.toml | $(VENV)/.ready
+	$(MATURIN) --extras test
+	@touch $@
+
+lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs
+	rustfmt --check $(RUST_FILES)
+	cargo clippy --release --all-targets --no-default-features -- -D warnings
+	cargo clippy --release --lib -- -D warnings
+	$(MATURIN)
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m mypy.stubtest sparse_mhsa._core
+
+test-rust: ## Patterns, plans and kernels, without torch
+	cargo test --release --no-default-features
+
+test-python: $(VENV)/.test-ready ## The Python suite
+	$(MATURIN)
+	pytest
+
+test-slow: $(VENV)/.test-ready ## Minutes-long and memory-hungry tests (N = 131,073; needs 12 GiB)
+	$(MATURIN)
+	pytest -m slow
+
+format: $(VENV)/.test-ready ## Format everything
+	rustfmt $(RUST_FILES)
+	ruff check --fix .
+	ruff format .
+
+clean: ## Remove what was built
+	rm -rf target runs dist $(VENV)
