@@ -62,7 +62,7 @@ test-python: $(VENV)/.test-ready ## The Python suite
 	$(MATURIN)
 	pytest
 
-test-slow: $(VENV)/.test-ready ## Minutes-long and memory-hungry tests (N = 131,073; needs 12 GiB)
+test-slow: $(VENV)/.test-ready ## What takes minutes: compiling with inductor
 	$(MATURIN)
 	pytest -m slow
 

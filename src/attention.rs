@@ -54,8 +54,8 @@ pub fn resolve(
         let sets = if num_queries == num_keys {
             spec.edges(num_queries)?.heads
         } else if spec.mask == RECTANGULAR {
-            let all = EdgeSet::builder(num_queries, num_keys)?.rect(0..num_queries, 0..num_keys).build();
-            vec![Arc::new(all); spec.heads]
+            let all = Arc::new(EdgeSet::builder(num_queries, num_keys)?.rect(0..num_queries, 0..num_keys).build());
+            (0..spec.heads).map(|_| Arc::clone(&all)).collect()
         } else {
             return Err(Error::Shape(format!(
                 "the mask `{}` relates the tokens of one sequence, but there are {num_queries} queries and {num_keys} keys; \

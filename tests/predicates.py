@@ -1,8 +1,8 @@
 """The definition of each mask as a few lines of Python, written from the definition and not from the Rust.
 
-`PREDICATES[name]` is called as ``keep(query, key, head, size, **mask_kwargs)`` and says whether the head keeps the key. For masks over
-patches, query and key count patches and ``size.tokens`` is the number of patches; for `ALL_TOKENS` they count tokens. `VARIANTS[name]`
-lists parameters worth trying.
+`PREDICATES[name]` is called as ``keep(query, key, head, size, **mask_kwargs)`` and says whether the head keeps the key.
+For masks over patches, query and key count patches and ``size.tokens`` is the number of patches; for `ALL_TOKENS` they
+count tokens. `VARIANTS[name]` lists parameters worth trying.
 """
 
 import functools
@@ -67,7 +67,9 @@ def longformer(
     return in_window or i in everywhere or j in everywhere
 
 
-def sparse(i, j, head, size, pattern="local", local_attn_ctx=None, symmetric=True, fixed_c=None, per_head_distinct=False):
+def sparse(
+    i, j, head, size, pattern="local", local_attn_ctx=None, symmetric=True, fixed_c=None, per_head_distinct=False
+):
     def directed(r, c):
         if pattern == "local":
             reach = min(64, size.tokens) if local_attn_ctx is None else local_attn_ctx

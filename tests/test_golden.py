@@ -1,4 +1,4 @@
-"""Masks, sequences, shuffles and outputs against reference data computed from the published code (see golden/README.md)."""
+"""Masks, sequences, shuffles and outputs against data from the published code (see golden/README.md)."""
 
 import json
 from functools import cache
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sparse_mhsa as sm
 import torch
+
+import sparse_mhsa as sm
 from sparse_mhsa import _core
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -154,7 +155,9 @@ def test_golden_attention_module_with_the_scale_applied_once_and_twice(case):
         dim = weights["x"].shape[-1]
         if scaling == "out_scale_on":
             config["scale"] = heads / dim  # 1 / head_dim: the published wiring divides by sqrt(head_dim) twice
-        module = sm.SparseMHSA(dim, heads, batch_first=True, dtype=torch.float64, config=config, layer=case["depth"] or 0)
+        module = sm.SparseMHSA(
+            dim, heads, batch_first=True, dtype=torch.float64, config=config, layer=case["depth"] or 0
+        )
         names = {
             "in_proj_weight": "qkv.weight",
             "in_proj_bias": "qkv.bias",

@@ -1,6 +1,7 @@
 """The compiled core: configuration, edge sets and kernels.
 
-Everything here is private; `sparse_mhsa` wraps it. Keep this file in step with `src/python/` (`make test` runs stubtest).
+Everything here is private; `sparse_mhsa` wraps it. Keep this file in step with `src/python/`
+(`make test` runs stubtest).
 """
 
 from typing import Any, final
@@ -8,6 +9,21 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+__all__ = [
+    "TORCH_VERSION",
+    "AttentionConfig",
+    "ConfigError",
+    "Edges",
+    "__version__",
+    "backward",
+    "backward_edges",
+    "dropout_keep",
+    "edge_index",
+    "forward",
+    "forward_edges",
+    "registered_masks",
+]
 
 __version__: str
 TORCH_VERSION: str
@@ -62,8 +78,10 @@ class AttentionConfig:
         grid: list[int] | None = None,
         num_prefix_tokens: int | None = None,
     ) -> str:
-        """Canonical text of one layer's mask: what the operators take. ``grid`` and ``num_prefix_tokens`` are what was
-        found in the model; the configuration's own values win over them."""
+        """Canonical text of one layer's mask: what the operators take.
+
+        ``grid`` and ``num_prefix_tokens`` are what was found in the model; the configuration's own values win over them.
+        """
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
@@ -100,11 +118,9 @@ def registered_masks() -> list[dict[str, Any]]:
 def edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
     """``row_ptr`` (H, num_queries + 1) int64 with absolute offsets into ``col`` (nnz of all heads,) int64."""
 
-def dropout_keep(
-    row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float
-) -> Tensor:
-    """(batch, num_heads, nnz of a head...) flattened to (batch, total) float64 of 0 or 1 / (1 - p): the factor the kernels
-    apply to each edge. ``row_ptr`` is (H, N + 1) as `edge_index` returns it and ``total = len(col)``."""
+def dropout_keep(row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float) -> Tensor:
+    """(batch, len(col)) float64 of 0 or 1 / (1 - p): the factor that the kernels apply to each edge. ``row_ptr`` is
+    (H, N + 1) as `edge_index` returns it."""
 
 def forward(
     q: Tensor,
@@ -117,9 +133,12 @@ def forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out. ``key_mask`` (B, S) bool, True = keep;
-    ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores; ``seed`` is an int64 scalar tensor.
-    k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64 for float64, else float32."""
+    """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out.
+
+    ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores; ``seed``
+    is an int64 scalar tensor. k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64 for float64,
+    else float32.
+    """
 
 def backward(
     grad_out: Tensor,

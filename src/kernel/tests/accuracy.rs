@@ -4,24 +4,34 @@ use half::{bf16, f16};
 
 use super::*;
 
-/// Compare with the oracle; how much further off than plain arithmetic a result may be follows flash-attention's rule.
-fn check<T: Element>(case: &Case<T>, isa: Isa, context: &str) {
+/// Compare with the oracle on every instruction set. How much further off than plain arithmetic a result may be follows
+/// flash-attention's rule; on top comes what rounding the ingredients of a sum may leave even where the sum is zero.
+fn check<T: Element>(case: &Case<T>, context: &str) {
     let (problem, grad_out) = (case.problem(), case.grad_out());
     let truth = expected::<f64, T>(&problem, &grad_out);
-    let plain = expected::<T::Acc, T>(&problem, &grad_out);
-    for (((name, got), truth), plain) in case.results(isa).named().into_iter().zip(truth).zip(plain) {
-        let is_lse = name == "lse";
-        let plain: Vec<f64> = if is_lse { plain } else { plain.into_iter().map(round::<T>).collect() };
-        let name = format!("{name} of {} on {} ({context})", T::NAME, isa.name());
-        let error = distance(&name, &truth, &got);
-        let scale = magnitude(&truth);
-        let allowed = if T::NAME == "f64" {
-            1e-12 * scale.max(1e-3)
-        } else {
-            let factor = if name.starts_with('d') { 3.0 } else { 2.0 };
-            factor * distance(&name, &truth, &plain) + 1e-6 * scale.max(1.0)
-        };
-        assert!(error <= allowed, "{name}: off by {error:e}, allowed {allowed:e}, largest entry {scale:e}");
+    let is_f64 = T::NAME == "f64";
+    let plain = if is_f64 { truth.clone() } else { expected::<T, T>(&problem, &grad_out) };
+    let [q, k, v, grad] = [&case.q, &case.k, &case.v, &case.grad_out].map(|tensor| magnitude(&f64s(tensor)));
+    let width = case.sizes[6] as f64;
+    let (epsilon, rounding) = if is_f64 { (1e-12, 2e-16) } else { (1e-6, 1e-7) };
+    // Scores are as precise as their size lets them be, and the backward pass finds P again from the rounded lse.
+    let from_scores = rounding * magnitude(&truth[1]);
+    for isa in Isa::available() {
+        for (index, (name, got)) in case.results(isa).named().into_iter().enumerate() {
+            let plain: Vec<f64> =
+                if name == "lse" { plain[index].clone() } else { plain[index].iter().map(|&x| round::<T>(x)).collect() };
+            let (factor, ingredients) = match name {
+                "out" => (2.0, v),
+                "lse" => (2.0, 1.0),
+                "dv" => (3.0, grad),
+                _ => (3.0, grad * v * width.sqrt() * case.scale * q.max(k)),
+            };
+            let name = format!("{name} of {} on {} ({context})", T::NAME, isa.name());
+            let error = distance(&name, &truth[index], &got);
+            let scale = magnitude(&truth[index]).max(ingredients);
+            let allowed = factor * distance(&name, &truth[index], &plain) + (epsilon + from_scores) * scale;
+            assert!(error <= allowed, "{name}: off by {error:e}, allowed {allowed:e}, largest entry {scale:e}");
+        }
     }
 }
 
@@ -32,31 +42,28 @@ fn round<T: Element>(value: f64) -> f64 {
 fn check_random_cases<T: Element>(cases: u64) {
     for seed in 0..cases {
         let case = Case::<T>::random(&mut Random(seed));
-        for isa in Isa::available() {
-            let context = format!("seed {seed}, sizes {:?}, dropout {:?}", case.sizes, case.dropout);
-            check(&case, isa, &context);
-        }
+        check(&case, &format!("seed {seed}, sizes {:?}, dropout {:?}", case.sizes, case.dropout));
     }
 }
 
 #[test]
 fn f64_agrees_with_the_oracle_to_twelve_digits() {
-    check_random_cases::<f64>(300);
+    check_random_cases::<f64>(100);
 }
 
 #[test]
 fn f32_is_as_precise_as_plain_arithmetic() {
-    check_random_cases::<f32>(300);
+    check_random_cases::<f32>(100);
 }
 
 #[test]
 fn bf16_is_as_precise_as_plain_arithmetic_rounded_once() {
-    check_random_cases::<bf16>(150);
+    check_random_cases::<bf16>(80);
 }
 
 #[test]
 fn f16_is_as_precise_as_plain_arithmetic_rounded_once() {
-    check_random_cases::<f16>(150);
+    check_random_cases::<f16>(80);
 }
 
 #[test]
@@ -65,10 +72,8 @@ fn every_width_of_head_is_read_to_its_end_and_no_further() {
     for d in [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 128, 130] {
         for dv in [1, 7, 16, 33, 64, 65] {
             let edges = random.edges(19, 23);
-            for isa in Isa::available() {
-                check(&Case::<f64>::new(&mut random, [1, 2, 1, 19, 23, d, dv], &[edges.clone()]), isa, "widths");
-                check(&Case::<f32>::new(&mut random, [1, 2, 1, 19, 23, d, dv], &[edges.clone()]), isa, "widths");
-            }
+            check(&Case::<f64>::new(&mut random, [1, 2, 1, 19, 23, d, dv], std::slice::from_ref(&edges)), "widths");
+            check(&Case::<f32>::new(&mut random, [1, 2, 1, 19, 23, d, dv], std::slice::from_ref(&edges)), "widths");
         }
     }
 }
@@ -79,9 +84,7 @@ fn every_number_of_tokens_around_a_tile_is_right_when_all_are_kept() {
     for n in [1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129] {
         for s in [1, 7, 63, 64, 65, 129] {
             let edges = Arc::new(EdgeSet::builder(n, s).unwrap().rect(0..n, 0..s).build());
-            for isa in Isa::available() {
-                check(&Case::<f64>::new(&mut random, [1, 2, 1, n, s, 16, 7], &[edges.clone()]), isa, &format!("{n} x {s}"));
-            }
+            check(&Case::<f64>::new(&mut random, [1, 2, 1, n, s, 16, 7], &[edges]), &format!("{n} x {s}"));
         }
     }
 }
@@ -89,15 +92,13 @@ fn every_number_of_tokens_around_a_tile_is_right_when_all_are_kept() {
 #[test]
 fn rows_longer_than_a_batch_are_continued() {
     // Over 2048 edges in a row: a dense row, a dense column (long by key), long runs, and short rows between them.
-    let n = 5000;
-    let edges = EdgeSet::builder(n, n).unwrap().global(0..1).rect(70..72, 100..4900).diagonal(3, 0..n, 0..n).build();
+    let n = 2200;
+    let edges = EdgeSet::builder(n, n).unwrap().global(0..1).rect(70..72, 20..2190).diagonal(3, 0..n, 0..n).build();
     for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
         let mut case = Case::<f64>::new(&mut Random(3), [1, 1, 1, n, n, 3, 2], &[Arc::new(edges.clone())]);
         case.masked_logits = masked_logits;
         case.key_mask = Some((0..n).map(|key| u8::from(key % 5 != 1)).collect());
-        for isa in Isa::available() {
-            check(&case, isa, &format!("{masked_logits:?}"));
-        }
+        check(&case, &format!("{masked_logits:?}"));
     }
 }
 
@@ -106,15 +107,11 @@ fn large_scores_neither_overflow_nor_lose_the_largest() {
     for seed in 0..20 {
         let mut case = Case::<f32>::random(&mut Random(1000 + seed));
         case.q.iter_mut().for_each(|q| *q *= 300.0);
-        for isa in Isa::available() {
-            check(&case, isa, "large scores");
-        }
+        check(&case, "large scores");
     }
     let mut case = Case::<f16>::random(&mut Random(7));
     case.q.iter_mut().for_each(|q| *q = f16::from_f32(q.to_f32() * 1e3));
-    for isa in Isa::available() {
-        check(&case, isa, "large scores");
-    }
+    check(&case, "large scores");
 }
 
 #[test]

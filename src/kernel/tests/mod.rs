@@ -242,10 +242,10 @@ impl<T: Element> Results<T> {
     }
 }
 
-/// The oracle's results in precision `R`.
-pub(super) fn expected<R: Real, T: Element>(problem: &Attention<T>, grad_out: &View4<T>) -> [Vec<f64>; 5] {
-    let forward = oracle::forward::<R, T>(problem).unwrap();
-    let backward = oracle::backward::<R, T>(problem, grad_out).unwrap();
+/// The oracle's results in precision `P`.
+pub(super) fn expected<P: Element, T: Element>(problem: &Attention<T>, grad_out: &View4<T>) -> [Vec<f64>; 5] {
+    let forward = oracle::forward::<P, T>(problem).unwrap();
+    let backward = oracle::backward::<P, T>(problem, grad_out).unwrap();
     [forward.out, forward.lse, backward.dq, backward.dk, backward.dv]
 }
 

@@ -1,0 +1,34 @@
+"""Sparse multi-head self-attention whose time and memory grow with the edges kept.
+
+`SparseMHSA` stands in for `torch.nn.MultiheadAttention`, `sparsify` swaps the attention of a whole model,
+`sparse_attention` is the functional form, and `Mask` shows which query attends to which key. Inside the
+package ``True`` always means *keep this edge*; only `SparseMHSA.forward` takes the inverted masks of
+`torch.nn.MultiheadAttention`.
+"""
+
+from ._torch_version import check_torch
+
+check_torch()
+
+from . import masks  # noqa: E402
+from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
+from .adapters import Report, densify, sparsify  # noqa: E402
+from .config import load_config  # noqa: E402
+from .functional import sparse_attention  # noqa: E402
+from .masks import Mask  # noqa: E402
+from .module import SparseMHSA, set_epoch  # noqa: E402
+
+__all__ = [
+    "AttentionConfig",
+    "ConfigError",
+    "Mask",
+    "Report",
+    "SparseMHSA",
+    "__version__",
+    "densify",
+    "load_config",
+    "masks",
+    "set_epoch",
+    "sparse_attention",
+    "sparsify",
+]

@@ -1,0 +1,7 @@
+"""``python -m sparse_mhsa``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,186 @@
+"""The adapters and what they find in a model."""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..masks import LayerMask
+from ..module import SparseLayer
+
+_ADAPTERS: "list[Adapter]" = []
+
+
+class Adapter(ABC):
+    """How to recognise and swap the attention of one framework."""
+
+    name: str
+    """Shown in reports."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether ``module`` is self-attention, dense or already swapped, that this adapter handles."""
+
+    @abstractmethod
+    def heads(self, module: nn.Module) -> tuple[int, int]:
+        """Number of heads and head dimension."""
+
+    @abstractmethod
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+        """Swap ``module`` in place, or give an already swapped one another mask."""
+
+    @abstractmethod
+    def densify(self, module: nn.Module) -> None:
+        """Undo `sparsify`."""
+
+    def dense_by_design(self, parent: nn.Module | None, name: str) -> str | None:
+        """Why the attention ``name`` inside ``parent`` stays dense unless asked for, or None."""
+        return None
+
+    def finish(self, model: nn.Module) -> None:  # noqa: B027  (optional)
+        """Adjust what surrounds the swapped layers of a model, after a swap in either direction."""
+
+    def sample(self, model: nn.Module) -> Tensor | None:
+        """An input that ``model`` takes, or None if it cannot be told from the model."""
+        return None
+
+
+def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: try this adapter after those registered before it."""
+    _ADAPTERS.append(adapter())
+    return adapter
+
+
+def adapters() -> tuple[Adapter, ...]:
+    """Every registered adapter."""
+    return tuple(_ADAPTERS)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer in a model, with what the model tells about it."""
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+    layer: int
+    num_layers: int
+    num_tokens: int | None
+    grid: tuple[int, ...] | None
+    num_prefix_tokens: int | None
+    dense_by_design: str | None
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.adapter.heads(self.module)[0]
+
+    @property
+    def layer_mask(self) -> LayerMask | None:
+        """The mask of an already swapped layer."""
+        return self.module.layer_mask if isinstance(self.module, SparseLayer) else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens are arranged: prefix tokens, then a grid of patches. None where the model does not tell."""
+
+    grid: tuple[int, ...] | None = None
+    num_prefix_tokens: int | None = None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """N."""
+        if self.grid is None or self.num_prefix_tokens is None:
+            return None
+        return math.prod(self.grid) + self.num_prefix_tokens
+
+
+def find_attention(model: nn.Module) -> list[Site]:
+    """Every self-attention layer that some adapter knows, in module order.
+
+    Layers are numbered within their stack: the modules whose names differ in numbers only, such as
+    ``blocks.0.attn`` to ``blocks.11.attn``.
+    """
+    found = []
+    for name, module in model.named_modules():
+        adapter = next((adapter for adapter in _ADAPTERS if adapter.matches(module)), None)
+        if adapter is not None:
+            found.append((name, module, adapter))
+    stacks: dict[str, list[str]] = {}
+    for name, _, _ in found:
+        stacks.setdefault(_stack(name), []).append(name)
+    sites = []
+    for name, module, adapter in found:
+        stack = stacks[_stack(name)]
+        layout = _layout(model, name)
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        sites.append(
+            Site(
+                name=name,
+                module=module,
+                adapter=adapter,
+                layer=stack.index(name),
+                num_layers=len(stack),
+                num_tokens=layout.num_tokens,
+                grid=layout.grid,
+                num_prefix_tokens=layout.num_prefix_tokens,
+                dense_by_design=_by_name(name) or adapter.dense_by_design(parent, name),
+            )
+        )
+    return sites
+
+
+def unsupported(model: nn.Module, sites: list[Site]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that call themselves attention, but are not handled and do not contain what is."""
+    known = [site.name for site in sites]
+    for name, module in model.named_modules():
+        if not re.search(r"Attention|Attn", type(module).__name__):
+            continue
+        if not any(site == name or site.startswith(f"{name}.") or not name for site in known):
+            yield name, module
+
+
+def _stack(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _by_name(name: str) -> str | None:
+    parts = name.split(".")
+    if any(part.startswith("temporal") for part in parts):
+        return "temporal attention"
+    if any(part.startswith("decoder") for part in parts):
+        return "decoder"
+    return None
+
+
+def _layout(model: nn.Module, name: str) -> Layout:
+    """Read from the innermost module around ``name`` that embeds patches."""
+    ancestors = [model]
+    for part in name.split(".")[:-1]:
+        ancestors.append(ancestors[-1].get_submodule(part))
+    for module in reversed(ancestors):
+        embedding = getattr(module, "patch_embed", None)
+        if embedding is not None:
+            return Layout(_grid(embedding), _prefix(module))
+    return Layout()
+
+
+def _grid(embedding: nn.Module) -> tuple[int, ...] | None:
+    # With images of any size, the grid of the configured size is not the one that arrives.
+    if getattr(embedding, "dynamic_img_pad", False) or not getattr(embedding, "strict_img_size", True):
+        return None
+    grid = getattr(embedding, "grid_size", None)
+    return tuple(int(side) for side in grid) if isinstance(grid, (tuple, list)) else None
+
+
+def _prefix(module: nn.Module) -> int | None:
+    tokens = getattr(module, "num_prefix_tokens", None)
+    if isinstance(tokens, int):
+        return tokens
+    if isinstance(getattr(module, "cls_token", None), Tensor):
+        return 2 if isinstance(getattr(module, "dist_token", None), Tensor) else 1
+    return None

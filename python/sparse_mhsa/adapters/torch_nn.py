@@ -1,0 +1,54 @@
+"""`torch.nn.MultiheadAttention`, and with it torch's own transformer layers."""
+
+from torch import nn
+
+from ..masks import LayerMask
+from ..module import SparseMHSA
+from .registry import Adapter, register_adapter
+
+_DENSE_NESTED_TENSOR = "_dense_use_nested_tensor"
+"""Where an encoder keeps the ``use_nested_tensor`` it had before the swap."""
+
+
+@register_adapter
+class TorchAdapter(Adapter):
+    """Swaps `torch.nn.MultiheadAttention` for `SparseMHSA`."""
+
+    name = "torch.nn"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Exactly these classes: a subclass may compute something else."""
+        return type(module) in (nn.MultiheadAttention, SparseMHSA)
+
+    def heads(self, module: nn.Module) -> tuple[int, int]:
+        """Number of heads and head dimension."""
+        assert isinstance(module, nn.MultiheadAttention)
+        return module.num_heads, module.head_dim
+
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+        """Swap in place."""
+        assert isinstance(module, nn.MultiheadAttention)
+        SparseMHSA.convert(module, layer_mask)
+
+    def densify(self, module: nn.Module) -> None:
+        """Swap back in place."""
+        assert isinstance(module, SparseMHSA)
+        module.revert()
+
+    def dense_by_design(self, parent: nn.Module | None, name: str) -> str | None:
+        """Decoders and cross-attention."""
+        if name.rpartition(".")[2] == "multihead_attn" or "cross" in name:
+            return "cross-attention"
+        return "decoder" if isinstance(parent, nn.TransformerDecoderLayer) else None
+
+    def finish(self, model: nn.Module) -> None:
+        """Keep encoders with sparse layers from turning padded inputs into nested tensors."""
+        for encoder in model.modules():
+            if not isinstance(encoder, nn.TransformerEncoder):
+                continue
+            sparse = any(isinstance(module, SparseMHSA) for module in encoder.modules())
+            if sparse and _DENSE_NESTED_TENSOR not in encoder.__dict__:
+                encoder.__dict__[_DENSE_NESTED_TENSOR] = encoder.use_nested_tensor
+                encoder.use_nested_tensor = False
+            elif not sparse and _DENSE_NESTED_TENSOR in encoder.__dict__:
+                encoder.use_nested_tensor = encoder.__dict__.pop(_DENSE_NESTED_TENSOR)

@@ -1,0 +1,277 @@
+"""The ``sparse-mhsa`` command.
+
+Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configuration, 130 Ctrl-C.
+"""
+
+import argparse
+import logging
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+from ._core import ConfigError, __version__
+from .train import TrainingError, UsageError
+from .train.options import FinetuneOptions, TrainOptions, flag_name
+
+if TYPE_CHECKING:
+    from .masks import Mask
+
+# Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
+
+DEMO_DEFAULTS = TrainOptions(
+    attn_cfg=Path("configs/attention/vit_fibottention.yaml"),
+    epochs=6,
+    lr=2e-3,
+    min_lr=0.0,
+    warmup_epochs=1.8,
+    drop_path=0.0,
+    smoothing=0.0,
+    output_dir=Path("runs/demo"),
+)
+"""About two minutes per run on two cores; linear warm-up over 30 % of the steps, then half a cosine."""
+
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad usage as a `UsageError`, so that every error leaves `main` through one door."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        parsed = build_parser().parse_args(hyphenate(sys.argv[1:] if arguments is None else arguments))
+        with log_to_stdout():
+            return int(parsed.run(parsed))
+    except SystemExit as stop:  # argparse has printed the help text or the version
+        return int(stop.code or 0)
+    except KeyboardInterrupt as stop:
+        return fail(str(stop) or "interrupted", 130)
+    except TrainingError as error:
+        return fail(f"error: {error}", 1)
+    except (UsageError, ConfigError, OSError) as error:
+        return fail(f"error: {error}", 2)
+
+
+@contextmanager
+def log_to_stdout() -> Iterator[None]:
+    """Show what the package logs, for as long as a command runs."""
+    logger, handler = logging.getLogger("sparse_mhsa"), logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def fail(message: str, code: int) -> int:
+    """Print ``message`` as one line on stderr and return ``code``."""
+    print(" ".join(message.split()), file=sys.stderr)  # noqa: T201
+    return code
+
+
+def hyphenate(arguments: Sequence[str]) -> list[str]:
+    """Let ``--batch_size=8`` mean ``--batch-size=8``; values and what follows ``--`` stay as they are."""
+    result, options_end = [], False
+    for argument in arguments:
+        options_end = options_end or argument == "--"
+        if argument.startswith("--") and not options_end:
+            name, equals, value = argument.partition("=")
+            argument = name.replace("_", "-") + equals + value
+        result.append(argument)
+    return result
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; the chosen command's function is in ``run``."""
+    parser = Parser(prog="sparse-mhsa", description="Sparse attention for PyTorch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sparse_mhsa {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, about: str) -> Parser:  # noqa: ANN401
+        added = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    add_options(
+        command("finetune", run_finetune, "Train an image classifier with dense or sparse attention."),
+        FinetuneOptions(),
+    )
+    add_options(
+        command(
+            "demo", run_demo, "Train the same model dense and sparse and write a report that compares them."
+        ),
+        DEMO_DEFAULTS,
+    )
+    masks = command("masks", run_masks, "Count and draw the edges of an attention configuration.")
+    masks.add_argument("file", type=Path, help="attention configuration (YAML)")
+    masks.add_argument(
+        "--tokens", type=positive, required=True, help="tokens of the sequence, prefix included"
+    )
+    masks.add_argument("--heads", type=positive, required=True, help="attention heads")
+    masks.add_argument("--layer", type=natural, default=0, help="index of the layer (default: 0)")
+    masks.add_argument("--num-layers", type=positive, help="layers of the model, for masks that depend on it")
+    masks.add_argument(
+        "--epoch", type=natural, default=0, help="epoch, for masks that change with it (default: 0)"
+    )
+    masks.add_argument("--head-dim", type=positive, help="channels per head, for masks that fit a budget")
+    masks.add_argument(
+        "--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default"
+    )
+    masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
+    masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
+    config = command("config", run_config_check, "Work with attention configurations.")
+    actions = config.add_subparsers(required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
+    check.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions) -> None:
+    """One command-line option per field of ``defaults``."""
+    kinds = typing.get_type_hints(type(defaults))
+    for item in fields(defaults):
+        kind, default = kinds[item.name], getattr(defaults, item.name)
+        about = item.metadata["about"].replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag_name(item.name), action="store_true", help=about)
+            continue
+        if typing.get_origin(kind) is types.UnionType:  # X | None
+            kind = typing.get_args(kind)[0]
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        parser.add_argument(
+            flag_name(item.name),
+            type=str if choices else kind,
+            choices=choices,
+            default=default,
+            metavar=item.metadata["metavar"],
+            help=about if default is None else f"{about} (default: {default})",
+        )
+
+
+def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
+    """The options dataclass from what `add_options` had parsed."""
+    return kind(**{item.name: getattr(parsed, item.name) for item in fields(kind)})
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    return _integer(text, 1)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    return _integer(text, 0)
+
+
+def run_finetune(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa finetune``."""
+    options = read_options(FinetuneOptions, parsed)
+    from .train.finetune import finetune
+
+    finetune(options)
+    return 0
+
+
+def run_demo(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa demo``."""
+    options = read_options(TrainOptions, parsed)
+    from .train.demo import demo
+
+    demo(options)
+    return 0
+
+
+def run_masks(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa masks``."""
+    from . import Mask
+    from ._core import Edges
+
+    mask = Mask.from_config(
+        parsed.file,
+        parsed.tokens,
+        parsed.heads,
+        layer=parsed.layer,
+        num_layers=parsed.num_layers,
+        epoch=parsed.epoch,
+        head_dim=parsed.head_dim,
+        grid=parsed.grid,
+        num_prefix_tokens=parsed.prefix_tokens,
+    )
+    edges = Edges.from_spec(mask.spec, mask.num_tokens)
+    patches = mask.num_tokens - mask.num_prefix_tokens
+    print(  # noqa: T201
+        f"{mask.config.mask}: {mask.num_tokens} tokens ({mask.num_prefix_tokens} prefix), "
+        f"{mask.num_heads} heads, layer {parsed.layer}"
+    )
+    row = "{:>5} {:>12} {:>10} {:>14} {:>11} {:>11}".format
+    print(row("head", "nnz", "density", "pruning ratio", "min degree", "max degree"))  # noqa: T201
+    for head, (nnz, between_patches) in enumerate(zip(edges.nnz(), edges.nnz_patches(), strict=True)):
+        degrees = edges.degrees(head)
+        pruned = 1 - between_patches / patches**2 if patches > 0 else 0.0
+        density = nnz / mask.num_tokens**2
+        print(row(head, nnz, f"{density:.2%}", f"{pruned:.2%}", degrees.min(), degrees.max()))  # noqa: T201
+    print(row("all", mask.nnz, f"{mask.density:.2%}", f"{mask.pruning_ratio:.2%}", "", ""))  # noqa: T201
+    print("density: whole matrix; pruning ratio: patch to patch; degree: keys of a query")  # noqa: T201
+    if parsed.plot is not None:
+        save_plot(mask, parsed.plot)
+        print(f"drawn: {parsed.plot}")  # noqa: T201
+    return 0
+
+
+def save_plot(mask: "Mask", path: Path) -> None:
+    """Draw every head of ``mask`` into the image file ``path``."""
+    from .train import require_packages
+
+    require_packages("matplotlib")
+    import matplotlib
+
+    matplotlib.use("agg")
+    figure = mask.plot()[0].get_figure(root=True)
+    assert figure is not None
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending that matplotlib has no format for
+        raise UsageError(f"--plot '{path}': {error}") from error
+
+
+def run_config_check(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa config check``: every file is checked, also after one that failed."""
+    from . import load_config
+
+    code = 0
+    for path in parsed.files:
+        try:
+            load_config(path)
+            print(f"{path}: ok")  # noqa: T201
+        except (ConfigError, OSError) as error:  # noqa: PERF203
+            code = fail(f"error: {error}", 2)
+    return code
+
+
+def _integer(text: str, least: int) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value

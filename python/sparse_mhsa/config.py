@@ -1,0 +1,95 @@
+"""One way to turn whatever a user holds into an `AttentionConfig`."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from ._core import AttentionConfig, ConfigError
+
+MAX_CONFIG_BYTES = 64 * 1024
+"""Longest document that is read from disk; the parser refuses longer text as well."""
+
+ConfigLike: TypeAlias = AttentionConfig | Mapping[str, object] | Path | str
+"""What every ``config`` argument takes; OmegaConf nodes are accepted too."""
+
+
+def load_config(config: ConfigLike) -> AttentionConfig:
+    """Parse an attention configuration.
+
+    Args:
+        config: a path to a YAML file (`str` or `Path`), YAML or JSON text (a `str` with a line break or a
+            colon), a mapping, an OmegaConf node, or an `AttentionConfig`, which is returned as it is.
+
+    Returns:
+        The typed, range-checked configuration.
+
+    Raises:
+        ConfigError: the document cannot be honoured; the message names file, line and key.
+        FileNotFoundError: ``config`` names a file that does not exist.
+        TypeError: ``config`` is of none of these kinds, or a mapping holds something YAML cannot express.
+    """
+    if isinstance(config, AttentionConfig):
+        return config
+    omegaconf = sys.modules.get("omegaconf")
+    if omegaconf is not None and omegaconf.OmegaConf.is_config(config):
+        config = omegaconf.OmegaConf.to_container(config, resolve=True)
+    if isinstance(config, Mapping):
+        return AttentionConfig.parse(_mapping_text(config))
+    if isinstance(config, Path):
+        return _load_file(config)
+    if isinstance(config, str):
+        return _load_string(config)
+    raise TypeError(
+        "config: expected a path, YAML text, mapping, OmegaConf node or AttentionConfig, "
+        f"got {type(config).__name__}"
+    )
+
+
+def _mapping_text(config: Mapping[str, object]) -> str:
+    try:
+        return json.dumps(dict(config), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"config: the mapping cannot be written as YAML: {error}") from error
+
+
+def _load_string(config: str) -> AttentionConfig:
+    if "\n" in config:
+        return AttentionConfig.parse(config)
+    if _is_file(config) or config.endswith((".yaml", ".yml")):
+        return _load_file(Path(config))
+    if ":" in config:
+        return AttentionConfig.parse(config)
+    raise config_error(
+        f"config: {config!r} is neither an existing file nor YAML text; for a mask of that name write "
+        f"'mask: {config}'"
+    )
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # text too long for a file name, or with a null character in it
+        return False
+
+
+def _load_file(path: Path) -> AttentionConfig:
+    if not path.exists():
+        raise FileNotFoundError(f"config: no such file: '{path}'")
+    with path.open("rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise config_error(f"{path}: longer than the {MAX_CONFIG_BYTES} bytes a config may have", str(path))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise config_error(f"{path}: not UTF-8 text: {error}", str(path)) from error
+    return AttentionConfig.parse(text, source=str(path))
+
+
+def config_error(message: str, source: str | None = None) -> ConfigError:
+    """A `ConfigError` with the attributes that the parser's own have."""
+    error = ConfigError(message)
+    vars(error).update(source=source, line=None, key=None)
+    return error

@@ -1,0 +1,181 @@
+"""What attention costs: multiply-accumulates, GMACs, GFLOPs and pruning ratios.
+
+Counted are the two matrix products of attention, q k^T and p v, not the projections: ``2 * nnz * head_dim``
+multiply-accumulates per layer, summed over heads. A multiply-accumulate counts as one in GMACs and as two in
+GFLOPs; published tables that say "GFLOPs" often mean GMACs, so every number here names its unit.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+Unit: TypeAlias = Literal["GMACs", "GFLOPs"]
+_OPERATIONS_PER_MAC = {"GMACs": 1, "GFLOPs": 2}
+
+
+def attention_macs(nnz: int, head_dim: int, value_dim: int | None = None) -> int:
+    """Multiply-accumulates of q k^T and p v over ``nnz`` edges.
+
+    Args:
+        nnz: edges kept, summed over heads.
+        head_dim: D of queries and keys.
+        value_dim: Dv of values; default D.
+
+    Returns:
+        ``nnz * (D + Dv)``.
+    """
+    return nnz * (head_dim + (head_dim if value_dim is None else value_dim))
+
+
+def in_unit(macs: int, unit: Unit) -> float:
+    """Multiply-accumulates as GMACs or GFLOPs.
+
+    Raises:
+        ValueError: ``unit`` is neither.
+    """
+    if unit not in _OPERATIONS_PER_MAC:
+        raise ValueError(f"unit: expected 'GMACs' or 'GFLOPs', got {unit!r}")
+    return macs * _OPERATIONS_PER_MAC[unit] / 1e9
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Attention of one layer for one sample."""
+
+    name: str
+    mask: str
+    num_heads: int
+    num_tokens: int
+    num_prefix_tokens: int
+    head_dim: int
+    nnz: int
+    nnz_patches: int
+
+    @property
+    def dense_nnz(self) -> int:
+        """Edges without sparsity: H * N * N."""
+        return self.num_heads * self.num_tokens**2
+
+    @property
+    def dense_nnz_patches(self) -> int:
+        """Patch-to-patch edges without sparsity."""
+        return self.num_heads * (self.num_tokens - self.num_prefix_tokens) ** 2
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates over the edges kept."""
+        return attention_macs(self.nnz, self.head_dim)
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of dense attention."""
+        return attention_macs(self.dense_nnz, self.head_dim)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Attention of a whole model for one sample, layer by layer."""
+
+    layers: tuple[LayerCost, ...]
+
+    def sparse(self, unit: Unit = "GMACs") -> float:
+        """Cost over the edges kept."""
+        return in_unit(sum(layer.macs for layer in self.layers), unit)
+
+    def dense(self, unit: Unit = "GMACs") -> float:
+        """Cost of the same layers with dense attention."""
+        return in_unit(sum(layer.dense_macs for layer in self.layers), unit)
+
+    @property
+    def density(self) -> float:
+        """Share of all query-key pairs that is kept, prefix rows and columns included."""
+        return _ratio(sum(x.nnz for x in self.layers), sum(x.dense_nnz for x in self.layers))
+
+    @property
+    def pruning_ratio_patches(self) -> float:
+        """1 - density over the patch-to-patch entries, the convention of published tables."""
+        kept = sum(layer.nnz_patches for layer in self.layers)
+        return 1.0 - _ratio(kept, sum(layer.dense_nnz_patches for layer in self.layers))
+
+    @property
+    def pruning_ratio_whole(self) -> float:
+        """1 - density over the whole matrix."""
+        return 1.0 - self.density
+
+    def to_dict(self) -> dict[str, object]:
+        """Totals and layers as plain data."""
+        return {
+            "sparse_gmacs": self.sparse("GMACs"),
+            "sparse_gflops": self.sparse("GFLOPs"),
+            "dense_gmacs": self.dense("GMACs"),
+            "dense_gflops": self.dense("GFLOPs"),
+            "density": self.density,
+            "pruning_ratio_patches": self.pruning_ratio_patches,
+            "pruning_ratio_whole": self.pruning_ratio_whole,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "mask": layer.mask,
+                    "num_tokens": layer.num_tokens,
+                    "nnz": layer.nnz,
+                    "gmacs": in_unit(layer.macs, "GMACs"),
+                    "gflops": in_unit(layer.macs, "GFLOPs"),
+                    "dense_gmacs": in_unit(layer.dense_macs, "GMACs"),
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"attention: {self.sparse('GMACs'):.4g} GMACs = {self.sparse('GFLOPs'):.4g} GFLOPs "
+            f"(dense {self.dense('GMACs'):.4g} GMACs = {self.dense('GFLOPs'):.4g} GFLOPs), "
+            f"pruned {self.pruning_ratio_patches:.2%} patch-to-patch, "
+            f"{self.pruning_ratio_whole:.2%} of the whole matrix"
+        )
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
+    """Cost of every self-attention layer of a model, sparse layers by their masks and the others as dense.
+
+    Args:
+        model: any model whose attention an adapter knows.
+        num_tokens: N that reaches the layers, prefix tokens included.
+
+    Returns:
+        One entry per layer, in module order, and totals.
+
+    Raises:
+        ConfigError: a layer's mask cannot be built for ``num_tokens``.
+    """
+    from .adapters import find_attention
+
+    layers = []
+    for site in find_attention(model):
+        num_heads, head_dim = site.adapter.heads(site.module)
+        mask = None if site.layer_mask is None else site.layer_mask.at(num_tokens)
+        if mask is None:
+            prefix = site.num_prefix_tokens or 0
+            dense, patches = num_heads * num_tokens**2, num_heads * max(0, num_tokens - prefix) ** 2
+            layers.append(
+                LayerCost(site.name, "none", num_heads, num_tokens, prefix, head_dim, dense, patches)
+            )
+        else:
+            layers.append(
+                LayerCost(
+                    site.name,
+                    mask.config.mask,
+                    num_heads,
+                    num_tokens,
+                    mask.num_prefix_tokens,
+                    head_dim,
+                    mask.nnz,
+                    mask.nnz_patches,
+                )
+            )
+    return AttentionCost(tuple(layers))

@@ -1,0 +1,314 @@
+"""Sparse attention as a function, and the argument checks that every front end shares."""
+
+import functools
+import math
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from ._core import AttentionConfig
+from .edges import EdgeSource
+from .masks import LayerMask, Mask
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the edges of a mask: ``softmax(scale * q k^T + attn_mask) v``, kept entries only.
+
+    Polarity: as in `torch.nn.functional.scaled_dot_product_attention`, **True means keep** in ``attn_mask``
+    and in ``key_padding_mask``. (`torch.nn.MultiheadAttention`, and so `SparseMHSA.forward`, means the
+    opposite.) Both intersect with ``mask``: they can only remove edges.
+
+    A row left without a key gives 0, an lse of -inf and zero gradients, never NaN. Values at keys that no
+    query keeps are never read, so NaN there does no harm. Without anything masked and without gradients the
+    dense mask is handed to `scaled_dot_product_attention`, which computes the same.
+
+    Args:
+        q: (B, H, N, D) float32, float64, bfloat16 or float16, any strides.
+        k: (B, H or Hkv, S, D) with Hkv a divisor of H.
+        v: (B, H or Hkv, S, Dv).
+        mask: which keys each query keeps, for H heads and N tokens; None for all. Only the mask ``none`` may
+            be rectangular (N != S).
+        attn_mask: broadcastable to (B, H, N, S); bool (True = keep) or floating (added to the scaled scores).
+        key_padding_mask: (B, S) bool, True = keep.
+        dropout_p: probability that a weight is dropped. The draw comes from torch's default generator.
+        scale: factor of the scores; default is the mask's configured scale, else 1 / sqrt(D).
+        return_lse: also return the log of the sum of the exponentials of each row.
+
+    Returns:
+        out (B, H, N, Dv) in the dtype of q (under autocast, the autocast dtype), and with ``return_lse`` lse
+        (B, H, N), float64 for float64 inputs and float32 otherwise, without gradient.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value, or the mask is for other sizes.
+        RuntimeError: a row is empty and the mask's configuration says ``on_empty_row: error``.
+    """
+    check_qkv(q, k, v)
+    if mask is not None:
+        _check_mask(mask, q)
+    check_key_mask(key_padding_mask, q, k)
+    layer_mask = dense_mask(q.shape[1]) if mask is None else mask.layer_mask
+    out, lse = attend(
+        q,
+        k,
+        v,
+        layer_mask,
+        key_mask=key_padding_mask,
+        bias=additive_bias(attn_mask, q, k),
+        dropout_p=dropout_p,
+        scale=scale,
+        needs_lse=return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer_mask: LayerMask,
+    edges: EdgeSource | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: float | None = None,
+    needs_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `sparse_attention` and the modules share once shapes are checked.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, Hkv, S, D).
+        v: (B, Hkv, S, Dv).
+        layer_mask: which keys each query keeps, the scale, and what to do with empty rows.
+        edges: the edges where they are not simply those of ``layer_mask``.
+        key_mask: (B, S) bool, True = keep.
+        bias: four dimensions, broadcastable to (B, H, N, S), added to the scores.
+        dropout_p: probability that a weight is dropped.
+        seed: of the dropout; drawn here if None.
+        scale: factor of the scores; None for that of ``layer_mask``, else 1 / sqrt(D).
+        needs_lse: the caller reads ``lse``; without it, ``lse`` may be an empty tensor.
+
+    Returns:
+        out (B, H, N, Dv) and lse (B, H, N).
+
+    Raises:
+        ValueError: ``dropout_p`` is no probability, or the mask cannot be applied to N queries and S keys.
+        RuntimeError: a row is empty and ``on_empty_row`` is ``error``.
+    """
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    if edges is None:
+        check_square(layer_mask, q.shape[2], k.shape[2])
+    q, k, v = autocast(q, k, v)
+    scale = layer_mask.scale if scale is None else scale
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    unmasked = layer_mask.is_dense and edges is None and key_mask is None and bias is None and k.shape[2] > 0
+    if unmasked and dropout_p == 0.0 and not needs_lse and not ops.needs_autograd(q, k, v):
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped), q.new_empty(0)
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed()
+    edges = EdgeSource(layer_mask.spec, None, None) if edges is None else edges
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    out, lse = ops.attention(
+        q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale
+    )
+    if layer_mask.on_empty_row == "error":
+        _refuse_empty_rows(lse)
+    return out, lse
+
+
+def check_square(layer_mask: LayerMask, num_queries: int, num_keys: int) -> None:
+    """Raise a ValueError where a mask other than ``none`` meets different numbers of queries and keys."""
+    if num_queries != num_keys and not layer_mask.is_dense:
+        raise ValueError(
+            f"mask: `{layer_mask.name}` is square, but query has {num_queries} tokens and key has {num_keys};"
+            " only the mask `none` may be rectangular"
+        )
+
+
+def draw_seed() -> Tensor:
+    """A dropout seed from torch's default generator, which `torch.manual_seed` and checkpointing govern."""
+    return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def dense_mask(num_heads: int) -> LayerMask:
+    """The mask ``none``."""
+    return LayerMask(AttentionConfig.parse("mask: none"), num_heads)
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as `scaled_dot_product_attention` does under autocast: everything but float64."""
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    return q, k, v
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise a TypeError or ValueError that names the argument unless q, k and v fit together."""
+    for name, tensor in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name}: expected a dense tensor, got a nested one; pad it and pass key_padding_mask"
+            )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            "Expected query, key, and value to have the same dtype, but got "
+            f"query.dtype: {q.dtype} key.dtype: {k.dtype} and value.dtype: {v.dtype} instead."
+        )
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"query: expected one of {', '.join(map(str, _DTYPES))}, got {q.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            "Expected query, key, and value to have the same device type, but got "
+            f"query.device: {q.device} key.device: {k.device} and value.device: {v.device} instead."
+        )
+    if q.device.type not in ("cpu", "meta"):
+        raise ValueError(f"query: this version has kernels for CPU tensors only, got a tensor on {q.device}")
+    if q.dim() != 4:
+        raise ValueError(f"query: expected shape (B, H, N, D), got {tuple(q.shape)}")
+    batch, heads, _, dim = q.shape
+    if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, dim):
+        raise ValueError(f"key: expected shape ({batch}, H or Hkv, S, {dim}), got {tuple(k.shape)}")
+    if k.shape[1] != heads and (k.shape[1] == 0 or heads % k.shape[1]):
+        raise ValueError(
+            f"key: expected a number of heads that divides the {heads} of query, got {k.shape[1]}"
+        )
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"value: expected shape ({', '.join(map(str, k.shape[:3]))}, Dv), got {tuple(v.shape)}"
+        )
+
+
+def check_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Raise unless ``key_mask`` is None or a (B, S) bool tensor on the device of q."""
+    if key_mask is None:
+        return
+    _check_beside(key_mask, "key_padding_mask", q)
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask: expected dtype torch.bool (True = keep), got {key_mask.dtype}")
+    expected = (q.shape[0], k.shape[2])
+    if tuple(key_mask.shape) != expected:
+        raise ValueError(f"key_padding_mask: expected shape (B, S) = {expected}, got {tuple(key_mask.shape)}")
+
+
+def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A keep-mask or an additive mask as a four-dimensional additive one.
+
+    Args:
+        attn_mask: broadcastable to (B, H, N, S); bool (True = keep) or floating, or None.
+        q: (B, H, N, D).
+        k: (B, Hkv, S, D).
+
+    Returns:
+        (B or 1, H or 1, N or 1, S or 1) floating, -inf where a bool mask drops, or None.
+
+    Raises:
+        TypeError: ``attn_mask`` is neither bool nor floating.
+        ValueError: its shape does not broadcast, or it is on another device.
+    """
+    if attn_mask is None:
+        return None
+    _check_beside(attn_mask, "attn_mask", q)
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask: expected bool (True = keep) or a floating dtype, got {attn_mask.dtype}")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(shape) != 4 or any(side not in (1, whole) for side, whole in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"attn_mask: expected a shape that broadcasts to (B, H, N, S) = {full}, "
+            f"got {tuple(attn_mask.shape)}"
+        )
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(
+            ~attn_mask, -math.inf
+        )
+    return attn_mask.reshape(shape)
+
+
+def _check_beside(tensor: Tensor, name: str, q: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} like query, got {tensor.device}")
+
+
+def _check_mask(mask: Mask, q: Tensor) -> None:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask: expected a sparse_mhsa.Mask or None, got {type(mask).__name__}")
+    heads, queries = q.shape[1:3]
+    if mask.num_heads != heads:
+        raise ValueError(f"mask: expected {heads} heads like query, got a mask of {mask.num_heads} heads")
+    if mask.num_tokens != queries:
+        raise ValueError(
+            f"mask: expected {queries} tokens like query, got a mask of {mask.num_tokens} tokens"
+        )
+
+
+def _refuse_empty_rows(lse: Tensor) -> None:
+    empty = lse == -math.inf
+    if torch.compiler.is_compiling():
+        torch._assert_async(~empty.any(), "on_empty_row: error, and a query has no key left")
+        return
+    if empty.any():
+        batch, head, row = (int(index) for index in empty.nonzero()[0])
+        raise RuntimeError(
+            f"on_empty_row: error, and {int(empty.sum())} queries have no key left after mask, attn_mask and "
+            f"key_padding_mask; the first is query {row} of head {head} in sample {batch}"
+        )

@@ -1,0 +1,430 @@
+"""The operators of namespace ``sparse_mhsa`` and their derivatives.
+
+``torch.ops.sparse_mhsa.forward`` and ``backward`` take a mask as its canonical text, ``forward_edges`` and
+``backward_edges`` as edge tensors; both meet in the same kernels. The operators have no autograd of their
+own: the `torch.autograd.Function` classes below carry it, so that torch.func, torch.compile and double
+backward are all right. `attention` is the door to use from Python.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _core
+from .edges import EdgeAttention, EdgeSource
+
+_LIBRARY = torch.library.Library("sparse_mhsa", "DEF")  # type: ignore[no-untyped-call]
+# The kernels read any strides, so a compiler may keep whatever layout it has.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_QKV = "Tensor q, Tensor k, Tensor v"
+_OPTIONS = "Tensor? key_mask, Tensor? bias, Tensor? seed, float dropout_p, float scale"
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores are accumulated and ``lse`` is returned."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.lru_cache(maxsize=256)
+def has_background(spec: str | None) -> bool:
+    """True where visible keys that are no edge keep the logit 0 (``masked_logits: zero``)."""
+    return spec is not None and json.loads(spec).get("masked_logits") == "zero"
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _define_kernels() -> None:
+    for suffix, edges in (("", "str spec"), ("_edges", "Tensor row_ptr, Tensor col")):
+        forward, backward = f"forward{suffix}", f"backward{suffix}"
+        _LIBRARY.define(  # type: ignore[no-untyped-call]
+            f"{forward}({_QKV}, {edges}, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=_TAGS
+        )
+        _LIBRARY.define(  # type: ignore[no-untyped-call]
+            f"{backward}(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, {edges}, {_OPTIONS})"
+            " -> (Tensor dq, Tensor dk, Tensor dv)",
+            tags=_TAGS,
+        )
+        for name, fake in ((forward, _fake_forward), (backward, _fake_backward)):
+            _LIBRARY.impl(name, getattr(_core, name), "CPU")  # type: ignore[no-untyped-call]
+            torch.library.register_fake(f"sparse_mhsa::{name}", fake, lib=_LIBRARY)
+
+
+def _bias_gradient(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    spec: str | None,
+    row_ptr: Tensor | None,
+    col: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    source = EdgeSource(spec, row_ptr, col)
+    attention = EdgeAttention(q, k, lse, source, key_mask, seed, dropout_p, scale, has_background(spec))
+    return attention.bias_gradient(grad_out, q, k, v, bias).contiguous()
+
+
+def _fake_edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    edges = torch.library.get_ctx().new_dynamic_size()
+    row_ptr = torch.empty(json.loads(spec)["heads"], num_queries + 1, dtype=torch.int64)
+    return row_ptr, torch.empty(edges, dtype=torch.int64)
+
+
+def _fake_dropout_keep(
+    row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float
+) -> Tensor:
+    return col.new_empty(batch, col.shape[0], dtype=torch.float64)
+
+
+def _define_edge_lists() -> None:
+    """What `EdgeAttention` asks of the core: as operators, because plain calls fail inside torch.func transforms."""
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        "edge_index(str spec, SymInt num_queries, SymInt num_keys) -> (Tensor row_ptr, Tensor col)",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.dynamic_output_shape),
+    )
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        "dropout_keep(Tensor row_ptr, Tensor col, SymInt batch, int num_heads, Tensor seed, float dropout_p)"
+        " -> Tensor",
+        tags=_TAGS,
+    )
+    # Without tensor arguments there is no device to dispatch on.
+    _LIBRARY.impl("edge_index", _core.edge_index, "BackendSelect")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("dropout_keep", _core.dropout_keep, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("sparse_mhsa::edge_index", _fake_edge_index, lib=_LIBRARY)
+    torch.library.register_fake("sparse_mhsa::dropout_keep", _fake_dropout_keep, lib=_LIBRARY)
+
+
+def _define_bias_gradient() -> None:
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        f"bias_gradient(Tensor grad_out, {_QKV}, Tensor lse, str? spec, Tensor? row_ptr, Tensor? col,"
+        " Tensor? key_mask, Tensor bias, Tensor? seed, float dropout_p, float scale) -> Tensor",
+        tags=_TAGS,
+    )
+    _LIBRARY.impl("bias_gradient", _bias_gradient, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(
+        "sparse_mhsa::bias_gradient",
+        lambda grad_out, q, k, v, lse, spec, row_ptr, col, key_mask, bias, *_: bias.new_empty(bias.shape),
+        lib=_LIBRARY,
+    )
+
+
+_define_kernels()
+_define_edge_lists()
+_define_bias_gradient()
+_ops = torch.ops.sparse_mhsa
+
+_Shape: TypeAlias = Sequence[int]
+_Dims: TypeAlias = tuple[int | None, ...]
+_Inputs: TypeAlias = tuple[Any, ...]
+
+
+class _VmapInfo(Protocol):
+    batch_size: int
+
+
+class _Context(FunctionCtx):
+    """What the Functions keep between their two halves; a type only, torch makes the objects."""
+
+    spec: str | None
+    dropout_p: float
+    scale: float
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+class _Attention(torch.autograd.Function):
+    """``(q, k, v, *options) -> (out, lse)``; lse is not differentiable."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        row_ptr: Tensor | None,
+        col: Tensor | None,
+        spec: str | None,
+        dropout_p: float,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        options = (key_mask, bias, seed, dropout_p, scale)
+        result: tuple[Tensor, Tensor]
+        if spec is not None:
+            result = _ops.forward.default(q, k, v, spec, *options)
+        else:
+            result = _ops.forward_edges.default(q, k, v, row_ptr, col, *options)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: _Inputs, output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.spec, ctx.dropout_p, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: _Context, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, key_mask, bias, seed, row_ptr, col, out, lse = ctx.saved_tensors
+        wants_bias = ctx.needs_input_grad[4]
+        tensors = (grad_out, q, k, v, out, lse, key_mask, bias, seed, row_ptr, col)
+        dq, dk, dv, *dbias = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
+            *tensors, ctx.spec, ctx.dropout_p, ctx.scale, wants_bias
+        )
+        return dq, dk, dv, None, dbias[0] if wants_bias else None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: _VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        inputs: _Inputs = args
+        if not _folds(in_dims[5:8], dropout_p=inputs[9]):
+            return _one_by_one(_Attention, info.batch_size, in_dims, inputs)
+        batch = _batch_of(inputs[0], in_dims[0])
+        fold = functools.partial(_fold, size=info.batch_size, batch=batch)
+        folded = [fold(tensor, dim) for tensor, dim in zip(inputs[:5], in_dims[:5], strict=True)]
+        out, lse = _Attention.apply(*folded, *inputs[5:])  # type: ignore[no-untyped-call]
+        sizes = (info.batch_size, batch)
+        return (out.unflatten(0, sizes), lse.unflatten(0, sizes)), (0, 0)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """``(grad_out, q, k, v, out, lse, *options, wants_bias) -> (dq, dk, dv[, dbias])``.
+
+    Its derivative recomputes the first order from grad_out, q, k, v and bias; ``out`` and ``lse`` are
+    functions of those and count as constants.
+    """
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        key_mask: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        row_ptr: Tensor | None,
+        col: Tensor | None,
+        spec: str | None,
+        dropout_p: float,
+        scale: float,
+        wants_bias: bool,
+    ) -> tuple[Tensor, ...]:
+        saved, options = (grad_out, q, k, v, out, lse), (key_mask, bias, seed, dropout_p, scale)
+        grads: tuple[Tensor, ...]
+        if spec is not None:
+            grads = _ops.backward.default(*saved, spec, *options)
+        else:
+            grads = _ops.backward_edges.default(*saved, row_ptr, col, *options)
+        if not wants_bias:
+            return grads
+        return *grads, _ops.bias_gradient.default(grad_out, q, k, v, lse, spec, row_ptr, col, *options)
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: _Inputs, output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.spec, ctx.dropout_p, ctx.scale, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: _Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, q, k, v, _, lse, key_mask, bias, seed, row_ptr, col = ctx.saved_tensors
+        edges = EdgeSource(ctx.spec, row_ptr, col)
+        attention = EdgeAttention(
+            q, k, lse, edges, key_mask, seed, ctx.dropout_p, ctx.scale, has_background(ctx.spec)
+        )
+        grads = attention.second_order(cotangents, grad_out, q, k, v, bias)
+        return *grads[:4], None, None, None, grads[4], None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: _VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        inputs: _Inputs = args
+        if not _folds(in_dims[8:11], dropout_p=inputs[12]):
+            return _one_by_one(_AttentionBackward, info.batch_size, in_dims, inputs)
+        batch = _batch_of(inputs[1], in_dims[1])
+        fold = functools.partial(_fold, size=info.batch_size, batch=batch)
+        folded = [fold(tensor, dim) for tensor, dim in zip(inputs[:8], in_dims[:8], strict=True)]
+        grads = _AttentionBackward.apply(*folded, *inputs[8:])  # type: ignore[no-untyped-call]
+        whole = [grad.unflatten(0, (info.batch_size, batch)) for grad in grads]
+        if inputs[14] and _batch_of(inputs[7], in_dims[7]) == 1:
+            whole[3] = whole[3].sum(1, keepdim=True)
+        return tuple(whole), (0,) * len(whole)
+
+
+def _folds(in_dims: _Dims, dropout_p: float) -> bool:
+    """Whether a vmapped call is one call with a larger batch.
+
+    Not with dropout, whose draws depend on the place in the batch, nor where the edges are mapped over.
+    """
+    return dropout_p == 0.0 and all(dim is None for dim in in_dims)
+
+
+def _batch_of(tensor: Tensor, dim: int | None) -> int:
+    return tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """(B or 1, ...) mapped over ``dim`` (or not mapped) as (size * B, ...)."""
+    if tensor is None:
+        return None
+    mapped = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+    return mapped.expand(size, batch, *mapped.shape[2:]).flatten(0, 1)
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function], size: int, in_dims: _Dims, args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    samples = [
+        function.apply(  # type: ignore[no-untyped-call]
+            *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of some kind may be asked of a call with these inputs."""
+    return (
+        (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors))
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edges: EdgeSource,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + bias)`` over the edges, times v; the operators with their derivatives.
+
+    Args:
+        q: (B, H, N, D), any strides.
+        k: (B, Hkv, S, D), Hkv a divisor of H.
+        v: (B, Hkv, S, Dv).
+        edges: the mask.
+        key_mask: (B, S) bool, True = keep.
+        bias: (B or 1, H or 1, N or 1, S or 1) in the dtype of q; an edge with bias -inf is not kept.
+        seed: int64 scalar, needed with dropout.
+        dropout_p: probability that a weight is dropped.
+        scale: factor of the scores.
+
+    Returns:
+        out (B, H, N, Dv) and lse (B, H, N), float64 for float64 inputs and float32 otherwise; lse carries no
+        gradient. A row without a key gives 0 and -inf.
+    """
+    spec, row_ptr, col = edges
+    if needs_autograd(q, k, v, bias):
+        if torch.compiler.is_compiling():
+            # Dynamo takes an input of torch.func.grad for a constant, and its gradient for zero, until an
+            # operator has touched it.
+            q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)
+            bias = None if bias is None else bias.view_as(bias)
+        result: tuple[Tensor, Tensor] = _Attention.apply(  # type: ignore[no-untyped-call]
+            q, k, v, key_mask, bias, seed, row_ptr, col, spec, dropout_p, scale
+        )
+        return result
+    return _Attention.forward(q, k, v, key_mask, bias, seed, row_ptr, col, spec, dropout_p, scale)
+
+
+# FLOP formulas: a multiply-accumulate counts as two. The forward pass multiplies q.k and p.v, the backward
+# pass q.k once more, dv, grad.v, dq and dk.
+
+
+def _edges_of_spec(q: _Shape, k: _Shape, spec: str) -> int:
+    batch, num_heads, num_queries = q[:3]
+    if num_queries != k[2]:  # only the dense mask may be rectangular
+        return batch * num_heads * num_queries * k[2]
+    return batch * sum(_core.Edges.from_spec(spec, num_queries).nnz())
+
+
+def _edges_of_lists(q: _Shape, row_ptr: _Shape, col: _Shape) -> int:
+    return col[0] * (q[0] * q[1] // row_ptr[0])
+
+
+@register_flop_formula(_ops.forward)
+def _(q: _Shape, k: _Shape, v: _Shape, spec: str, *_: object, **__: object) -> int:
+    return 2 * _edges_of_spec(q, k, spec) * (q[3] + v[3])
+
+
+@register_flop_formula(_ops.forward_edges)
+def _(q: _Shape, k: _Shape, v: _Shape, row_ptr: _Shape, col: _Shape, *_: object, **__: object) -> int:
+    return 2 * _edges_of_lists(q, row_ptr, col) * (q[3] + v[3])
+
+
+@register_flop_formula(_ops.backward)
+def _(
+    grad: _Shape,
+    q: _Shape,
+    k: _Shape,
+    v: _Shape,
+    out: _Shape,
+    lse: _Shape,
+    spec: str,
+    *_: object,
+    **__: object,
+) -> int:
+    return 2 * _edges_of_spec(q, k, spec) * (3 * q[3] + 2 * v[3])
+
+
+@register_flop_formula(_ops.backward_edges)
+def _(
+    grad: _Shape,
+    q: _Shape,
+    k: _Shape,
+    v: _Shape,
+    out: _Shape,
+    lse: _Shape,
+    row_ptr: _Shape,
+    col: _Shape,
+    *_: object,
+    **__: object,
+) -> int:
+    return 2 * _edges_of_lists(q, row_ptr, col) * (3 * q[3] + 2 * v[3])
+
+
+@register_flop_formula(_ops.bias_gradient)
+def _(
+    grad: _Shape,
+    q: _Shape,
+    k: _Shape,
+    v: _Shape,
+    lse: _Shape,
+    spec: str | None,
+    row_ptr: _Shape,
+    col: _Shape,
+    *_: object,
+    **__: object,
+) -> int:
+    edges = _edges_of_lists(q, row_ptr, col) if spec is None else _edges_of_spec(q, k, spec)
+    return 2 * edges * (q[3] + v[3])

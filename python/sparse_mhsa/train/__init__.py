@@ -1,0 +1,33 @@
+"""Training: what the `sparse-mhsa finetune` and `sparse-mhsa demo` commands run.
+
+Nothing here is needed to use sparse attention; it needs the packages of ``pip install sparse_mhsa[train]``.
+"""
+
+from importlib.util import find_spec
+
+__all__ = ["TrainingError", "UsageError", "require_packages"]
+
+
+class UsageError(ValueError):
+    """An option, a path, a data set or a checkpoint that cannot be used as given."""
+
+
+class TrainingError(RuntimeError):
+    """A run that started well and cannot go on."""
+
+
+def require_packages(*names: str) -> None:
+    """Refuse to start without the optional packages that a command needs.
+
+    Args:
+        names: import names of the packages.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} is not installed; install what training needs with: "
+            "pip install 'sparse_mhsa[train]'"
+        )

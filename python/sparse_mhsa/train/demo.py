@@ -1,0 +1,267 @@
+"""``sparse-mhsa demo``: the same model trained dense and sparse, and a report that compares the two."""
+
+import datetime
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import Mask, __version__, load_config, sparse_attention
+from ..adapters import find_attention
+from ..flops import attention_cost
+from . import UsageError, require_packages
+
+require_packages("matplotlib")
+
+from . import figures  # noqa: E402
+from .finetune import Run, attention_text, finetune  # noqa: E402
+from .models import num_tokens  # noqa: E402
+from .options import FinetuneOptions, TrainOptions  # noqa: E402
+from .report import SCHEMA, write_report  # noqa: E402
+from .timing import compare  # noqa: E402
+
+logger = logging.getLogger("sparse_mhsa")
+
+NOT_RECIPE = ("attn_cfg", "data_path", "finetune", "output_dir", "progress")
+"""Options that the report does not list: paths, and what has no effect on the result."""
+
+
+def demo(options: TrainOptions) -> Path:
+    """Train twice, measure, and write ``report.html`` and ``report.json`` into ``options.output_dir``.
+
+    Args:
+        options: the recipe of both runs; ``attn_cfg`` is the attention of the sparse one.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        UsageError: an option cannot be used as given.
+        ConfigError: the attention configuration cannot be honoured.
+    """
+    # Read before the dense run, whose minutes a mistake in the configuration should not cost.
+    if attention_text(options) is None:
+        raise UsageError("--attn-cfg: expected the attention configuration of the sparse run, got none")
+    runs = {
+        "dense": finetune(_run_options(options, "dense", None)),
+        "sparse": finetune(_run_options(options, "sparse", options.attn_cfg)),
+    }
+    logger.info("measuring attention, the two runs taking turns")
+    masks = layer_masks(runs["sparse"].model)
+    report = assemble(runs, masks)
+    page = write_report(report, draw(runs, masks, report), options.output_dir)
+    logger.info("report: %s", page)
+    return page
+
+
+def layer_masks(model: nn.Module) -> list[Mask]:
+    """The mask of every attention layer, as the model uses it; a layer left dense keeps everything."""
+    tokens = num_tokens(model)
+    masks = []
+    for site in find_attention(model):
+        dense = {"mask": "none", "num_prefix_tokens": site.num_prefix_tokens}
+        if site.layer_mask is None:
+            masks.append(Mask.from_config(dense, tokens, site.num_heads))
+        else:
+            masks.append(site.layer_mask.at(tokens))
+    return masks
+
+
+def assemble(runs: Mapping[str, Run], masks: Sequence[Mask]) -> dict[str, Any]:
+    """The data of the report; the module `report` documents its schema."""
+    sparse = runs["sparse"]
+    options, data = sparse.options, sparse.data
+    model: Any = sparse.model
+    site = find_attention(model)[0]
+    num_heads, head_dim = site.adapter.heads(site.module)
+    train_images, test_images = data.sizes
+    return {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["sparse-mhsa", *sys.argv[1:]]),
+        "environment": environment(),
+        "data": {
+            "name": options.dataset,
+            "train_images": train_images,
+            "test_images": test_images,
+            "classes": data.num_classes,
+            "image_size": data.input_size,
+            "patch_size": model.patch_embed.patch_size[0],
+            "tokens": num_tokens(model),
+            "prefix_tokens": model.num_prefix_tokens,
+        },
+        "model": {
+            "name": options.model,
+            "layers": len(masks),
+            "heads": num_heads,
+            "head_dim": head_dim,
+        },
+        "recipe": {name: value for name, value in options.as_dict().items() if name not in NOT_RECIPE},
+        "runs": {name: run_record(run) for name, run in runs.items()},
+        "attention_timing": time_attention({name: run.model for name, run in runs.items()}, masks, options),
+        "masks": [mask_record(index, mask) for index, mask in enumerate(masks)],
+    }
+
+
+def run_record(run: Run) -> dict[str, Any]:
+    """What the report says about one run."""
+    cost = attention_cost(run.model, num_tokens(run.model))
+    history = run.trainer.history
+    return {
+        "title": "dense" if run.attention is None else load_config(run.attention).mask,
+        "attention_config": run.attention,
+        "parameters": run.trainer.num_parameters,
+        "epochs": history,
+        "test_acc1_last": history[-1]["test_acc1"],
+        "test_acc1_best": run.trainer.best_acc1,
+        "attention_cost": {
+            "edges": sum(layer.nnz for layer in cost.layers),
+            "gmacs": cost.sparse("GMACs"),
+            "gflops": cost.sparse("GFLOPs"),
+            "pruning_ratio_patches": cost.pruning_ratio_patches,
+            "pruning_ratio_whole": cost.pruning_ratio_whole,
+        },
+        "step_time": history[-1]["step_time"],
+        "attention_time": history[-1]["attention_time"],
+        "train_time": sum(entry["train_time"] for entry in history),
+    }
+
+
+def mask_record(layer: int, mask: Mask) -> dict[str, Any]:
+    """What the report says about the mask of one layer."""
+    return {"layer": layer, "pruning_ratio_patches": mask.pruning_ratio, "edges": mask.nnz_per_head}
+
+
+def time_attention(
+    models: Mapping[str, nn.Module], masks: Sequence[Mask], options: TrainOptions
+) -> dict[str, Any]:
+    """Forward and backward of every attention layer at the run's true shape, the models taking turns.
+
+    ``layer`` runs the trained models' attention modules, projections included; ``core`` only what lies
+    between the projections: scaled_dot_product_attention against `sparse_attention` with each layer's mask.
+    """
+    device = torch.device(options.device)
+    generator = torch.Generator().manual_seed(options.seed)
+    sites = {name: find_attention(model) for name, model in models.items()}
+    first, tokens = sites["dense"][0], num_tokens(models["dense"])
+    heads, head_dim = first.adapter.heads(first.module)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(options.batch_size, *shape, generator=generator).to(device).requires_grad_()
+
+    x = random(tokens, heads * head_dim)
+    q, k, v = (random(heads, tokens, head_dim) for _ in range(3))
+
+    def layers(name: str) -> Callable[[], None]:
+        def run() -> None:
+            for site in sites[name]:
+                _differentiate(site.module(x), [x, *site.module.parameters()])
+
+        return run
+
+    def dense_core() -> None:
+        for _ in masks:
+            _differentiate(F.scaled_dot_product_attention(q, k, v), [q, k, v])
+
+    def sparse_core() -> None:
+        for mask in masks:
+            _differentiate(sparse_attention(q, k, v, mask), [q, k, v])
+
+    timings = {
+        "layer": compare({name: layers(name) for name in models}, device),
+        "core": compare({"dense": dense_core, "sparse": sparse_core}, device),
+    }
+    return {
+        "batch_size": options.batch_size,
+        **{
+            kind: {name: asdict(timing) for name, timing in by_run.items()}
+            for kind, by_run in timings.items()
+        },
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    import timm
+
+    return {
+        "sparse_mhsa": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "machine": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, Any]) -> dict[str, str]:
+    """The pictures of the report."""
+    data = runs["sparse"].data
+    # The first test image of every class: chosen by nobody.
+    firsts: dict[int, Tensor] = {}
+    for image, label in data.test:  # type: ignore[attr-defined]  # torch's Dataset declares no __iter__
+        firsts.setdefault(int(label), image)
+        if len(firsts) == data.num_classes:
+            break
+    labels = sorted(firsts)
+    batch = torch.stack([firsts[label] for label in labels])
+    guesses = {report["runs"][name]["title"]: _classify(run, batch) for name, run in runs.items()}
+    pictures = [_pixels(image, data.mean, data.std) for image in batch]
+    model: Any = runs["sparse"].model
+    rows, columns = model.patch_embed.grid_size
+    return {
+        "curves": figures.training_curves(report["runs"]),
+        "predictions": figures.predictions(pictures, [data.class_names[label] for label in labels], guesses),
+        "masks": figures.mask_grid(masks),
+        "visible": figures.visible_patches(
+            pictures[len(pictures) // 2],
+            masks[0].to_dense().numpy(),
+            (rows // 2, columns // 2),
+            report["data"]["patch_size"],
+            report["data"]["prefix_tokens"],
+        ),
+    }
+
+
+def _run_options(options: TrainOptions, name: str, attn_cfg: Path | None) -> FinetuneOptions:
+    own = {"attn_cfg": attn_cfg, "output_dir": options.output_dir / name}
+    return FinetuneOptions(**{**asdict(options), **own})
+
+
+def _differentiate(output: Tensor, inputs: list[Tensor]) -> None:
+    torch.autograd.grad(output, inputs, output.detach())
+
+
+@torch.no_grad()
+def _classify(run: Run, images: Tensor) -> list[str]:
+    run.model.eval()
+    logits = run.model(images.to(run.trainer.device))
+    # With --nb-classes there may be outputs that no class of the data uses.
+    return [run.data.class_names[index] for index in logits[:, : run.data.num_classes].argmax(dim=1).tolist()]
+
+
+def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """(C, H, W) normalised -> (H, W) or (H, W, 3) in [0, 1]."""
+    restored = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return restored.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy().astype(np.float32)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,168 @@
+"""The pictures of a report, as text for an HTML page: inline SVG for curves, PNG data for images."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ..masks import Mask
+
+COLOURS = {"dense": "#8a94a6", "sparse": "#0b7a75"}
+"""One colour per run, everywhere in the report."""
+INK, FRAME, MARK = "#1d2433", "#c5cad3", "#e4572e"
+
+
+def training_curves(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Test accuracy and training loss per epoch, one line per run.
+
+    Args:
+        runs: by name: ``title`` and ``epochs`` (the run's log).
+    """
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    for name, run in runs.items():
+        epochs = [entry["epoch"] + 1 for entry in run["epochs"]]
+        look = {"color": COLOURS[name], "marker": "o", "markersize": 4, "linewidth": 2, "label": run["title"]}
+        accuracy.plot(epochs, [entry["test_acc1"] for entry in run["epochs"]], **look)
+        loss.plot(epochs, [entry["train_loss"] for entry in run["epochs"]], **look)
+    accuracy.set_ylim(0, 100)
+    loss.set_ylim(bottom=0)
+    for axes, title in ((accuracy, "Test top-1 (%)"), (loss, "Training loss")):
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color="#e9ecf1")
+        axes.tick_params(color=FRAME)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(FRAME)
+    accuracy.legend(frameon=False, loc="lower right")
+    return _svg(figure)
+
+
+def mask_grid(masks: Sequence["Mask"]) -> str:
+    """Every head (column) of every layer (row); a point is a query (row) that attends to a key (column).
+
+    Args:
+        masks: one per layer.
+    """
+    layers, heads = len(masks), masks[0].num_heads
+    figure = Figure(figsize=(2.1 * heads, 2.25 * layers), layout="constrained")
+    for layer, row in enumerate(figure.subplots(layers, heads, squeeze=False)):
+        kept = masks[layer].nnz_per_head
+        for head, axes in enumerate(row):
+            masks[layer].plot(heads=[head], ax=axes)
+            share = kept[head] / masks[layer].num_tokens ** 2
+            _label(axes, f"layer {layer}, head {head}: {100 * share:.1f} %")
+    return _png(figure)
+
+
+def visible_patches(
+    image: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    patch: tuple[int, int],
+    patch_size: int,
+    num_prefix: int,
+) -> str:
+    """What one patch sees: the image, and per head the image with what it does not attend to tinted.
+
+    Args:
+        image: (H, W) or (H, W, 3), values in [0, 1].
+        mask: (heads, N, N) of one layer, True = keep; patches are in row-major order.
+        patch: row and column of the query on the patch grid.
+        patch_size: pixels per patch side.
+        num_prefix: tokens before the first patch.
+    """
+    rows, columns = (side // patch_size for side in image.shape[:2])
+    query = num_prefix + patch[0] * columns + patch[1]
+    figure = Figure(figsize=(1.75 * (len(mask) + 2), 2.0), layout="constrained")
+    first, *others = figure.subplots(1, len(mask) + 2)
+    _picture(first, image)
+    _label(first, "the image")
+    views = [*mask[:, query, num_prefix:], mask[:, query, num_prefix:].any(axis=0)]
+    for index, (axes, seen) in enumerate(zip(others, views, strict=True)):
+        seen_pixels = seen.reshape(rows, columns).repeat(patch_size, axis=0).repeat(patch_size, axis=1)
+        _picture(axes, image, shade=~seen_pixels)
+        name = f"head {index}" if index < len(mask) else "all heads"
+        _label(axes, f"{name}: {int(seen.sum())} patches")
+    for axes in (first, *others):
+        corner = (patch[1] * patch_size - 0.5, patch[0] * patch_size - 0.5)
+        axes.add_patch(Rectangle(corner, patch_size, patch_size, fill=False, edgecolor=MARK, linewidth=1.6))
+    return _png(figure)
+
+
+def predictions(
+    images: Sequence[NDArray[np.float32]], labels: Sequence[str], guesses: Mapping[str, Sequence[str]]
+) -> str:
+    """Test images with what each run says; mistakes are red.
+
+    Args:
+        images: (H, W) or (H, W, 3) each, values in [0, 1].
+        labels: the true class of each.
+        guesses: by run title: the predicted class of each.
+    """
+    figure = Figure(figsize=(1.05 * len(images), 1.3 + 0.2 * len(guesses)), layout="constrained")
+    for index, axes in enumerate(figure.subplots(1, len(images), squeeze=False)[0]):
+        _picture(axes, images[index])
+        _label(axes, f"is {labels[index]}")
+        for line, (title, guess) in enumerate(guesses.items()):
+            wrong = guess[index] != labels[index]
+            axes.text(
+                0.5,
+                -0.08 - 0.2 * line,
+                f"{title}: {guess[index]}",
+                transform=axes.transAxes,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=MARK if wrong else INK,
+                weight="bold" if wrong else "normal",
+            )
+    return _png(figure)
+
+
+def _picture(axes: Axes, image: NDArray[np.float32], shade: NDArray[np.bool_] | None = None) -> None:
+    grey = image.ndim == 2
+    # Inverted for grey images (dark strokes on white), so that what is hidden can be tinted.
+    pixels = np.repeat(1 - image[..., None], 3, axis=-1) if grey else image
+    if shade is not None:
+        tint = np.array([0.80, 0.84, 0.88], dtype=np.float32)
+        pixels = np.where(shade[..., None], 0.25 * pixels + 0.75 * tint, pixels)
+    axes.imshow(pixels.clip(0, 1), interpolation="nearest")
+
+
+def _label(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=8, color=INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(FRAME)
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="" src="data:image/png;base64,{data}">'
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparse_mhsa"}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,114 @@
+"""Pictures of masks, made from at most a few hundred pixels a side and never from an N x N matrix."""
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .masks import Mask
+
+MAX_PIXELS = 512
+"""Longest side of the picture of one head."""
+_GAMMA = 0.5
+"""Exponent that keeps a few edges in a large cell visible."""
+
+
+def plot(
+    mask: "Mask", heads: Sequence[int] | None = None, ax: "Axes | None" = None, size: int = MAX_PIXELS
+) -> "list[Axes]":
+    """Draw heads of a mask, dark where edges are kept, queries downwards and keys to the right.
+
+    Args:
+        mask: what to draw.
+        heads: which heads; default is all of them.
+        ax: where to draw; needs exactly one head. Default is a new figure with one plot per head.
+        size: longest side in pixels of one head, at most 512.
+
+    Returns:
+        The axes, one per head.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``heads`` is empty or names a head the mask does not have, or ``ax`` is given with
+            several.
+    """
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install sparse_mhsa[plot]") from error
+
+    chosen = list(range(mask.num_heads)) if heads is None else list(heads)
+    if not chosen or any(not 0 <= head < mask.num_heads for head in chosen):
+        raise ValueError(f"heads: expected numbers from 0 to {mask.num_heads - 1}, got {chosen}")
+    if ax is not None:
+        if len(chosen) != 1:
+            raise ValueError(f"heads: expected one head to draw on `ax`, got {len(chosen)}")
+        axes = [ax]
+    else:
+        columns = min(4, len(chosen))
+        rows = math.ceil(len(chosen) / columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(2.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
+        )
+        figure.suptitle(f"{mask.config.mask}, {mask.num_tokens} tokens, density {mask.density:.2%}")
+        axes = list(grid.flat)[: len(chosen)]
+        for unused in list(grid.flat)[len(chosen) :]:
+            unused.set_axis_off()
+    entries = max(1, mask.num_tokens**2)
+    nnz = mask.nnz_per_head
+    for head, place in zip(chosen, axes, strict=True):
+        image = mask.density_image(head, min(size, MAX_PIXELS))
+        extent = (-0.5, mask.num_tokens - 0.5, mask.num_tokens - 0.5, -0.5)
+        place.imshow(image**_GAMMA, cmap="Greys", vmin=0.0, vmax=1.0, extent=extent, interpolation="nearest")
+        place.set_title(f"head {head}, density {nnz[head] / entries:.2%}", fontsize="small")
+        place.tick_params(labelsize="x-small")
+    return axes
+
+
+def png(mask: "Mask", max_heads: int = 64) -> bytes:
+    """All heads of a mask as one PNG, dark where edges are kept, without matplotlib.
+
+    Args:
+        mask: what to draw.
+        max_heads: heads after these are left out.
+
+    Returns:
+        The encoded picture, 8-bit grey.
+    """
+    shown = min(mask.num_heads, max_heads)
+    columns = min(6, shown)
+    tile = 128
+    gap = 4
+    rows = math.ceil(shown / columns)
+    canvas = np.full((rows * (tile + gap) + gap, columns * (tile + gap) + gap), 214, dtype=np.uint8)
+    for head in range(shown):
+        top, left = (gap + place * (tile + gap) for place in divmod(head, columns))
+        image = mask.density_image(head, tile)
+        pixels = np.arange(tile) * len(image) // tile
+        grey = 255.0 * (1.0 - image[np.ix_(pixels, pixels)] ** _GAMMA)
+        canvas[top : top + tile, left : left + tile] = np.round(grey).astype(np.uint8)
+    return _encode_png(canvas)
+
+
+def _encode_png(grey: NDArray[np.uint8]) -> bytes:
+    height, width = grey.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    lines = np.concatenate([np.zeros((height, 1), dtype=np.uint8), grey], axis=1)  # filter type 0 before each
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9))
+        + chunk(b"IEND", b"")
+    )

@@ -1,0 +1,293 @@
+"""The `sparse-mhsa` command: what it prints, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparse_mhsa import Mask
+from sparse_mhsa.cli import hyphenate, main
+
+CONFIG = "attention:\n  mask: local\n  mask_kwargs:\n    window: 2\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The runs are tiny: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def local(tmp_path):
+    path = tmp_path / "local.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Calls the command with words, then with arguments that stay whole: exit code, stdout, stderr."""
+
+    def call(words, *arguments):
+        code = main([*words.split(), *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def one_line_error(code, err):
+    return code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+# Bad usage.
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "COMMAND"),
+        ("train", "invalid choice: 'train'"),
+        ("finetune --epoch 3", "unrecognized arguments: --epoch 3"),
+        ("finetune --epochs three", "--epochs: invalid int value: 'three'"),
+        ("finetune --dataset cifar", "--dataset: invalid choice: 'cifar'"),
+        ("finetune --batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("finetune --dataset imagefolder", "--dataset imagefolder needs --data-path"),
+        ("finetune --dataset imagefolder --data-path nowhere", "no such folder: 'nowhere'"),
+        ("finetune --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
+        ("finetune --dataset digits --resume nowhere.pth", "no such file: 'nowhere.pth'"),
+        ("demo --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
+        ("masks nowhere.yaml --tokens 9 --heads 2", "no such file: 'nowhere.yaml'"),
+        ("masks x.yaml --tokens 0 --heads 2", "--tokens: must be at least 1, got 0"),
+        ("masks x.yaml --heads 2", "required: --tokens"),
+        ("config check", "required: FILE"),
+    ],
+)
+def test_bad_usage_is_one_line_on_stderr_and_exit_code_2(run, words, message):
+    code, _, err = run(words)
+    assert one_line_error(code, err)
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            "attention:\n  mask: fibotention\n",
+            2,
+            "attention.mask: unknown mask `fibotention`: did you mean `fibottention`?",
+        ),
+        (
+            "mask: local\nmask_kwargs:\n  windw: 3\n",
+            3,
+            "mask_kwargs.windw: unknown key `windw`: did you mean `window`?",
+        ),
+        ("mask: local\nmask_kwargs:\n  window: wide\n", 3, "mask_kwargs.window"),
+        ("mask: [\n", 2, ""),
+    ],
+    ids=["unknown mask", "unknown key", "wrong type", "not YAML"],
+)
+@pytest.mark.parametrize(
+    "command", ["config check", "masks --tokens 9 --heads 2", "finetune --attn-cfg", "demo --attn-cfg"]
+)
+def test_a_bad_configuration_is_named_by_file_line_and_key_before_anything_runs(
+    run, tmp_path, command, text, line, message
+):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    code, out, err = run(command, path)
+    assert one_line_error(code, err)
+    assert f"bad.yaml:{line}:" in err
+    assert message in err
+    assert out == ""
+
+
+def test_a_missing_package_is_named_with_what_installs_it(run, monkeypatch):
+    from sparse_mhsa import train
+
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    code, _, err = run("finetune")
+    assert one_line_error(code, err)
+    assert "mlxtend is not installed" in err
+    assert "pip install 'sparse_mhsa[train]'" in err
+
+
+def test_ctrl_c_exits_with_130_and_without_a_traceback(run, monkeypatch, local):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mask, "from_config", interrupt)
+    code, _, err = run("masks --tokens 9 --heads 2", local)
+    assert (code, err) == (130, "interrupted\n")
+
+
+# Options.
+
+
+def test_underscores_and_hyphens_name_the_same_option_and_values_keep_theirs():
+    given = ["finetune", "--output_dir=runs/my_run", "--batch_size", "snake_case", "--", "--a_b"]
+    assert hyphenate(given) == [
+        "finetune", "--output-dir=runs/my_run", "--batch-size", "snake_case", "--", "--a_b"
+    ]  # fmt: skip
+
+
+def test_every_option_is_documented(run):
+    for command in ("finetune", "demo", "masks"):
+        code, out, _ = run(f"{command} --help")
+        assert code == 0
+        assert "--help" in out
+    code, out, _ = run("finetune --help")
+    names = """dataset attn-cfg data-path model nb-classes epochs batch-size blr weight-decay warmup-epochs
+        seed output-dir resume eval"""
+    for name in names.split():
+        assert f"--{name}" in out
+
+
+def test_help_does_not_load_the_training_libraries():
+    code = """
+import sys
+from sparse_mhsa.cli import main
+assert main(["finetune", "--help"]) == 0
+loaded = {"timm", "torchvision", "matplotlib", "sklearn", "mlxtend"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_module_is_the_command(local):
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_mhsa", "config", "check", str(local)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{local}: ok\n", "")
+
+
+# masks and config.
+
+
+def test_masks_counts_what_the_mask_holds(run, local):
+    """A window of 2 over 9 tokens: 3 + 4 + 5 * 5 + 4 + 3 = 39 of 81 entries."""
+    code, out, _ = run("masks --tokens 9 --heads 2", local)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    percent = "48.15%"
+    assert ["0", "39", percent, "51.85%", "3", "5"] in rows
+    assert ["1", "39", percent, "51.85%", "3", "5"] in rows
+    assert ["all", "78", percent, "51.85%"] in rows
+
+
+def test_masks_follows_layer_and_grid(run, tmp_path):
+    path = tmp_path / "fibottention.yaml"
+    path.write_text("mask: fibottention\n")
+    tables = []
+    for layer in (0, 1):
+        code, out, _ = run(f"masks --tokens 50 --heads 4 --layer {layer}", path)
+        assert code == 0
+        mask = Mask.from_config(path, 50, 4, layer=layer)
+        table = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+        assert [int(row[1]) for row in table] == mask.nnz_per_head
+        for head, row in enumerate(table):
+            degrees = mask.to_dense()[head].sum(dim=1)
+            assert (int(row[4]), int(row[5])) == (degrees.min(), degrees.max())
+        tables.append(table)
+    assert tables[0] != tables[1]  # the heads are shuffled by layer
+
+
+def test_masks_draws_every_head(run, local, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "masks.png"
+    code, out, _ = run("masks --tokens 9 --heads 2", local, "--plot", picture)
+    assert code == 0
+    assert str(picture) in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = run("masks --tokens 9 --heads 2", local, "--plot", tmp_path / "masks.xyz")
+    assert one_line_error(code, err)
+    assert "--plot" in err
+
+
+def test_config_check_goes_on_after_a_bad_file(run, local, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("mask: nothing\n")
+    code, out, err = run("config check", bad, local)
+    assert code == 2
+    assert out == f"{local}: ok\n"
+    assert "bad.yaml:1:" in err
+
+
+# The commands that train.
+
+
+def test_finetune_prints_what_it_did_and_evaluates_its_checkpoint(run, local, tmp_path):
+    pytest.importorskip("timm")
+    recipe = "finetune --dataset digits --patch_size 2 --batch_size 256 --epochs 1"
+    given = ("--attn_cfg", local, "--output_dir", tmp_path)
+    code, out, err = run(recipe, *given)
+    assert (code, err) == (0, "")
+    assert "epoch 1/1" in out
+    assert "17 tokens" in out
+    code, out, _ = run(recipe, *given, "--eval", "--resume", tmp_path / "checkpoint-last.pth")
+    assert code == 0
+    last = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
+    assert f'"test_acc1": {last["test_acc1"]}' in out
+
+
+def test_a_run_that_breaks_down_is_not_bad_usage(run, tmp_path):
+    pytest.importorskip("timm")
+    recipe = "finetune --dataset digits --patch-size 4 --lr 1e30 --epochs 1 --warmup-epochs 0"
+    code, _, err = run(recipe, "--output-dir", tmp_path)
+    assert code == 1
+    assert err.startswith("error: the loss is")
+
+
+def test_a_progress_bar_is_shown_when_asked_for(run, tmp_path):
+    pytest.importorskip("timm")
+    recipe = "finetune --dataset digits --patch-size 4 --epochs 1"
+    assert run(recipe, "--output-dir", tmp_path)[2] == ""  # stderr is no terminal here
+    assert "epoch 1/1" in run(recipe + " --progress on", "--output-dir", tmp_path)[2]
+
+
+def test_demo_reports_both_runs(run, local, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "demo"
+    recipe = "demo --dataset digits --patch-size 2 --batch-size 256 --epochs 1 --warmup-epochs 0.3"
+    code, out, _ = run(recipe, "--attn-cfg", local, "--output-dir", folder)
+    assert code == 0
+    assert str(folder / "report.html") in out
+
+    report = json.loads((folder / "report.json").read_text())
+    assert report["schema"] == "sparse_mhsa-demo-1"
+    dense, sparse = report["runs"]["dense"], report["runs"]["sparse"]
+    for name, one in report["runs"].items():
+        log = [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
+        assert one["epochs"] == log
+        assert one["test_acc1_last"] == log[-1]["test_acc1"]
+        assert one["attention_cost"]["gflops"] == pytest.approx(2 * one["attention_cost"]["gmacs"])
+        assert 0 < one["attention_time"] < one["step_time"]
+    assert dense["parameters"] == sparse["parameters"]
+    # 16 patches and a class token; 4 layers of 4 heads of 16 channels.
+    assert dense["attention_cost"]["edges"] == 4 * 4 * 17**2
+    assert dense["attention_cost"]["gmacs"] == pytest.approx(2 * 4 * 17**2 * 64 / 1e9)
+    assert dense["attention_cost"]["pruning_ratio_patches"] == 0
+    # A window of 2 over 16 patches keeps 74 of 256; with the class token's row and column 107 of 289.
+    assert sparse["attention_cost"]["edges"] == 4 * 4 * 107
+    assert sparse["attention_cost"]["pruning_ratio_patches"] == pytest.approx(1 - 74 / 256)
+    assert sparse["attention_cost"]["pruning_ratio_whole"] == pytest.approx(1 - 107 / 289)
+    assert [layer["edges"] for layer in report["masks"]] == [[107] * 4] * 4
+    for kind in ("layer", "core"):
+        for name in ("dense", "sparse"):
+            timing = report["attention_timing"][kind][name]
+            assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
+
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 3
+    assert page.count("<svg") == 1
+    for text in ("GMACs", "GFLOPs", "Pruning ratio", f"{sparse['test_acc1_last']:.1f} %", "torch"):
+        assert text in page
+    for external in ("http://", "https://", "<script", "<link"):
+        assert external not in page.replace("http://www.w3.org", "")
+    assert (folder / "report.html").stat().st_size < 2_000_000
