@@ -36,9 +36,7 @@ def assert_as_good_as_dense(got, in_same_dtype, in_float64, *, factor, what):
     base = float((in_same_dtype.double() - in_float64)[finite].abs().max())
     # What rounding one exact result to the dtype may cost, where plain torch happens to be luckier than that.
     rounding = torch.finfo(got.dtype).eps * scale
-    allowed = (
-        1e-12 * scale if got.dtype == torch.float64 else factor * base + FLOOR[got.dtype] * scale + rounding
-    )
+    allowed = 1e-12 * scale if got.dtype == torch.float64 else factor * base + FLOOR[got.dtype] * scale + rounding
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (plain torch {base:.3e})"
 
 

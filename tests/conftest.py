@@ -8,6 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+# `torch.device` contexts recognise allocation functions by identity, and cache them: the real ones, not our wrappers.
+_device_constructors()
 
 
 def _poisoned(allocate):

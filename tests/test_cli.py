@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -62,6 +63,7 @@ def one_line_error(code, err):
         ("finetune --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
         ("finetune --dataset digits --resume nowhere.pth", "no such file: 'nowhere.pth'"),
         ("demo --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
+        ("finetune --dataset digits --output-dir /dev/null/run", "Not a directory: '/dev/null/run'"),
         ("masks nowhere.yaml --tokens 9 --heads 2", "no such file: 'nowhere.yaml'"),
         ("masks x.yaml --tokens 0 --heads 2", "--tokens: must be at least 1, got 0"),
         ("masks x.yaml --heads 2", "required: --tokens"),
@@ -110,7 +112,7 @@ def test_a_bad_configuration_is_named_by_file_line_and_key_before_anything_runs(
 def test_a_missing_package_is_named_with_what_installs_it(run, monkeypatch):
     from sparse_mhsa import train
 
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "mlxtend" else find_spec(name))
     code, _, err = run("finetune")
     assert one_line_error(code, err)
     assert "mlxtend is not installed" in err

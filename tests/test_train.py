@@ -226,9 +226,17 @@ def checkpoint(tmp_path_factory):
     return folder / LAST
 
 
-@pytest.mark.parametrize(
-    "damage", ["missing", "empty", "text", "truncated", "foreign", "key missing", "pickled code"]
-)
+class WritesAFile:
+    """Unpickling it runs code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "foreign", "key missing", "pickled code"])
 def test_a_damaged_checkpoint_is_named_and_never_executed(options, checkpoint, tmp_path, damage):
     path = tmp_path / "damaged.pth"
     content = checkpoint.read_bytes()
@@ -245,10 +253,11 @@ def test_a_damaged_checkpoint_is_named_and_never_executed(options, checkpoint, t
         del state["optimizer"]
         torch.save(state, path)
     elif damage == "pickled code":
-        torch.save({"format": print}, path)
+        torch.save(WritesAFile(tmp_path / "executed"), path)
     with pytest.raises(UsageError, match=r"--resume: .*damaged\.pth") as raised:
         finetune(replace(options, resume=path))
     assert "\n" not in str(raised.value)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ class AttentionConfig:
     ) -> str:
         """Canonical text of one layer's mask: what the operators take.
 
-        ``grid`` and ``num_prefix_tokens`` are what was found in the model; the configuration's own values win over them.
+        ``grid`` and ``num_prefix_tokens`` are what was found in the model; the configuration's own values win over
+        them.
         """
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -135,9 +136,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out.
 
-    ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores; ``seed``
-    is an int64 scalar tensor. k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64 for float64,
-    else float32.
+    ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores;
+    ``seed`` is an int64 scalar tensor. k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64
+    for float64, else float32.
     """
 
 def backward(

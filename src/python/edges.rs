@@ -121,18 +121,15 @@ impl PyEdges {
 
 fn dense(mask: &MaskEdges) -> Result<Array3<bool>> {
     let (heads, n) = (mask.heads.len(), mask.num_tokens);
-    let limit = isize::MAX as u128;
-    let size = heads as u128 * n as u128 * n as u128;
-    if size > limit {
-        return Err(Error::Overflow { what: "dense mask", size, limit });
-    }
+    let too_large = || {
+        Error::Value(format!(
+            "to_dense: {heads} heads x {n} x {n} cells do not fit in memory; use to_csr, which grows with the edges"
+        ))
+    };
+    let size = heads.checked_mul(n).and_then(|rows| rows.checked_mul(n)).ok_or_else(too_large)?;
     let mut cells = Vec::new();
-    cells.try_reserve_exact(size as usize).map_err(|_| Error::Overflow {
-        what: "dense mask (bytes of memory)",
-        size,
-        limit: 0,
-    })?;
-    cells.resize(size as usize, false);
+    cells.try_reserve_exact(size).map_err(|_| too_large())?;
+    cells.resize(size, false);
     let mut runs = Vec::new();
     for (head, set) in mask.heads.iter().enumerate() {
         for row in 0..n {

@@ -19,7 +19,7 @@ def main(config: str, num_tokens: int, num_heads: int, head_dim: int) -> None:
     small = Mask.from_config(config, num_tokens=64, num_heads=num_heads)
     # The libraries' own first-use memory (thread pools, lazily loaded code) is not what grows with N.
     tiny = [torch.randn(1, num_heads, 64, head_dim, requires_grad=True) for _ in range(3)]
-    sparse_attention(tiny[0], tiny[1], tiny[2], small).sum().backward()
+    torch.autograd.backward(sparse_attention(tiny[0], tiny[1], tiny[2], small).sum())
     shape = (1, num_heads, num_tokens, head_dim)
     q, k, v = (torch.randn(shape).requires_grad_() for _ in range(3))
     gradient = torch.ones(()).expand(shape)

@@ -133,6 +133,8 @@ class Trainer:
             TrainingError: the loss became infinite or NaN.
             Interrupted: Ctrl-C was pressed; `LAST` continues after the last finished step.
         """
+        # Now rather than after an epoch: a folder that cannot be made should cost nothing.
+        self.options.output_dir.mkdir(parents=True, exist_ok=True)
         clock = AttentionClock([site.module for site in find_attention(self.model)], self.device)
         try:
             with catch_interrupt() as interrupted:
@@ -311,7 +313,6 @@ class Trainer:
     def save(self, *names: str) -> None:
         """Write the log and the checkpoints of these names into the output folder."""
         folder = self.options.output_dir
-        folder.mkdir(parents=True, exist_ok=True)
         state = self.state()
         for name in names:
             write_checkpoint(folder / name, state)

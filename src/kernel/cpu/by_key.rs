@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::background::Background;
 use super::backward::{Saved, shift};
 use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::buffer::Buffer;
 use super::matrix::{Column, GROUP, Matrix, add_scaled, add_weighted, dots, padded, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
@@ -86,45 +87,47 @@ struct Scratch<T: Element> {
     batch: Batch,
     copies: Vec<T>,
     /// One row of k, of v.
-    key: Vec<T::Acc>,
-    value: Vec<T::Acc>,
+    key: Buffer<T::Acc>,
+    value: Buffer<T::Acc>,
     /// `q . k`, then `dS`, of a batch.
-    scores: Vec<T::Acc>,
+    scores: Buffer<T::Acc>,
     /// `dO . v`, then the weight of `dO` in dv, of a batch.
-    grads: Vec<T::Acc>,
+    grads: Buffer<T::Acc>,
     terms: QueryTerms<T::Acc>,
     /// [`TILE`] rows of dk, of dv.
-    dk: Vec<T::Acc>,
-    dv: Vec<T::Acc>,
+    dk: Buffer<T::Acc>,
+    dv: Buffer<T::Acc>,
     tile: Option<Tile<T::Acc>>,
 }
 
 /// What a key needs to know of the queries it meets, one entry per edge.
 struct QueryTerms<R> {
-    shifts: Vec<R>,
-    deltas: Vec<R>,
-    background: Vec<R>,
+    shifts: Buffer<R>,
+    deltas: Buffer<R>,
+    background: Buffer<R>,
     /// Dropout's factors.
-    factors: Vec<R>,
+    factors: Buffer<R>,
 }
 
 /// Panels of a tile; made when first needed.
 struct Tile<R> {
     columns: Vec<u32>,
-    keys: Vec<R>,
-    values: Vec<R>,
-    queries: Vec<R>,
-    grad_out: Vec<R>,
+    keys: Buffer<R>,
+    values: Buffer<R>,
+    queries: Buffer<R>,
+    grad_out: Buffer<R>,
     /// Queries, then their gradients, one column per query.
-    transposed: Vec<R>,
-    scores: Vec<R>,
-    grads: Vec<R>,
+    transposed: Buffer<R>,
+    scores: Buffer<R>,
+    grads: Buffer<R>,
 }
 
 impl<T: Element> Scratch<T> {
     fn new(call: &Call<T>) -> Self {
         let (dim, value_dim) = (padded(call.sizes.dim), padded(call.sizes.value_dim));
-        let zeros = |len: usize| vec![T::Acc::ZERO; len];
+        let zeros = |len: usize| Buffer::zeros(len);
+        let mut ones = zeros(EDGES);
+        ones.fill(T::Acc::ONE);
         Scratch {
             lists: Lists::default(),
             batch: Batch::default(),
@@ -137,7 +140,7 @@ impl<T: Element> Scratch<T> {
                 shifts: zeros(EDGES),
                 deltas: zeros(EDGES),
                 background: zeros(EDGES),
-                factors: vec![T::Acc::ONE; EDGES],
+                factors: ones,
             },
             dk: zeros(TILE * dim),
             dv: zeros(TILE * value_dim),
@@ -148,7 +151,7 @@ impl<T: Element> Scratch<T> {
 
 impl<R: Real> Tile<R> {
     fn new(dim: usize, value_dim: usize) -> Self {
-        let panel = |width: usize| vec![R::ZERO; TILE * padded(width)];
+        let panel = |width: usize| Buffer::zeros(TILE * padded(width));
         Tile {
             columns: Vec::with_capacity(TILE),
             keys: panel(dim),

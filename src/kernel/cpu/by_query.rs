@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::backward::{Saved, shift};
 use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::buffer::Buffer;
 use super::matrix::{Column, GROUP, Matrix, add_weighted, dot, dots, padded, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
@@ -80,36 +81,36 @@ struct Scratch<T: Element> {
     batch: Batch,
     copies: Vec<T>,
     /// One row of q, of grad_out, of out.
-    query: Vec<T::Acc>,
-    grad_out: Vec<T::Acc>,
-    out: Vec<T::Acc>,
+    query: Buffer<T::Acc>,
+    grad_out: Buffer<T::Acc>,
+    out: Buffer<T::Acc>,
     /// `q . k`, then `dS`, of a batch.
-    scores: Vec<T::Acc>,
+    scores: Buffer<T::Acc>,
     /// `dO . v` of a batch.
-    grads: Vec<T::Acc>,
+    grads: Buffer<T::Acc>,
     /// One row of dq.
-    sum: Vec<T::Acc>,
+    sum: Buffer<T::Acc>,
     tile: Option<Tile<T::Acc>>,
 }
 
 /// Panels of a tile; made when first needed.
 struct Tile<R> {
     columns: Vec<u32>,
-    deltas: Vec<R>,
-    queries: Vec<R>,
-    grad_out: Vec<R>,
-    keys: Vec<R>,
-    values: Vec<R>,
+    deltas: Buffer<R>,
+    queries: Buffer<R>,
+    grad_out: Buffer<R>,
+    keys: Buffer<R>,
+    values: Buffer<R>,
     /// Keys, then values, one column per key.
-    transposed: Vec<R>,
-    scores: Vec<R>,
-    grads: Vec<R>,
-    sums: Vec<R>,
+    transposed: Buffer<R>,
+    scores: Buffer<R>,
+    grads: Buffer<R>,
+    sums: Buffer<R>,
 }
 
 impl<T: Element> Scratch<T> {
     fn new(call: &Call<T>) -> Self {
-        let row = |width: usize| vec![T::Acc::ZERO; padded(width)];
+        let row = |width: usize| Buffer::zeros(padded(width));
         let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
         Scratch {
             lists: Lists::default(),
@@ -128,10 +129,10 @@ impl<T: Element> Scratch<T> {
 
 impl<R: Real> Tile<R> {
     fn new(dim: usize, value_dim: usize) -> Self {
-        let panel = |width: usize| vec![R::ZERO; TILE * padded(width)];
+        let panel = |width: usize| Buffer::zeros(TILE * padded(width));
         Tile {
             columns: Vec::with_capacity(TILE),
-            deltas: vec![R::ZERO; TILE],
+            deltas: Buffer::zeros(TILE),
             queries: panel(dim),
             grad_out: panel(value_dim),
             keys: panel(dim),

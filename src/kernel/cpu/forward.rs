@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::background::Background;
 use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::buffer::Buffer;
 use super::matrix::{GROUP, add_scaled, add_weighted, dots, padded, scale, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
@@ -74,11 +75,11 @@ struct Scratch<T: Element> {
     copies: Vec<T>,
     running: Vec<Running<T::Acc>>,
     /// One row of q.
-    query: Vec<T::Acc>,
+    query: Buffer<T::Acc>,
     /// Dots, then weights, of a batch.
-    weights: Vec<T::Acc>,
+    weights: Buffer<T::Acc>,
     /// One row of the output.
-    sum: Vec<T::Acc>,
+    sum: Buffer<T::Acc>,
     tile: Option<Tile<T::Acc>>,
 }
 
@@ -86,12 +87,12 @@ struct Scratch<T: Element> {
 struct Tile<R> {
     columns: Vec<u32>,
     running: Vec<Running<R>>,
-    queries: Vec<R>,
-    keys: Vec<R>,
-    keys_transposed: Vec<R>,
-    values: Vec<R>,
-    weights: Vec<R>,
-    sums: Vec<R>,
+    queries: Buffer<R>,
+    keys: Buffer<R>,
+    keys_transposed: Buffer<R>,
+    values: Buffer<R>,
+    weights: Buffer<R>,
+    sums: Buffer<R>,
 }
 
 impl<T: Element> Scratch<T> {
@@ -101,9 +102,9 @@ impl<T: Element> Scratch<T> {
             batch: Batch::default(),
             copies: Vec::new(),
             running: Vec::new(),
-            query: vec![T::Acc::ZERO; padded(call.sizes.dim)],
-            weights: vec![T::Acc::ZERO; EDGES],
-            sum: vec![T::Acc::ZERO; padded(call.sizes.value_dim)],
+            query: Buffer::zeros(padded(call.sizes.dim)),
+            weights: Buffer::zeros(EDGES),
+            sum: Buffer::zeros(padded(call.sizes.value_dim)),
             tile: None,
         }
     }
@@ -111,7 +112,7 @@ impl<T: Element> Scratch<T> {
 
 impl<R: Real> Tile<R> {
     fn new(dim: usize, value_dim: usize) -> Self {
-        let panel = |width: usize| vec![R::ZERO; TILE * padded(width)];
+        let panel = |width: usize| Buffer::zeros(TILE * padded(width));
         Tile {
             columns: Vec::with_capacity(TILE),
             running: Vec::with_capacity(TILE),

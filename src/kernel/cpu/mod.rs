@@ -6,6 +6,7 @@
 mod background;
 mod backward;
 mod batch;
+mod buffer;
 mod by_key;
 mod by_query;
 mod forward;

@@ -170,14 +170,20 @@ impl Tasks {
     }
 }
 
-/// `rows` cut where dense rows begin and end.
+/// `rows` cut where rows that keep every column begin and end.
 pub(super) fn runs_of_rows(edges: &EdgeSet, rows: Range<usize>) -> impl Iterator<Item = (Range<usize>, bool)> {
     let mut next = rows.start;
+    // The transpose of a set whose rows are all dense says so by its columns.
+    let all_dense = edges.dense_cols().first().is_some_and(|cols| cols.len() == edges.num_cols());
     std::iter::from_fn(move || {
         if next >= rows.end {
             return None;
         }
         let start = next;
+        if all_dense {
+            next = rows.end;
+            return Some((start..next, true));
+        }
         let dense = edges.dense_rows().iter().find(|dense| dense.end > start);
         let (end, is_dense) = match dense {
             Some(dense) if dense.start <= start => (dense.end, true),

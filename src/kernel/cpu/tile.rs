@@ -2,7 +2,7 @@
 
 use super::matrix::{Matrix, padded};
 use crate::kernel::element::{Element, Real};
-use crate::kernel::simd::{Memory, Vector};
+use crate::kernel::simd::{Kernel, Memory, Vector};
 
 /// Rows, and columns, per tile.
 pub(super) const TILE: usize = 64;
@@ -61,42 +61,60 @@ pub(super) unsafe fn multiply<V: Vector, const ADD: bool>(
     b: Block<V::Lane>,
     c: &mut [V::Lane],
     c_stride: usize,
-    (m, n, depth): (usize, usize, usize),
+    size: (usize, usize, usize),
 ) {
-    debug_assert!(m == 0 || depth == 0 || a.data.len() >= (m - 1) * a.stride + depth);
-    debug_assert!(depth == 0 || b.data.len() >= (depth - 1) * b.stride + n.next_multiple_of(V::LANES));
-    debug_assert!(m == 0 || c.len() >= (m - 1) * c_stride + n.next_multiple_of(V::LANES));
-    let (a_stride, b_stride) = (a.stride, b.stride);
-    let mut column = 0;
-    while column < n {
-        let wide = column + V::LANES < n;
-        // SAFETY: the caller says that these rows and columns exist.
-        unsafe {
-            let b = b.data.as_ptr().add(column);
-            let mut row = 0;
-            while row < m {
-                let a = a.data.as_ptr().add(row * a_stride);
-                let c = c.as_mut_ptr().add(row * c_stride + column);
-                // Sixteen sums leave room for the factors in 32 registers, eight in 16.
-                let rows = if V::REGISTERS >= 32 && m - row >= 8 {
-                    8
-                } else if m - row >= 4 {
-                    4
-                } else {
-                    1
-                };
-                match (rows, wide) {
-                    (8, true) => micro::<V, 8, 2, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
-                    (8, false) => micro::<V, 8, 1, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
-                    (4, true) => micro::<V, 4, 2, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
-                    (4, false) => micro::<V, 4, 1, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
-                    (_, true) => micro::<V, 1, 2, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
-                    (_, false) => micro::<V, 1, 1, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+    // SAFETY: the caller's promise.
+    unsafe { V::outline::<V::Lane>(Multiply::<_, ADD> { a, b, c, c_stride, size }) }
+}
+
+/// The arguments of [`multiply`].
+struct Multiply<'a, R, const ADD: bool> {
+    a: Block<'a, R>,
+    b: Block<'a, R>,
+    c: &'a mut [R],
+    c_stride: usize,
+    size: (usize, usize, usize),
+}
+
+impl<R: Real, const ADD: bool> Kernel<R> for Multiply<'_, R, ADD> {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = R> + Memory<R>>(self) {
+        let Multiply { a, b, c, c_stride, size: (m, n, depth) } = self;
+        debug_assert!(m == 0 || depth == 0 || a.data.len() >= (m - 1) * a.stride + depth);
+        debug_assert!(depth == 0 || b.data.len() >= (depth - 1) * b.stride + n.next_multiple_of(V::LANES));
+        debug_assert!(m == 0 || c.len() >= (m - 1) * c_stride + n.next_multiple_of(V::LANES));
+        let (a_stride, b_stride) = (a.stride, b.stride);
+        let mut column = 0;
+        while column < n {
+            let wide = column + V::LANES < n;
+            // SAFETY: the caller says that these rows and columns exist.
+            unsafe {
+                let b = b.data.as_ptr().add(column);
+                let mut row = 0;
+                while row < m {
+                    let a = a.data.as_ptr().add(row * a_stride);
+                    let c = c.as_mut_ptr().add(row * c_stride + column);
+                    // Sixteen sums leave room for the factors in 32 registers, eight in 16.
+                    let rows = if V::REGISTERS >= 32 && m - row >= 8 {
+                        8
+                    } else if m - row >= 4 {
+                        4
+                    } else {
+                        1
+                    };
+                    match (rows, wide) {
+                        (8, true) => micro::<V, 8, 2, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+                        (8, false) => micro::<V, 8, 1, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+                        (4, true) => micro::<V, 4, 2, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+                        (4, false) => micro::<V, 4, 1, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+                        (_, true) => micro::<V, 1, 2, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+                        (_, false) => micro::<V, 1, 1, ADD>(a, a_stride, b, b_stride, c, c_stride, depth),
+                    }
+                    row += rows;
                 }
-                row += rows;
             }
+            column += if wide { 2 * V::LANES } else { V::LANES };
         }
-        column += if wide { 2 * V::LANES } else { V::LANES };
     }
 }
 

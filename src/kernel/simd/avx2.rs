@@ -12,6 +12,7 @@ use crate::kernel::element::Element;
 ///
 /// # Safety
 /// The machine has AVX2, FMA and F16C, and what the kernel itself asks for.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn enter<T: Element>(kernel: impl Kernel<T>) {
     // SAFETY: the caller's promise.

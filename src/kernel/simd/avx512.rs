@@ -13,6 +13,7 @@ use crate::kernel::element::Element;
 ///
 /// # Safety
 /// The machine has AVX2, FMA, F16C and AVX-512 F, BW, DQ and VL, and what the kernel itself asks for.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 pub(super) unsafe fn enter<T: Element>(kernel: impl Kernel<T>) {
     // SAFETY: the caller's promise.

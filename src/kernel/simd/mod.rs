@@ -59,6 +59,12 @@ pub trait Vector:
     /// The sums of four registers, each as precise as [`Self::sum`], written to `out`.
     fn sums(registers: [Self; 4], out: &mut [Self::Lane; 4]);
 
+    /// Run `kernel` in a function of its own. For code that many places share: inlined into each it would be compiled for each.
+    ///
+    /// # Safety
+    /// The instructions of `Self` are available, and what the kernel itself asks for.
+    unsafe fn outline<T: Element>(kernel: impl Kernel<T>);
+
     /// Copy a square of `LANES` x `LANES` numbers, turning rows into columns.
     ///
     /// # Safety
@@ -95,7 +101,7 @@ pub trait Memory<T>: Copy {
 }
 
 /// Code that can run on any instruction set.
-pub(super) trait Kernel<T: Element> {
+pub trait Kernel<T: Element> {
     /// Must be `#[inline(always)]`.
     ///
     /// # Safety

@@ -2,8 +2,18 @@
 
 use std::ops::{Add, Mul, Sub};
 
-use super::{Memory, Vector};
+use super::{Kernel, Memory, Vector};
 use crate::kernel::element::{Element, Real};
+
+/// Like [`Kernel::run`], but never inlined.
+///
+/// # Safety
+/// What the kernel itself asks for.
+#[inline(never)]
+unsafe fn outlined<T: Element>(kernel: impl Kernel<T>) {
+    // SAFETY: the portable registers need no instructions; the rest is the caller's promise.
+    unsafe { kernel.run::<T::Scalar>() }
+}
 
 /// `N` numbers.
 #[derive(Debug, Clone, Copy)]
@@ -119,6 +129,12 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
         for (register, out) in registers.into_iter().zip(out) {
             *out = register.sum();
         }
+    }
+
+    #[inline(always)]
+    unsafe fn outline<T: Element>(kernel: impl Kernel<T>) {
+        // SAFETY: the caller's promise.
+        unsafe { outlined(kernel) }
     }
 
     #[inline(always)]

@@ -1,0 +1,231 @@
+//! Every operation of every register against the same operation on single numbers.
+
+use half::{bf16, f16};
+
+use super::*;
+use crate::kernel::softmax::exp;
+use crate::kernel::tests::Random;
+
+/// Check `kernel` on every instruction set of this machine.
+fn on_every_set<T: Element>(kernel: impl Kernel<T> + Copy) {
+    for isa in Isa::available() {
+        // SAFETY: the set is available, and these kernels ask for nothing else.
+        unsafe { isa.run::<T>(kernel) };
+    }
+}
+
+fn numbers<R: Real>(random: &mut Random, len: usize) -> Vec<R> {
+    (0..len).map(|_| R::from_f64(random.uniform() * 8.0)).collect()
+}
+
+fn lanes<V: Vector>(value: V) -> Vec<V::Lane> {
+    let mut lanes = vec![V::Lane::ZERO; V::LANES];
+    // SAFETY: there is room for every lane.
+    unsafe { value.store(lanes.as_mut_ptr()) };
+    lanes
+}
+
+fn close<R: Real>(got: R, expected: R) -> bool {
+    let epsilon = if R::NAME == "f32" { 1e-6 } else { 1e-15 };
+    (got - expected).to_f64().abs() <= epsilon * (1.0 + expected.to_f64().abs())
+}
+
+#[derive(Clone, Copy)]
+struct Arithmetic;
+
+impl<R: Real> Kernel<R> for Arithmetic {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = R> + Memory<R>>(self) {
+        let mut random = Random(1);
+        for _ in 0..50 {
+            let [a, b, c, d] = [(); 4].map(|()| numbers::<R>(&mut random, V::LANES));
+            // SAFETY: every list has LANES numbers.
+            let [va, vb, vc, vd] = unsafe { [&a, &b, &c, &d].map(|list| V::load(list.as_ptr())) };
+            // SAFETY: the caller's promise.
+            let zero = unsafe { V::splat(R::ZERO) };
+            let sums = {
+                let mut sums = [R::ZERO; 4];
+                V::sums([va, vb, vc, vd], &mut sums);
+                sums
+            };
+            for lane in 0..V::LANES {
+                let (x, y, z) = (a[lane], b[lane], c[lane]);
+                assert!(lanes(va + vb)[lane] == x + y);
+                assert!(lanes(va - vb)[lane] == x - y);
+                assert!(lanes(va * vb)[lane] == x * y);
+                assert!(close(lanes(va.mul_add(vb, vc))[lane], x * y + z));
+                assert!(lanes(va.min(vb))[lane] == if x < y { x } else { y });
+                assert!(lanes(va.max(vb))[lane] == if x > y { x } else { y });
+                assert!(lanes(va.round())[lane].to_f64() == x.to_f64().round_ties_even());
+                assert!(lanes(va.round().power_of_two())[lane].to_f64() == 2f64.powf(x.to_f64().round_ties_even()));
+                assert!(lanes(va.or_zero_below(vb, vc))[lane] == if y < z { R::ZERO } else { x });
+                for count in 0..=V::LANES {
+                    assert!(lanes(va.first_or(count, vb))[lane] == if lane < count { x } else { y });
+                }
+            }
+            for (list, sum) in [&a, &b, &c, &d].into_iter().zip(sums) {
+                let expected = R::from_f64(list.iter().map(|x| x.to_f64()).sum());
+                assert!(close(sum, expected), "{sum} {expected}");
+            }
+            assert!(close(va.sum(), sums[0]) && close(vd.sum(), sums[3]));
+            assert!(a.iter().all(|&x| x <= va.largest()) && a.contains(&va.largest()));
+            assert!(zero.largest() == R::ZERO);
+        }
+    }
+}
+
+#[test]
+fn arithmetic_is_that_of_single_numbers() {
+    on_every_set::<f32>(Arithmetic);
+    on_every_set::<f64>(Arithmetic);
+}
+
+#[derive(Clone, Copy)]
+struct NanRules;
+
+impl<R: Real> Kernel<R> for NanRules {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = R> + Memory<R>>(self) {
+        // SAFETY: the caller's promise.
+        let [nan, one] = unsafe { [R::from_f64(f64::NAN), R::ONE].map(|value| V::splat(value)) };
+        let is_nan = |value: V| lanes(value).iter().all(|x| x.to_f64().is_nan());
+        assert!(is_nan(one.min(nan)) && is_nan(one.max(nan)), "the second operand");
+        assert!(!is_nan(nan.min(one)) && !is_nan(nan.max(one)), "the second operand");
+        assert!(is_nan(nan.or_zero_below(nan, one)), "NaN is not below anything");
+    }
+}
+
+#[test]
+fn nan_follows_the_documented_rules() {
+    on_every_set::<f32>(NanRules);
+    on_every_set::<f64>(NanRules);
+}
+
+#[derive(Clone, Copy)]
+struct Moves;
+
+impl<T: Element> Kernel<T> for Moves {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(self) {
+        let mut random = Random(2);
+        // Lengths are exact, so that a sanitizer sees any element too many.
+        for count in 0..=V::LANES {
+            let source: Vec<T> = (0..count).map(|_| T::from_acc(T::Acc::from_f64(random.uniform() * 100.0))).collect();
+            // SAFETY: `source` has `count` elements.
+            let value = unsafe {
+                if count == V::LANES { <V as Memory<T>>::load(source.as_ptr()) } else { <V as Memory<T>>::load_first(source.as_ptr(), count) }
+            };
+            let expected = source.iter().map(|x| x.to_acc()).chain(std::iter::repeat(T::Acc::ZERO));
+            assert!(lanes(value).into_iter().zip(expected).all(|(x, y)| x == y), "load {count}");
+
+            let mut target = vec![T::from_acc(T::Acc::ZERO); count];
+            // SAFETY: `target` has room for `count` elements.
+            unsafe {
+                if count == V::LANES { value.store(target.as_mut_ptr()) } else { value.store_first(target.as_mut_ptr(), count) }
+            };
+            assert!(target.iter().zip(&source).all(|(x, y)| x.to_acc() == y.to_acc()), "store {count}");
+        }
+        let (rows, columns) = (V::LANES + 3, V::LANES + 5);
+        let from: Vec<T::Acc> = numbers(&mut random, rows * columns);
+        let mut to = vec![T::Acc::ZERO; rows * columns];
+        // SAFETY: both squares lie inside the lists.
+        unsafe { V::transpose(from.as_ptr(), columns, to.as_mut_ptr(), rows) };
+        for row in 0..V::LANES {
+            for column in 0..V::LANES {
+                assert!(to[column * rows + row] == from[row * columns + column]);
+            }
+        }
+    }
+}
+
+#[test]
+fn moves_touch_what_they_name_and_squares_turn_around() {
+    on_every_set::<f32>(Moves);
+    on_every_set::<f64>(Moves);
+    on_every_set::<bf16>(Moves);
+    on_every_set::<f16>(Moves);
+}
+
+#[derive(Clone, Copy)]
+struct Rounding;
+
+impl<T: Element<Acc = f32>> Kernel<T> for Rounding {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = f32> + Memory<T>>(self) {
+        // Every exponent, both signs, mantissas around the ties, infinities and NaN.
+        let mut bits: Vec<u32> = (0..512u32)
+            .flat_map(|exponent| [0u32, 1, 0xfff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0x1_8000, 0x7f_ffff].map(|m| exponent << 23 | m))
+            .collect();
+        bits.resize(bits.len().next_multiple_of(V::LANES), 0);
+        for chunk in bits.chunks_exact(V::LANES) {
+            let source: Vec<f32> = chunk.iter().map(|&bits| f32::from_bits(bits)).collect();
+            let mut target = vec![T::from_acc(0.0); V::LANES];
+            // SAFETY: both lists have LANES entries.
+            unsafe { <V as Memory<T>>::store(<V as Memory<f32>>::load(source.as_ptr()), target.as_mut_ptr()) };
+            for (&x, got) in source.iter().zip(target) {
+                let (expected, got) = (T::from_acc(x).to_acc(), got.to_acc());
+                assert!(expected.to_bits() == got.to_bits() || expected.is_nan() && got.is_nan(), "{x:e}: {got:e}, not {expected:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn halves_round_to_nearest_even() {
+    on_every_set::<bf16>(Rounding);
+    on_every_set::<f16>(Rounding);
+}
+
+#[derive(Clone, Copy)]
+struct Exponential;
+
+impl<R: Real> Kernel<R> for Exponential {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = R> + Memory<R>>(self) {
+        let is_f32 = R::NAME == "f32";
+        // SAFETY: the caller's promise.
+        let of = |x: f64| unsafe { exp(V::splat(R::from_f64(x))).largest().to_f64() };
+        let (smallest, ulp) = if is_f32 { (-87.336_54, f64::from(f32::EPSILON)) } else { (-708.396, f64::EPSILON) };
+        let mut worst = 0.0f64;
+        let steps = 200_000;
+        for step in 0..=steps {
+            let x = R::from_f64(smallest + (1.0 - smallest) * f64::from(step) / f64::from(steps)).to_f64();
+            worst = worst.max((of(x) / x.exp() - 1.0).abs() / ulp);
+        }
+        assert!(worst < if is_f32 { 1.5 } else { 4.0 }, "off by {worst} epsilon in {}", R::NAME);
+        assert_eq!((of(0.0), of(-0.0), of(f64::NEG_INFINITY), of(f64::INFINITY)), (1.0, 1.0, 0.0, f64::INFINITY));
+        assert!(of(f64::NAN).is_nan());
+        let largest = if is_f32 { 88.7 } else { 709.7 };
+        assert!((of(largest) / R::from_f64(largest).to_f64().exp() - 1.0).abs() < 1e-5, "the last finite octave");
+        assert_eq!(of(largest + 0.5), f64::INFINITY);
+        let tiny = if is_f32 { f64::from(f32::MIN_POSITIVE) } else { f64::MIN_POSITIVE };
+        for step in 0..4000 {
+            let x = smallest - 0.5 + f64::from(step) / 4000.0;
+            assert!(of(x) == 0.0 || of(x) >= tiny, "exp({x}) is denormal");
+        }
+        assert_eq!([-88.0, -104.0, -745.0, -1e30].map(|x| of(if is_f32 { x } else { x * 9.0 })), [0.0; 4]);
+    }
+}
+
+#[test]
+fn exp_is_precise_and_underflows_to_zero_without_denormals() {
+    on_every_set::<f32>(Exponential);
+    on_every_set::<f64>(Exponential);
+}
+
+#[test]
+fn the_set_can_be_chosen_by_name() {
+    assert_eq!(Isa::choose(None), Ok(*Isa::available().last().unwrap()));
+    assert_eq!(Isa::choose(Some("")), Isa::choose(None));
+    for isa in Isa::ALL {
+        match Isa::choose(Some(isa.name())) {
+            Ok(chosen) => assert!(chosen == isa && isa.is_available()),
+            Err(error) => {
+                assert!(!isa.is_available());
+                assert!(error.to_string().contains("this machine lacks"), "{error}");
+            }
+        }
+    }
+    let error = Isa::choose(Some("avx3")).unwrap_err().to_string();
+    assert!(error.contains("SPARSE_MHSA_SIMD: unknown instruction set `avx3`: did you mean `avx2`?"), "{error}");
+}

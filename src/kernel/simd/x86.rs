@@ -45,6 +45,12 @@ macro_rules! register {
                 unsafe { Self($max(self.0, other.0)) }
             }
 
+            #[inline(always)]
+            unsafe fn outline<T: Element>(kernel: impl Kernel<T>) {
+                // SAFETY: the caller's promise.
+                unsafe { enter(kernel) }
+            }
+
             $($rest)*
         }
     };

@@ -1,1 +1,106 @@
+//! The same bits whatever the number of threads, run after run; and a stop when asked for.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
 use super::*;
+use crate::error::Error;
+
+fn large_case<T: Element>(seed: u64) -> Case<T> {
+    let n = 300;
+    let mut random = Random(seed);
+    let band = EdgeSet::builder(n, n).unwrap().global(0..1).band((-90, 90, 3), 0..n, 0..n);
+    let full = EdgeSet::builder(n, n).unwrap().rect(0..n, 0..n);
+    let mixed = EdgeSet::builder(n, n).unwrap().rect(100..200, 0..n).rect(0..n, 7..80).rect(220..260, 120..290);
+    let sets: Vec<_> = [band, full, mixed.clone(), mixed].map(|builder| Arc::new(builder.build())).into();
+    Case::new(&mut random, [3, 4, 2, n, n, 33, 20], &sets)
+}
+
+#[test]
+fn one_to_eight_threads_give_the_same_bits() {
+    for isa in Isa::available() {
+        let case = large_case::<f32>(1);
+        let one = case.results(isa);
+        for threads in 2..=8 {
+            let many = results(&case.problem(), case.grad_out(), &run(isa, threads));
+            assert!(one.same_bits(&many), "{threads} threads on {}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn fifty_runs_on_all_threads_give_the_same_bits() {
+    let mut case = large_case::<f32>(2);
+    case.dropout = Some(Dropout { seed: 3, p: 0.3 });
+    let isa = Isa::selected().unwrap();
+    let first = results(&case.problem(), case.grad_out(), &run(isa, 4));
+    for repeat in 0..50 {
+        let again = results(&case.problem(), case.grad_out(), &run(isa, 4));
+        assert!(first.same_bits(&again), "repeat {repeat}");
+    }
+}
+
+#[test]
+fn instruction_sets_differ_by_rounding_only() {
+    let case = large_case::<f32>(3);
+    let reference = case.results(Isa::Scalar);
+    for isa in Isa::available() {
+        for ((name, expected), (_, got)) in reference.named().into_iter().zip(case.results(isa).named()) {
+            let error = distance(name, &expected, &got);
+            assert!(error < 4e-6 * magnitude(&expected), "{name} on {}: {error:e}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn threads_that_call_at_once_do_not_disturb_each_other() {
+    let case = large_case::<f32>(4);
+    let isa = Isa::selected().unwrap();
+    let expected = case.results(isa);
+    std::thread::scope(|scope| {
+        for threads in [1, 2, 2, 3] {
+            let (case, expected) = (&case, &expected);
+            scope.spawn(move || {
+                for _ in 0..3 {
+                    assert!(results(&case.problem(), case.grad_out(), &run(isa, threads)).same_bits(expected));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn an_interrupt_stops_a_long_call_within_a_moment() {
+    // Dense attention over 40,000 tokens would take minutes.
+    let n = 40_000;
+    let plan = Plan::new(&[Arc::new(EdgeSet::builder(n, n).unwrap().rect(0..n, 0..n).build())]).unwrap();
+    let zeros = vec![0.0f32; n * 16];
+    let view = View::contiguous("q", &zeros, [1, 1, n, 16]).unwrap();
+    let problem = Attention {
+        plan: &plan,
+        q: view,
+        k: view,
+        v: view,
+        key_mask: None,
+        bias: None,
+        dropout: None,
+        scale: 1.0,
+        masked_logits: MaskedLogits::NegInf,
+    };
+    let (mut out, mut lse) = (vec![0.0; n * 16], vec![0.0; n]);
+    for threads in [1, 3] {
+        let asked = Cell::new(None);
+        let stop = || {
+            asked.set(asked.get().or(Some(Instant::now())));
+            true
+        };
+        let run = Run { pool: Pool::of(threads), isa: Isa::selected().unwrap(), interrupt: &stop };
+        assert_eq!(problem.forward(&mut out, &mut lse, &run), Err(Error::Interrupted));
+        assert!(asked.get().unwrap().elapsed() < Duration::from_secs(1));
+        let again = vec![0.0; n * 16];
+        let (mut dq, mut dk, mut dv) = (again.clone(), again.clone(), again);
+        let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        let lse = View::contiguous("lse", &lse, [1, 1, n]).unwrap();
+        assert_eq!(problem.backward(view, view, lse, gradients, &run), Err(Error::Interrupted));
+    }
+}

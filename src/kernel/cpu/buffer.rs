@@ -1,0 +1,42 @@
+//! Scratch memory that starts where a cache line does, so that no register load of it touches two.
+
+use std::ops::{Deref, DerefMut};
+
+use crate::kernel::element::Real;
+
+const LINE: usize = 64;
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+/// Zeros at first.
+#[derive(Debug)]
+pub(super) struct Buffer<R> {
+    lines: Vec<Line>,
+    len: usize,
+    kind: std::marker::PhantomData<R>,
+}
+
+impl<R: Real> Buffer<R> {
+    pub(super) fn zeros(len: usize) -> Self {
+        Buffer { lines: vec![Line([0; LINE]); (len * size_of::<R>()).div_ceil(LINE)], len, kind: std::marker::PhantomData }
+    }
+}
+
+impl<R: Real> Deref for Buffer<R> {
+    type Target = [R];
+    #[inline(always)]
+    fn deref(&self) -> &[R] {
+        // SAFETY: the lines hold at least `len` numbers, are aligned for them, and any bits make an f32 or f64.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl<R: Real> DerefMut for Buffer<R> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [R] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
