@@ -2,6 +2,8 @@
 //!
 //! `cargo bench --no-default-features --bench kernels`; compare rows of one run with each other, not runs.
 
+#![allow(missing_docs, reason = "criterion's macros declare functions without")]
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,7 +78,10 @@ fn kernels(criterion: &mut Criterion) {
                 masked_logits: MaskedLogits::NegInf,
             };
             let mut group = criterion.benchmark_group(name);
-            group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(800));
+            group
+                .sample_size(10)
+                .warm_up_time(Duration::from_millis(200))
+                .measurement_time(Duration::from_millis(800));
             group.throughput(Throughput::Elements(edges as u64));
             group.bench_function(BenchmarkId::new("forward", tokens), |bencher| {
                 bencher.iter(|| problem.forward(black_box(&mut out), &mut lse, &run).expect("valid"));

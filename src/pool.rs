@@ -178,7 +178,12 @@ struct Queue {
 }
 
 impl Queue {
-    fn work<S>(&self, make_scratch: impl Fn() -> S, task: impl Fn(&mut S, usize), mut should_stop: impl FnMut() -> bool) {
+    fn work<S>(
+        &self,
+        make_scratch: impl Fn() -> S,
+        task: impl Fn(&mut S, usize),
+        mut should_stop: impl FnMut() -> bool,
+    ) {
         let _guard = StopOnPanic(&self.stopped);
         let mut scratch = None;
         while let Some(range) = self.take() {
@@ -200,7 +205,9 @@ impl Queue {
         let share = |taken: usize| ((self.end - taken) / (4 * self.threads)).max(1);
         let start = self
             .next
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| (taken < self.end).then(|| taken + share(taken)))
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
+                (taken < self.end).then(|| taken + share(taken))
+            })
             .ok()?;
         Some(start..start + share(start))
     }
@@ -225,7 +232,10 @@ fn workers(threads: usize) -> Option<Arc<ThreadPool>> {
         return Some(Arc::clone(pool));
     }
     // Logging may wait for Python, so the lock is not held here; of two pools built at once the later is dropped.
-    let built = ThreadPoolBuilder::new().num_threads(threads - 1).thread_name(|index| format!("sparse-mhsa-{index}")).build();
+    let built = ThreadPoolBuilder::new()
+        .num_threads(threads - 1)
+        .thread_name(|index| format!("sparse-mhsa-{index}"))
+        .build();
     match built {
         Ok(pool) => {
             log::debug!("started {} threads beside the calling one", threads - 1);

@@ -15,7 +15,10 @@ fn every_task_runs_once_whatever_the_number_of_threads() {
                 runs[index].fetch_add(1, Ordering::Relaxed);
             };
             Pool::of(threads).run(tasks, || (), task, &Never).unwrap();
-            assert!(runs.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{threads} threads, {tasks} tasks");
+            assert!(
+                runs.iter().all(|count| count.load(Ordering::Relaxed) == 1),
+                "{threads} threads, {tasks} tasks"
+            );
         }
     }
 }
@@ -85,7 +88,8 @@ fn a_panic_reaches_the_caller_and_leaves_the_pool_usable() {
                 std::thread::sleep(Duration::from_micros(100));
                 assert!(index != bad, "task {bad} fails");
             };
-            let panic = std::panic::catch_unwind(|| Pool::of(threads).run(100, || (), task, &Never)).unwrap_err();
+            let panic =
+                std::panic::catch_unwind(|| Pool::of(threads).run(100, || (), task, &Never)).unwrap_err();
             assert_eq!(panic.downcast_ref::<String>().unwrap(), &format!("task {bad} fails"));
             assert_eq!(threads_used(Pool::of(threads)).len(), threads);
         }
@@ -96,8 +100,9 @@ fn a_panic_reaches_the_caller_and_leaves_the_pool_usable() {
 fn one_value_per_process_is_shared_by_its_threads() {
     static CELL: ForkLocal<Mutex<Vec<u32>>> = ForkLocal::new();
     let addresses: Vec<usize> = std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            (0..8).map(|_| scope.spawn(|| std::ptr::from_ref(CELL.get_or_init(Mutex::default)) as usize)).collect();
+        let threads: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| std::ptr::from_ref(CELL.get_or_init(Mutex::default)) as usize))
+            .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert!(addresses.iter().all(|&address| address == addresses[0]));

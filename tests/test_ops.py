@@ -814,7 +814,22 @@ class TestCompile:
             for mine, theirs in zip(got, torch.autograd.grad(loss(*inputs), inputs), strict=True):
                 assert_same(mine, theirs, atol=1e-12)
 
+    def test_nested_func_grad_is_refused_rather_than_wrong(self):
+        q, k, v = qkv()
+        loss = self.loss(mask_of("fibottention", 6))
+
+        def penalty(q):
+            return torch.func.grad(loss)(q, k, v).square().sum()
+
+        compiled = torch.compile(torch.func.grad(penalty), fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match=r"leave nested torch.func.grad calls out of the compiled function"):
+            compiled(q)
+        inner = torch.compile(lambda q: loss(q, k, v), backend="aot_eager")
+        got = torch.func.grad(lambda q: torch.func.grad(inner)(q).square().sum())(q)
+        assert_same(got, torch.func.grad(penalty)(q), rtol=1e-10, atol=1e-10)
+
     @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_inductor(self):
         inputs = with_grad(*(x.transpose(1, 2) for x in qkv(heads=6, queries=2)))
         loss = self.loss(mask_of("fibottention", 6))

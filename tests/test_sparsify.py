@@ -172,7 +172,15 @@ class TestTimm:
         for call, out in zip(calls, expected, strict=True):
             assert_same(dense(x, **call).detach(), out.detach(), atol=1e-12)
 
-    def test_double_backward_and_compilation_of_the_model(self):
+    def test_dropped_patches_are_warned_of(self, caplog):
+        model = vit(patch_drop_rate=0.5)
+        sm.sparsify(model, LOCAL)
+        assert "VisionTransformer drops patches in training" in caplog.text
+        caplog.clear()
+        sm.sparsify(vit(), LOCAL)
+        assert not caplog.text
+
+    def test_double_backward_of_a_swapped_layer(self):
         model = vit(depth=1).eval()
         sm.sparsify(model, FIBOTTENTION)
         x = torch.randn(1, 17, 24, dtype=torch.float64, requires_grad=True)

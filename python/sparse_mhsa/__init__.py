@@ -15,8 +15,9 @@ from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, densify, sparsify  # noqa: E402
 from .config import load_config  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
+from .layer import set_epoch  # noqa: E402
 from .masks import Mask  # noqa: E402
-from .module import SparseMHSA, set_epoch  # noqa: E402
+from .module import SparseMHSA  # noqa: E402
 
 __all__ = [
     "AttentionConfig",

@@ -42,8 +42,7 @@ def load_config(config: ConfigLike) -> AttentionConfig:
     if isinstance(config, str):
         return _load_string(config)
     raise TypeError(
-        "config: expected a path, YAML text, mapping, OmegaConf node or AttentionConfig, "
-        f"got {type(config).__name__}"
+        f"config: expected a path, YAML text, mapping, OmegaConf node or AttentionConfig, got {type(config).__name__}"
     )
 
 
@@ -62,8 +61,7 @@ def _load_string(config: str) -> AttentionConfig:
     if ":" in config:
         return AttentionConfig.parse(config)
     raise config_error(
-        f"config: {config!r} is neither an existing file nor YAML text; for a mask of that name write "
-        f"'mask: {config}'"
+        f"config: {config!r} is neither an existing file nor YAML text; for a mask of that name write 'mask: {config}'"
     )
 
 

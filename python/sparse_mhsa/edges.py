@@ -379,9 +379,7 @@ def _sum_to_bias(values: Tensor, bias: Tensor, edges: HeadEdges) -> Tensor:
     return total.view(values.shape[0], queries, keys)
 
 
-def _pull_back(
-    edges: HeadEdges, primals: Sequence[Tensor], cotangents: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _pull_back(edges: HeadEdges, primals: Sequence[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     def first_order(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, ...]:

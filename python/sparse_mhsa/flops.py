@@ -3,12 +3,23 @@
 Counted are the two matrix products of attention, q k^T and p v, not the projections: ``2 * nnz * head_dim``
 multiply-accumulates per layer, summed over heads. A multiply-accumulate counts as one in GMACs and as two in
 GFLOPs; published tables that say "GFLOPs" often mean GMACs, so every number here names its unit.
+
+Importing this module teaches `torch.utils.flop_counter.FlopCounterMode` what our operators cost.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+from . import ops  # noqa: F401  (defines the operators that the formulas are for)
+from ._core import Edges
+
+_OPS = torch.ops.sparse_mhsa
+_Shape: TypeAlias = Sequence[int]
 
 Unit: TypeAlias = Literal["GMACs", "GFLOPs"]
 _OPERATIONS_PER_MAC = {"GMACs": 1, "GFLOPs": 2}
@@ -162,9 +173,7 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
         if mask is None:
             prefix = site.num_prefix_tokens or 0
             dense, patches = num_heads * num_tokens**2, num_heads * max(0, num_tokens - prefix) ** 2
-            layers.append(
-                LayerCost(site.name, "none", num_heads, num_tokens, prefix, head_dim, dense, patches)
-            )
+            layers.append(LayerCost(site.name, "none", num_heads, num_tokens, prefix, head_dim, dense, patches))
         else:
             layers.append(
                 LayerCost(
@@ -179,3 +188,76 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
                 )
             )
     return AttentionCost(tuple(layers))
+
+
+# FLOP formulas: a multiply-accumulate counts as two. The forward pass multiplies q.k and p.v, the backward
+# pass q.k once more, dv, grad.v, dq and dk.
+
+
+def _edges_of_spec(q: _Shape, k: _Shape, spec: str) -> int:
+    batch, num_heads, num_queries = q[:3]
+    if num_queries != k[2]:  # only the dense mask may be rectangular
+        return batch * num_heads * num_queries * k[2]
+    return batch * sum(Edges.from_spec(spec, num_queries).nnz())
+
+
+def _edges_of_lists(q: _Shape, row_ptr: _Shape, col: _Shape) -> int:
+    return col[0] * (q[0] * q[1] // row_ptr[0])
+
+
+@register_flop_formula(_OPS.forward)
+def _(q: _Shape, k: _Shape, v: _Shape, spec: str, *_: object, **__: object) -> int:
+    return 2 * _edges_of_spec(q, k, spec) * (q[3] + v[3])
+
+
+@register_flop_formula(_OPS.forward_edges)
+def _(q: _Shape, k: _Shape, v: _Shape, row_ptr: _Shape, col: _Shape, *_: object, **__: object) -> int:
+    return 2 * _edges_of_lists(q, row_ptr, col) * (q[3] + v[3])
+
+
+@register_flop_formula(_OPS.backward)
+def _(
+    grad: _Shape,
+    q: _Shape,
+    k: _Shape,
+    v: _Shape,
+    out: _Shape,
+    lse: _Shape,
+    spec: str,
+    *_: object,
+    **__: object,
+) -> int:
+    return 2 * _edges_of_spec(q, k, spec) * (3 * q[3] + 2 * v[3])
+
+
+@register_flop_formula(_OPS.backward_edges)
+def _(
+    grad: _Shape,
+    q: _Shape,
+    k: _Shape,
+    v: _Shape,
+    out: _Shape,
+    lse: _Shape,
+    row_ptr: _Shape,
+    col: _Shape,
+    *_: object,
+    **__: object,
+) -> int:
+    return 2 * _edges_of_lists(q, row_ptr, col) * (3 * q[3] + 2 * v[3])
+
+
+@register_flop_formula(_OPS.bias_gradient)
+def _(
+    grad: _Shape,
+    q: _Shape,
+    k: _Shape,
+    v: _Shape,
+    lse: _Shape,
+    spec: str | None,
+    row_ptr: _Shape,
+    col: _Shape,
+    *_: object,
+    **__: object,
+) -> int:
+    edges = _edges_of_lists(q, row_ptr, col) if spec is None else _edges_of_spec(q, k, spec)
+    return 2 * edges * (q[3] + v[3])

@@ -160,9 +160,7 @@ def attend(
     edges = EdgeSource(layer_mask.spec, None, None) if edges is None else edges
     if bias is not None:
         bias = bias.to(q.dtype)
-    out, lse = ops.attention(
-        q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale
-    )
+    out, lse = ops.attention(q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale)
     if layer_mask.on_empty_row == "error":
         _refuse_empty_rows(lse)
     return out, lse
@@ -204,9 +202,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested:
-            raise TypeError(
-                f"{name}: expected a dense tensor, got a nested one; pad it and pass key_padding_mask"
-            )
+            raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it and pass key_padding_mask")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             "Expected query, key, and value to have the same dtype, but got "
@@ -227,13 +223,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, dim):
         raise ValueError(f"key: expected shape ({batch}, H or Hkv, S, {dim}), got {tuple(k.shape)}")
     if k.shape[1] != heads and (k.shape[1] == 0 or heads % k.shape[1]):
-        raise ValueError(
-            f"key: expected a number of heads that divides the {heads} of query, got {k.shape[1]}"
-        )
+        raise ValueError(f"key: expected a number of heads that divides the {heads} of query, got {k.shape[1]}")
     if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"value: expected shape ({', '.join(map(str, k.shape[:3]))}, Dv), got {tuple(v.shape)}"
-        )
+        raise ValueError(f"value: expected shape ({', '.join(map(str, k.shape[:3]))}, Dv), got {tuple(v.shape)}")
 
 
 def check_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
@@ -272,13 +264,10 @@ def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(shape) != 4 or any(side not in (1, whole) for side, whole in zip(shape, full, strict=True)):
         raise ValueError(
-            f"attn_mask: expected a shape that broadcasts to (B, H, N, S) = {full}, "
-            f"got {tuple(attn_mask.shape)}"
+            f"attn_mask: expected a shape that broadcasts to (B, H, N, S) = {full}, got {tuple(attn_mask.shape)}"
         )
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(
-            ~attn_mask, -math.inf
-        )
+        attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -math.inf)
     return attn_mask.reshape(shape)
 
 
@@ -296,9 +285,7 @@ def _check_mask(mask: Mask, q: Tensor) -> None:
     if mask.num_heads != heads:
         raise ValueError(f"mask: expected {heads} heads like query, got a mask of {mask.num_heads} heads")
     if mask.num_tokens != queries:
-        raise ValueError(
-            f"mask: expected {queries} tokens like query, got a mask of {mask.num_tokens} tokens"
-        )
+        raise ValueError(f"mask: expected {queries} tokens like query, got a mask of {mask.num_tokens} tokens")
 
 
 def _refuse_empty_rows(lse: Tensor) -> None:

@@ -57,9 +57,7 @@ class LayerMask:
     def __post_init__(self) -> None:
         config, grid = self.config, None if self.grid is None else list(self.grid)
         derived = {
-            "spec": config.spec(
-                self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens
-            ),
+            "spec": config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens),
             "name": config.mask,
             "scale": config.scale,
             "on_empty_row": config.on_empty_row,
@@ -145,9 +143,7 @@ class Mask:
             ConfigError: the configuration cannot be honoured, or not for these sizes.
         """
         sides = None if grid is None else tuple(grid)
-        layer_mask = LayerMask(
-            load_config(config), num_heads, layer, num_layers, epoch, sides, num_prefix_tokens
-        )
+        layer_mask = LayerMask(load_config(config), num_heads, layer, num_layers, epoch, sides, num_prefix_tokens)
         return cls(layer_mask, num_tokens, head_dim)
 
     @property
@@ -256,9 +252,7 @@ class Mask:
             raise ValueError("head_dim: expected a number, because the mask was made without one; got None")
         return in_unit(attention_macs(self.nnz, head_dim), unit)
 
-    def plot(
-        self, heads: Sequence[int] | None = None, ax: "Axes | None" = None, size: int = 512
-    ) -> "list[Axes]":
+    def plot(self, heads: Sequence[int] | None = None, ax: "Axes | None" = None, size: int = 512) -> "list[Axes]":
         """Draw the mask with matplotlib; see `sparse_mhsa.viz.plot`."""
         return viz.plot(self, heads=heads, ax=ax, size=size)
 
@@ -283,9 +277,7 @@ class Mask:
         }
         if self._head_dim is not None:
             rows["attention"] = f"{self.flops():.4g} GMACs, {self.flops(unit='GFLOPs'):.4g} GFLOPs"
-        cells = "".join(
-            f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items()
-        )
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
         picture = base64.b64encode(viz.png(self)).decode("ascii")
         return f'<table>{cells}</table><img alt="mask of each head" src="data:image/png;base64,{picture}">'
 
@@ -303,9 +295,7 @@ class Mask:
 
 @functools.cache
 def _factories() -> dict[str, Callable[..., Mask]]:
-    return {
-        name: _factory(entry) for entry in registered_masks() for name in (entry["name"], *entry["aliases"])
-    }
+    return {name: _factory(entry) for entry in registered_masks() for name in (entry["name"], *entry["aliases"])}
 
 
 def _factory(entry: dict[str, object]) -> Callable[..., Mask]:
@@ -317,9 +307,7 @@ def _factory(entry: dict[str, object]) -> Callable[..., Mask]:
             if key not in sizes and key not in keys:
                 close = difflib.get_close_matches(key, [*sizes, *keys], n=1)
                 hint = f", did you mean `{close[0]}`?" if close else ""
-                raise TypeError(
-                    f"masks.{name}: unknown keyword `{key}`{hint} Allowed: {', '.join([*keys, *sizes])}"
-                )
+                raise TypeError(f"masks.{name}: unknown keyword `{key}`{hint} Allowed: {', '.join([*keys, *sizes])}")
         mask_kwargs = {key: value for key, value in kwargs.items() if key not in sizes}
         shape = {key: value for key, value in kwargs.items() if key in sizes}
         return Mask.from_config({"mask": name, "mask_kwargs": mask_kwargs}, **shape)  # type: ignore[arg-type]

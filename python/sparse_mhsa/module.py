@@ -13,41 +13,12 @@ from torch import Tensor, nn
 from .config import ConfigLike, load_config
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
 from .functional import attend, autocast, check_qkv, check_square, dense_mask, draw_seed
-from .masks import LayerMask, Mask
+from .layer import SparseLayer
+from .masks import LayerMask
 from .ops import has_background
 
 _MANY_TOKENS = 4096
 """Number of tokens above which dense attention weights deserve a warning."""
-
-
-class SparseLayer(nn.Module):
-    """What every sparse attention module has besides its weights: the mask of its layer."""
-
-    layer_mask: LayerMask
-    """Immutable; no parameter and no buffer, so that state dicts are those of dense attention."""
-
-    def mask(self, num_tokens: int) -> Mask:
-        """The edges this layer uses for ``num_tokens`` tokens.
-
-        Raises:
-            ConfigError: the mask does not exist for that number.
-        """
-        return self.layer_mask.at(num_tokens)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell masks that change during training which epoch it is."""
-        self.layer_mask = self.layer_mask.at_epoch(epoch)
-
-    def _mask_repr(self) -> str:
-        layer_mask = self.layer_mask
-        parts = [f"mask={layer_mask.name}", f"layer={layer_mask.layer}"]
-        if layer_mask.num_tokens is not None:
-            try:
-                mask = self.mask(layer_mask.num_tokens)
-            except ValueError:  # a grid that does not fit; forward says so, a repr must not raise
-                return ", ".join(parts)
-            parts += [f"num_tokens={mask.num_tokens}", f"density={mask.density:.4f}"]
-        return ", ".join(parts)
 
 
 class SparseMHSA(nn.MultiheadAttention, SparseLayer):
@@ -306,14 +277,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
                 raise AssertionError(f"only bool and floating types of {name} are supported")
-        if (
-            key_padding_mask is not None
-            and attn_mask is not None
-            and key_padding_mask.dtype != attn_mask.dtype
-        ):
+        if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
             warnings.warn(
-                "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both "
-                "instead.",
+                "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
                 stacklevel=3,
             )
         if query.is_nested or key.is_nested or value.is_nested:
@@ -331,9 +297,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
                 "`generate_square_subsequent_mask` to create this mask."
             )
         if query.shape[-1] != self.embed_dim:
-            raise AssertionError(
-                f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}"
-            )
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
         if self._qkv_same_embed_dim and key.shape != value.shape:
             raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
         if key.shape[:-1] != value.shape[:-1]:
@@ -384,8 +348,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             expected = (queries, keys) if attn_mask.dim() == 2 else (batch * self.num_heads, queries, keys)
             if attn_mask.shape != expected:
                 raise RuntimeError(
-                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, "
-                    f"but should be {expected}."
+                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
                 )
             bias = attn_mask
             if attn_mask.dtype == torch.bool:
@@ -407,9 +370,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
         extra = []
         if self.bias_k is not None and self.bias_v is not None:
-            extra.append(
-                tuple(b.to(k.dtype).view(1, self.num_heads, 1, -1) for b in (self.bias_k, self.bias_v))
-            )
+            extra.append(tuple(b.to(k.dtype).view(1, self.num_heads, 1, -1) for b in (self.bias_k, self.bias_v)))
         if self.add_zero_attn:
             extra.append((k.new_zeros(1, self.num_heads, 1, self.head_dim),) * 2)
         if not extra:
@@ -438,13 +399,6 @@ def stay_off_fast_path(module: nn.Module, args: object) -> None:
     In evaluation, `torch.nn.TransformerEncoderLayer` reads the weights of its attention and never calls it,
     which would be silently dense; a hook on the attention is what makes it call.
     """
-
-
-def set_epoch(model: nn.Module, epoch: int) -> None:
-    """Tell every sparse attention layer of a model which training epoch it is."""
-    for module in model.modules():
-        if isinstance(module, SparseLayer):
-            module.set_epoch(epoch)
 
 
 def _layer_mask(

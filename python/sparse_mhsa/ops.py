@@ -7,15 +7,14 @@ backward are all right. `attention` is the door to use from Python.
 """
 
 import functools
+import inspect
 import json
-from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
-from torch.utils.flop_counter import register_flop_formula
 
 from . import _core
 from .edges import EdgeAttention, EdgeSource
@@ -42,9 +41,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, 
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
-def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -103,8 +100,7 @@ def _define_edge_lists() -> None:
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.dynamic_output_shape),
     )
     _LIBRARY.define(  # type: ignore[no-untyped-call]
-        "dropout_keep(Tensor row_ptr, Tensor col, SymInt batch, int num_heads, Tensor seed, float dropout_p)"
-        " -> Tensor",
+        "dropout_keep(Tensor row_ptr, Tensor col, SymInt batch, int num_heads, Tensor seed, float dropout_p) -> Tensor",
         tags=_TAGS,
     )
     # Without tensor arguments there is no device to dispatch on.
@@ -133,7 +129,6 @@ _define_edge_lists()
 _define_bias_gradient()
 _ops = torch.ops.sparse_mhsa
 
-_Shape: TypeAlias = Sequence[int]
 _Dims: TypeAlias = tuple[int | None, ...]
 _Inputs: TypeAlias = tuple[Any, ...]
 
@@ -188,9 +183,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, key_mask, bias, seed, row_ptr, col, out, lse = ctx.saved_tensors
         wants_bias = ctx.needs_input_grad[4]
         tensors = (grad_out, q, k, v, out, lse, key_mask, bias, seed, row_ptr, col)
-        dq, dk, dv, *dbias = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
-            *tensors, ctx.spec, ctx.dropout_p, ctx.scale, wants_bias
-        )
+        differentiable = needs_autograd(grad_out, q, k, v, bias)
+        run = _AttentionBackward.apply if differentiable else _AttentionBackward.forward
+        dq, dk, dv, *dbias = run(*tensors, ctx.spec, ctx.dropout_p, ctx.scale, wants_bias)
         return dq, dk, dv, None, dbias[0] if wants_bias else None, None, None, None, None, None, None
 
     @staticmethod
@@ -250,9 +245,7 @@ class _AttentionBackward(torch.autograd.Function):
     def backward(ctx: _Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, q, k, v, _, lse, key_mask, bias, seed, row_ptr, col = ctx.saved_tensors
         edges = EdgeSource(ctx.spec, row_ptr, col)
-        attention = EdgeAttention(
-            q, k, lse, edges, key_mask, seed, ctx.dropout_p, ctx.scale, has_background(ctx.spec)
-        )
+        attention = EdgeAttention(q, k, lse, edges, key_mask, seed, ctx.dropout_p, ctx.scale, has_background(ctx.spec))
         grads = attention.second_order(cotangents, grad_out, q, k, v, bias)
         return *grads[:4], None, None, None, grads[4], None, None, None, None, None, None, None
 
@@ -269,6 +262,11 @@ class _AttentionBackward(torch.autograd.Function):
         if inputs[14] and _batch_of(inputs[7], in_dims[7]) == 1:
             whole[3] = whole[3].sum(1, keepdim=True)
         return tuple(whole), (0,) * len(whole)
+
+
+for _function in (_Attention, _AttentionBackward):
+    # torch asks for the signature in every call, and working it out takes longer than the kernel of a small problem.
+    vars(_function)["forward"].__func__.__signature__ = inspect.signature(_function.forward)
 
 
 def _folds(in_dims: _Dims, dropout_p: float) -> bool:
@@ -302,6 +300,16 @@ def _one_by_one(
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
     return outputs, (0,) * len(outputs)
+
+
+def _nested_grads() -> int:
+    """How many torch.func.grad (or vjp, jacrev) calls surround the code that runs or is being traced."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(layer.key() == torch._C._functorch.TransformType.Grad for layer in stack)
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import the whole compiler.
+_nested_grads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -346,6 +354,11 @@ def attention(
     spec, row_ptr, col = edges
     if needs_autograd(q, k, v, bias):
         if torch.compiler.is_compiling():
+            if _nested_grads() > 1:
+                raise NotImplementedError(
+                    "torch.compile would drop the second derivative of attention; "
+                    "leave nested torch.func.grad calls out of the compiled function"
+                )
             # Dynamo takes an input of torch.func.grad for a constant, and its gradient for zero, until an
             # operator has touched it.
             q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)
@@ -355,76 +368,3 @@ def attention(
         )
         return result
     return _Attention.forward(q, k, v, key_mask, bias, seed, row_ptr, col, spec, dropout_p, scale)
-
-
-# FLOP formulas: a multiply-accumulate counts as two. The forward pass multiplies q.k and p.v, the backward
-# pass q.k once more, dv, grad.v, dq and dk.
-
-
-def _edges_of_spec(q: _Shape, k: _Shape, spec: str) -> int:
-    batch, num_heads, num_queries = q[:3]
-    if num_queries != k[2]:  # only the dense mask may be rectangular
-        return batch * num_heads * num_queries * k[2]
-    return batch * sum(_core.Edges.from_spec(spec, num_queries).nnz())
-
-
-def _edges_of_lists(q: _Shape, row_ptr: _Shape, col: _Shape) -> int:
-    return col[0] * (q[0] * q[1] // row_ptr[0])
-
-
-@register_flop_formula(_ops.forward)
-def _(q: _Shape, k: _Shape, v: _Shape, spec: str, *_: object, **__: object) -> int:
-    return 2 * _edges_of_spec(q, k, spec) * (q[3] + v[3])
-
-
-@register_flop_formula(_ops.forward_edges)
-def _(q: _Shape, k: _Shape, v: _Shape, row_ptr: _Shape, col: _Shape, *_: object, **__: object) -> int:
-    return 2 * _edges_of_lists(q, row_ptr, col) * (q[3] + v[3])
-
-
-@register_flop_formula(_ops.backward)
-def _(
-    grad: _Shape,
-    q: _Shape,
-    k: _Shape,
-    v: _Shape,
-    out: _Shape,
-    lse: _Shape,
-    spec: str,
-    *_: object,
-    **__: object,
-) -> int:
-    return 2 * _edges_of_spec(q, k, spec) * (3 * q[3] + 2 * v[3])
-
-
-@register_flop_formula(_ops.backward_edges)
-def _(
-    grad: _Shape,
-    q: _Shape,
-    k: _Shape,
-    v: _Shape,
-    out: _Shape,
-    lse: _Shape,
-    row_ptr: _Shape,
-    col: _Shape,
-    *_: object,
-    **__: object,
-) -> int:
-    return 2 * _edges_of_lists(q, row_ptr, col) * (3 * q[3] + 2 * v[3])
-
-
-@register_flop_formula(_ops.bias_gradient)
-def _(
-    grad: _Shape,
-    q: _Shape,
-    k: _Shape,
-    v: _Shape,
-    lse: _Shape,
-    spec: str | None,
-    row_ptr: _Shape,
-    col: _Shape,
-    *_: object,
-    **__: object,
-) -> int:
-    edges = _edges_of_lists(q, row_ptr, col) if spec is None else _edges_of_spec(q, k, spec)
-    return 2 * edges * (q[3] + v[3])

@@ -65,9 +65,7 @@ def dense_attention(
         allowed = allowed & key_mask[:, None, None, :]
 
     scores = scores.masked_fill(~allowed, -math.inf)
-    largest = (
-        scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:3], 1)
-    )
+    largest = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:3], 1)
     largest = largest.masked_fill(largest == -math.inf, 0.0)
     weights = torch.exp(scores - largest)
     total = weights.sum(-1, keepdim=True)

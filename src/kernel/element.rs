@@ -124,8 +124,8 @@ macro_rules! real {
     };
 }
 
-real!(f32, Exp::F32, scalar::Portable<f32, 8>, avx2::F32x8, avx512::F32x16);
-real!(f64, Exp::F64, scalar::Portable<f64, 4>, avx2::F64x4, avx512::F64x8);
+real!(f32, Exp::F32, scalar::Portable<f32, 4>, avx2::F32x8, avx512::F32x16);
+real!(f64, Exp::F64, scalar::Portable<f64, 2>, avx2::F64x4, avx512::F64x8);
 
 macro_rules! half {
     ($type:ident) => {
@@ -140,7 +140,7 @@ macro_rules! half {
             fn from_acc(value: f32) -> Self {
                 $type::from_f32(value)
             }
-            type Scalar = scalar::Portable<f32, 8>;
+            type Scalar = scalar::Portable<f32, 4>;
             #[cfg(target_arch = "x86_64")]
             type Avx2 = avx2::F32x8;
             #[cfg(target_arch = "x86_64")]

@@ -5,6 +5,8 @@
 //! A query without keys gives zeros, an `lse` of minus infinity and zero gradients. What is not kept is never read, so NaN there
 //! does not spread; NaN in a kept place does. Heads of q may share heads of k and v (grouped queries).
 #![allow(unsafe_code)]
+// Indices name registers; iterators over them hide code from the inliner (see `simd`).
+#![allow(clippy::needless_range_loop)]
 
 mod cpu;
 mod dropout;

@@ -172,7 +172,9 @@ fn weights<P: Element, T: Element>(
         key,
         p: stored::<P>((score - largest).exp() / sum),
         is_edge,
-        factor: P::Acc::from_f64(problem.dropout.map_or(1.0, |d| d.factor((b * sizes.heads + h) as u64, i, key))),
+        factor: P::Acc::from_f64(
+            problem.dropout.map_or(1.0, |d| d.factor((b * sizes.heads + h) as u64, i, key)),
+        ),
     });
     (weights.collect(), largest + sum.ln())
 }

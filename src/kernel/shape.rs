@@ -39,7 +39,11 @@ impl<T: Element> Attention<'_, T> {
             return Err(shape("v", "a head dimension of at least 1", &self.v.shape()));
         }
         if heads != kv_heads && (kv_heads == 0 || heads % kv_heads != 0) {
-            return Err(shape("k", &format!("a number of heads that divides the {heads} of q"), &self.k.shape()));
+            return Err(shape(
+                "k",
+                &format!("a number of heads that divides the {heads} of q"),
+                &self.k.shape(),
+            ));
         }
         if let Some(key_mask) = &self.key_mask {
             expect("key_mask", key_mask, [batch, keys])?;
@@ -79,7 +83,11 @@ impl Sizes {
 }
 
 fn expect<T, const RANK: usize>(name: &str, view: &View<'_, T, RANK>, expected: [usize; RANK]) -> Result<()> {
-    if view.shape() == expected { Ok(()) } else { Err(shape(name, &format!("shape {expected:?}"), &view.shape())) }
+    if view.shape() == expected {
+        Ok(())
+    } else {
+        Err(shape(name, &format!("shape {expected:?}"), &view.shape()))
+    }
 }
 
 fn shape(name: &str, expected: &str, got: &[usize]) -> Error {

@@ -21,11 +21,11 @@ pub struct Exp<R: 'static> {
 impl Exp<f32> {
     pub(super) const F32: Self = Exp {
         log2_e: std::f32::consts::LOG2_E,
-        ln_2: [0.693_359_375, -2.121_944_4e-4],
+        ln_2: [355.0 / 512.0, -2.121_944_4e-4],
         smallest: -87.336_54,
         largest: 89.0,
         largest_exponent: 127.0,
-        coefficients: &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1],
+        coefficients: &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5],
     };
 }
 

@@ -97,7 +97,8 @@ impl<'a, T, const RANK: usize> View<'a, T, RANK> {
                 )));
             }
         }
-        let strides = std::array::from_fn(|dim| if empty || shape[dim] == 1 { 0 } else { strides[dim] as isize });
+        let strides =
+            std::array::from_fn(|dim| if empty || shape[dim] == 1 { 0 } else { strides[dim] as isize });
         let origin = if empty { std::ptr::dangling() } else { storage.wrapping_add(offset) };
         Ok(View { origin, shape, strides, storage: PhantomData })
     }
@@ -119,7 +120,11 @@ impl<T: Copy, const RANK: usize> View<'_, T, RANK> {
     /// # Panics
     /// When `index` is outside the shape.
     pub fn at(&self, index: [usize; RANK]) -> T {
-        assert!((0..RANK).all(|dim| index[dim] < self.shape[dim]), "index {index:?} outside shape {:?}", self.shape);
+        assert!(
+            (0..RANK).all(|dim| index[dim] < self.shape[dim]),
+            "index {index:?} outside shape {:?}",
+            self.shape
+        );
         // SAFETY: the index is inside the shape.
         unsafe { *self.pointer(index) }
     }
@@ -141,7 +146,10 @@ impl<T: Copy, const RANK: usize> View<'_, T, RANK> {
 
 impl<T, const RANK: usize> fmt::Debug for View<'_, T, RANK> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("View").field("shape", &self.shape).field("strides", &self.strides).finish_non_exhaustive()
+        f.debug_struct("View")
+            .field("shape", &self.shape)
+            .field("strides", &self.strides)
+            .finish_non_exhaustive()
     }
 }
 
@@ -170,7 +178,12 @@ impl<'a, T> Output<'a, T> {
             )));
         }
         let width = shape.last().copied().unwrap_or(1);
-        Ok(Output { data: data.as_mut_ptr(), rows: data.len().checked_div(width).unwrap_or(0), width, owner: PhantomData })
+        Ok(Output {
+            data: data.as_mut_ptr(),
+            rows: data.len().checked_div(width).unwrap_or(0),
+            width,
+            owner: PhantomData,
+        })
     }
 
     /// Row `row`.

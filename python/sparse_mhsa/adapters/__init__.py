@@ -92,8 +92,7 @@ def sparsify(
         if reason is not None:
             rows.append(Row(site.name, site.adapter.name, "skipped", reason, layer=site.layer))
     rows += [
-        Row(name, "", "skipped", f"no adapter for {type(m).__qualname__}")
-        for name, m in unsupported(model, sites)
+        Row(name, "", "skipped", f"no adapter for {type(m).__qualname__}") for name, m in unsupported(model, sites)
     ]
     report = Report(tuple(rows))
     if strict and not plan:
@@ -160,9 +159,7 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     return layer_mask, row
 
 
-def _with_overrides(
-    config: AttentionConfig, overrides: Mapping[str, Mapping[str, object]] | None
-) -> AttentionConfig:
+def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str, object]] | None) -> AttentionConfig:
     if not overrides:
         return config
     document = json.loads(config.to_json())
@@ -173,9 +170,7 @@ def _with_overrides(
     return load_config(document)
 
 
-def _refuse_idle_overrides(
-    overrides: Mapping[str, Mapping[str, object]] | None, sites: Sequence[Site]
-) -> None:
+def _refuse_idle_overrides(overrides: Mapping[str, Mapping[str, object]] | None, sites: Sequence[Site]) -> None:
     names = [site.name for site in sites]
     for pattern in overrides or ():
         if not any(re.search(pattern, name) for name in names):

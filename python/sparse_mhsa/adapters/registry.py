@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..layer import SparseLayer
 from ..masks import LayerMask
-from ..module import SparseLayer
 
 _ADAPTERS: "list[Adapter]" = []
 

@@ -51,9 +51,7 @@ class Report:
             return "no attention layers found"
         table = [_HEADER, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in table) for column in range(len(_HEADER))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(lines)
 

@@ -2,16 +2,18 @@
 
 import copy
 import inspect
+import logging
 import sys
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import additive_bias, attend, check_qkv, dense_mask
+from ..layer import SparseLayer
 from ..masks import LayerMask
-from ..module import SparseLayer
 from .registry import Adapter, register_adapter
 
+_LOGGER = logging.getLogger("sparse_mhsa")
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
@@ -118,6 +120,15 @@ class TimmAdapter(Adapter):
         del module.layer_mask, module.dense_class
         dense: nn.Module = module
         dense.__class__ = dense_class
+
+    def finish(self, model: nn.Module) -> None:
+        """Warn of patches dropped in training: masks go by position, and the positions close up."""
+        sparse = any(isinstance(module, SparseAttention) for module in model.modules())
+        if sparse and not isinstance(getattr(model, "patch_drop", nn.Identity()), nn.Identity):
+            _LOGGER.warning(
+                "%s drops patches in training; its masks then apply to the patches left, as if they were neighbours",
+                type(model).__name__,
+            )
 
     def sample(self, model: nn.Module) -> Tensor | None:
         """One random image of the size that ``patch_embed`` expects."""

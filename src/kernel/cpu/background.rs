@@ -8,6 +8,15 @@ use crate::kernel::element::{Element, Real};
 use crate::kernel::view::Output;
 use crate::kernel::{Run, View4};
 
+/// What the background of all queries adds to every key's dv.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Share<'a, R> {
+    /// The weight that every query gives to a key that is no edge.
+    pub weights: &'a [R],
+    /// `grad_out` summed with these weights, per head of q.
+    pub sums: &'a Background<R>,
+}
+
 /// One weighted sum of rows per head, at padded width.
 #[derive(Debug)]
 pub(super) struct Background<R> {
@@ -27,9 +36,14 @@ impl<R: Real> Background<R> {
     }
 
     /// For the backward pass: the sum of `grad_out`, each row times `weights` (one per query of all heads), per head of q.
-    pub(super) fn of_grad_out<T: Element<Acc = R>>(grad_out: &View4<T>, weights: &[R], run: &Run) -> Result<Self> {
+    pub(super) fn of_grad_out<T: Element<Acc = R>>(
+        grad_out: &View4<T>,
+        weights: &[R],
+        run: &Run,
+    ) -> Result<Self> {
         let [_, heads, queries, _] = grad_out.shape();
-        let weight = |batch: usize, head: usize, query: usize| weights[(batch * heads + head) * queries + query];
+        let weight =
+            |batch: usize, head: usize, query: usize| weights[(batch * heads + head) * queries + query];
         Self::of_rows(grad_out, weight, run)
     }
 

@@ -1,6 +1,6 @@
 //! Gradients, in two passes that both gather: dq (and what the second pass needs of every query) by query, then dk and dv by key.
 
-use super::background::Background;
+use super::background::{Background, Share};
 use super::matrix::{Column, Matrix};
 use super::tasks::Call;
 use super::{by_key, by_query};
@@ -58,14 +58,11 @@ pub(in crate::kernel) fn backward<T: Element>(
     let queries = sizes.batch * sizes.heads * sizes.queries;
 
     let mut delta = vec![T::Acc::ZERO; queries];
-    let mut background = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
-    by_query::run(&call, &saved, &dq, &mut delta, &mut background, run)?;
+    let mut weights = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
+    by_query::run(&call, &saved, &dq, &mut delta, &mut weights, run)?;
 
-    let background = if call.has_background() {
-        let sums = Background::of_grad_out(&saved.grad_out, &background, run)?;
-        Some((background, sums))
-    } else {
-        None
-    };
-    by_key::run(&call, &saved, &delta, background.as_ref().map(|(weights, sums)| (&weights[..], sums)), &dk, &dv, run)
+    let sums =
+        call.has_background().then(|| Background::of_grad_out(&saved.grad_out, &weights, run)).transpose()?;
+    let background = sums.as_ref().map(|sums| Share { weights: &weights, sums });
+    by_key::run(&call, &saved, &delta, background, &dk, &dv, run)
 }

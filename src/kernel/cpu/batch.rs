@@ -137,9 +137,16 @@ pub(super) struct Cursor<'a, T> {
 }
 
 impl<'a, T: Element> Cursor<'a, T> {
-    pub(super) fn new(edges: &'a EdgeSet, rows: Range<usize>, allowed: Allowed<'a, T>, lists: &'a mut Lists) -> Self {
+    pub(super) fn new(
+        edges: &'a EdgeSet,
+        rows: Range<usize>,
+        allowed: Allowed<'a, T>,
+        lists: &'a mut Lists,
+    ) -> Self {
         lists.near.clear();
-        lists.near.extend(edges.diagonals().iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
+        lists
+            .near
+            .extend(edges.diagonals().iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
         lists.rest.clear();
         let dense_cols = edges.dense_cols().iter().map(ExactSizeIterator::len).sum();
         Cursor { edges, rows, allowed, lists, dense_cols, begun: false }
@@ -154,7 +161,9 @@ impl<'a, T: Element> Cursor<'a, T> {
             return true;
         }
         self.lists.active.clear();
-        self.lists.active.extend(self.lists.near.iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
+        self.lists
+            .active
+            .extend(self.lists.near.iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
         let all_through = self.lists.active.iter().all(|d| d.start <= rows.start && rows.end <= d.end);
         for row in rows {
             let is_dense = self.edges.is_dense_row(row);
@@ -196,7 +205,8 @@ impl<'a, T: Element> Cursor<'a, T> {
         if all_through {
             columns.extend(self.lists.active.iter().map(|d| (row as i64 + d.offset) as u32));
         } else {
-            columns.extend(self.lists.active.iter().filter_map(|d| d.column(row)).map(|column| column as u32));
+            columns
+                .extend(self.lists.active.iter().filter_map(|d| d.column(row)).map(|column| column as u32));
         }
         for run in self.edges.runs().row(row) {
             columns.extend(run.start as u32..run.end as u32);

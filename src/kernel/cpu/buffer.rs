@@ -20,7 +20,11 @@ pub(super) struct Buffer<R> {
 
 impl<R: Real> Buffer<R> {
     pub(super) fn zeros(len: usize) -> Self {
-        Buffer { lines: vec![Line([0; LINE]); (len * size_of::<R>()).div_ceil(LINE)], len, kind: std::marker::PhantomData }
+        Buffer {
+            lines: vec![Line([0; LINE]); (len * size_of::<R>()).div_ceil(LINE)],
+            len,
+            kind: std::marker::PhantomData,
+        }
     }
 }
 

@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
-use super::background::Background;
+use super::background::Share;
 use super::backward::{Saved, shift};
 use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
-use super::matrix::{Column, GROUP, Matrix, add_scaled, add_weighted, dots, padded, write_scaled};
+use super::gather::{GROUP, add_scaled, add_weighted, dots, write_scaled};
+use super::matrix::{Column, Matrix, padded};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -18,12 +19,12 @@ use crate::kernel::softmax::exp;
 use crate::kernel::view::Output;
 use crate::pattern::edges::EdgeSet;
 
-/// Write `dk` and `dv`. `background` is the weight of a background key for every query, and the sums of `grad_out` so weighted.
+/// Write `dk` and `dv`.
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
     delta: &[T::Acc],
-    background: Option<(&[T::Acc], &Background<T::Acc>)>,
+    background: Option<Share<T::Acc>>,
     dk: &Output<T>,
     dv: &Output<T>,
     run: &Run,
@@ -46,8 +47,7 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, kv_head, rows) = tasks.get(index);
-            let task =
-                Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };
+            let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };
             // SAFETY: every index is one task, and tasks do not share rows.
             unsafe { isa.run::<T>(task) };
         },
@@ -60,7 +60,7 @@ struct Task<'a, T: Element> {
     call: &'a Call<'a, T>,
     saved: &'a Saved<'a, T>,
     delta: &'a [T::Acc],
-    background: Option<(&'a [T::Acc], &'a Background<T::Acc>)>,
+    background: Option<Share<'a, T::Acc>>,
     batch: usize,
     kv_head: usize,
     rows: Range<usize>,
@@ -183,7 +183,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                     grad_out: self.saved.grad_out(self.batch, head),
                     lse: self.saved.lse(self.batch, head),
                     delta: &self.delta[first..first + sizes.queries],
-                    background: self.background.map(|(weights, _)| &weights[first..first + sizes.queries]),
+                    background: self.background.map(|share| &share.weights[first..first + sizes.queries]),
                     scale: self.call.scale,
                 };
                 for (part, is_dense) in runs_of_rows(queries.edges, rows.clone()) {
@@ -196,8 +196,8 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                         }
                     }
                 }
-                if let Some((_, sums)) = self.background {
-                    let sum = sums.of_head(self.batch, head);
+                if let Some(share) = self.background {
+                    let sum = share.sums.of_head(self.batch, head);
                     for dv in scratch.dv.chunks_exact_mut(sum.len()).take(rows.len()) {
                         // SAFETY: the caller's promise.
                         unsafe { add_scaled::<V>(sum, T::Acc::ONE, dv) };
@@ -256,7 +256,14 @@ impl<R: Real> QueryTerms<R> {
     /// Replace dots `scores` by `scale * P * (factor * grad - delta)` and `grads` by `P * factor - background`, with
     /// `P = exp(scale_left * dot - shift)`, for the edges whose terms begin at `at`.
     #[inline(always)]
-    unsafe fn apply<V: Vector<Lane = R>>(&self, at: usize, scores: &mut [R], grads: &mut [R], scale_left: R, scale: R) {
+    unsafe fn apply<V: Vector<Lane = R>>(
+        &self,
+        at: usize,
+        scores: &mut [R],
+        grads: &mut [R],
+        scale_left: R,
+        scale: R,
+    ) {
         let len = scores.len();
         assert!(grads.len() == len && at + len <= EDGES && len.is_multiple_of(V::LANES));
         // SAFETY: whole registers, as asserted; every list has EDGES entries.
@@ -304,7 +311,13 @@ where
             }
             for piece in &batch.pieces {
                 let range = piece.padded_edges();
-                terms.apply::<V>(range.start, &mut scores[range.clone()], &mut grads[range], scale_left, queries.scale);
+                terms.apply::<V>(
+                    range.start,
+                    &mut scores[range.clone()],
+                    &mut grads[range],
+                    scale_left,
+                    queries.scale,
+                );
             }
             for piece in &batch.pieces {
                 let (range, columns) = (piece.edges(), &batch.columns[piece.edges()]);

@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::backward::{Saved, shift};
 use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
-use super::matrix::{Column, GROUP, Matrix, add_weighted, dot, dots, padded, write_scaled};
+use super::gather::{GROUP, add_weighted, dot, dots, write_scaled};
+use super::matrix::{Column, Matrix, padded};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -29,7 +30,8 @@ pub(super) fn run<T: Element>(
     let sizes = call.sizes;
     let per_query = [sizes.batch, sizes.heads, sizes.queries, 1];
     let delta = Output::new("delta", delta, &per_query)?;
-    let background = if call.has_background() { Some(Output::new("background", background, &per_query)?) } else { None };
+    let background =
+        if call.has_background() { Some(Output::new("background", background, &per_query)?) } else { None };
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 3, run);
     let isa = run.isa;
     pool.run(
@@ -168,7 +170,8 @@ impl<T: Element> Task<'_, T> {
     #[inline(always)]
     unsafe fn batches<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>) {
         let head = self.tensors;
-        let Scratch { lists, batch, copies, query, grad_out, out, scores, grads, sum, .. } = &mut *self.scratch;
+        let Scratch { lists, batch, copies, query, grad_out, out, scores, grads, sum, .. } =
+            &mut *self.scratch;
         let mut cursor = Cursor::new(self.edges, rows, head.allowed(false), lists);
         // A bias is added to scores that are already scaled.
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
@@ -199,7 +202,14 @@ impl<T: Element> Task<'_, T> {
                     let shift = shift(self.lse.at(piece.row));
                     let delta = self.delta.row_mut(self.first_row + piece.row)[0];
                     let edges = piece.padded_edges();
-                    score_gradients::<V>(&mut scores[edges.clone()], &grads[edges], scale_left, shift, delta, self.scale);
+                    score_gradients::<V>(
+                        &mut scores[edges.clone()],
+                        &grads[edges],
+                        scale_left,
+                        shift,
+                        delta,
+                        self.scale,
+                    );
                 }
                 for piece in &batch.pieces {
                     if piece.first {
@@ -231,7 +241,8 @@ impl<T: Element> Task<'_, T> {
             pack::<V, T>(&self.grad_out, rows.clone(), &mut tile.grad_out);
             for (slot, row) in rows.clone().enumerate() {
                 self.out.stage::<V>(row, out);
-                tile.deltas[slot] = dot::<V>(&tile.grad_out[slot * value_stride..(slot + 1) * value_stride], out);
+                tile.deltas[slot] =
+                    dot::<V>(&tile.grad_out[slot * value_stride..(slot + 1) * value_stride], out);
                 self.delta.row_mut(self.first_row + row)[0] = tile.deltas[slot];
                 if let Some(background) = self.background {
                     background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;
@@ -264,7 +275,14 @@ impl<T: Element> Task<'_, T> {
                     head.drop_weights(row, &tile.columns, &mut tile.grads[start..start + count]);
                     let (shift, delta) = (shift(self.lse.at(row)), tile.deltas[slot]);
                     let scores = &mut tile.scores[start..end];
-                    score_gradients::<V>(scores, &tile.grads[start..end], self.scale, shift, delta, self.scale);
+                    score_gradients::<V>(
+                        scores,
+                        &tile.grads[start..end],
+                        self.scale,
+                        shift,
+                        delta,
+                        self.scale,
+                    );
                 }
                 multiply::<V, true>(
                     Block { data: &tile.scores, stride: TILE },

@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::background::Background;
 use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
-use super::matrix::{GROUP, add_scaled, add_weighted, dots, padded, scale, write_scaled};
+use super::gather::{GROUP, add_scaled, add_weighted, dots, scale, write_scaled};
+use super::matrix::padded;
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -159,9 +160,21 @@ impl<T: Element> Task<'_, T> {
                 for piece in &batch.pieces {
                     head.q.stage::<V>(piece.row, query);
                     let groups = piece.start..piece.start + piece.len.next_multiple_of(GROUP);
-                    dots::<V, T>(query, &head.k, &batch.columns[groups.clone()], &mut weights[groups], copies);
+                    dots::<V, T>(
+                        query,
+                        &head.k,
+                        &batch.columns[groups.clone()],
+                        &mut weights[groups],
+                        copies,
+                    );
                     let edges = piece.edges();
-                    head.add_bias(self.scale, piece.row, false, &batch.columns[edges.clone()], &mut weights[edges]);
+                    head.add_bias(
+                        self.scale,
+                        piece.row,
+                        false,
+                        &batch.columns[edges.clone()],
+                        &mut weights[edges],
+                    );
                 }
                 for (slot, piece) in batch.pieces.iter().enumerate() {
                     if piece.first {
@@ -180,7 +193,13 @@ impl<T: Element> Task<'_, T> {
                         sum.fill(T::Acc::ZERO);
                     }
                     let edges = piece.edges();
-                    add_weighted::<V, T>(&weights[edges.clone()], &head.v, &batch.columns[edges], sum, copies);
+                    add_weighted::<V, T>(
+                        &weights[edges.clone()],
+                        &head.v,
+                        &batch.columns[edges],
+                        sum,
+                        copies,
+                    );
                     if piece.last {
                         if let Some(values) = self.background {
                             add_scaled::<V>(values, running[slot].background_weight(), sum);
@@ -225,7 +244,10 @@ impl<T: Element> Task<'_, T> {
                     let weights = &mut tile.weights[slot * TILE..(slot + 1) * TILE];
                     let correction = tile.running[slot].absorb::<V>(weights, count, self.scale);
                     if correction != T::Acc::ONE {
-                        scale::<V>(&mut tile.sums[slot * value_stride..(slot + 1) * value_stride], correction);
+                        scale::<V>(
+                            &mut tile.sums[slot * value_stride..(slot + 1) * value_stride],
+                            correction,
+                        );
                     }
                     head.drop_weights(row, &tile.columns, &mut weights[..count]);
                 }

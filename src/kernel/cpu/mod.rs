@@ -10,6 +10,7 @@ mod buffer;
 mod by_key;
 mod by_query;
 mod forward;
+mod gather;
 mod matrix;
 mod tasks;
 mod tile;

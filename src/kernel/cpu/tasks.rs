@@ -47,8 +47,8 @@ impl<'a, T: Element> Call<'a, T> {
             Some(mask) => (0..sizes.keys).filter(|&key| mask.at([batch, key]) != 0).count(),
             None => sizes.keys,
         };
-        let background_keys =
-            (problem.masked_logits == MaskedLogits::Zero).then(|| (0..sizes.batch).map(allowed_keys).collect());
+        let background_keys = (problem.masked_logits == MaskedLogits::Zero)
+            .then(|| (0..sizes.batch).map(allowed_keys).collect());
         Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys })
     }
 
@@ -62,7 +62,10 @@ impl<'a, T: Element> Call<'a, T> {
             v: Matrix::of(v, batch, kv_head),
             key_mask: key_mask.as_ref().map(|mask| Column::of(mask, [batch, 0])),
             bias: bias.as_ref().map(|bias| Matrix::of(bias, batch, head)),
-            draws: dropout.as_ref().filter(|dropout| dropout.p > 0.0).map(|dropout| HeadDraws::new(dropout, index)),
+            draws: dropout
+                .as_ref()
+                .filter(|dropout| dropout.p > 0.0)
+                .map(|dropout| HeadDraws::new(dropout, index)),
             allowed_keys: self.background_keys.as_ref().map(|keys| keys[batch]),
         }
     }
@@ -94,7 +97,8 @@ impl<'a, T: Element> Call<'a, T> {
     /// `products` products of its rows per edge.
     pub(super) fn tasks(&self, heads: usize, rows: usize, products: usize, run: &Run) -> (Tasks, Pool) {
         let total = self.sizes.batch * heads * rows;
-        let work = self.edges().saturating_mul(products).saturating_mul(self.sizes.dim.max(self.sizes.value_dim));
+        let work =
+            self.edges().saturating_mul(products).saturating_mul(self.sizes.dim.max(self.sizes.value_dim));
         let per_row = work / total.max(1) + 1;
         let rows_per_task = (PER_TASK / per_row).max(1).next_multiple_of(super::tile::TILE).min(rows.max(1));
         let tasks = Tasks { heads, rows, rows_per_task, per_head: rows.div_ceil(rows_per_task) };
@@ -137,7 +141,14 @@ impl<'a, T: Element> Head<'a, T> {
 
     /// Turn dots into scores less than their `scale` factor: `dot * scale + bias`.
     #[inline(always)]
-    pub(super) fn add_bias(&self, scale: T::Acc, row: usize, by_key: bool, columns: &[u32], dots: &mut [T::Acc]) {
+    pub(super) fn add_bias(
+        &self,
+        scale: T::Acc,
+        row: usize,
+        by_key: bool,
+        columns: &[u32],
+        dots: &mut [T::Acc],
+    ) {
         if let Some(bias) = &self.bias {
             for (dot, &column) in dots.iter_mut().zip(columns) {
                 let (query, key) = if by_key { (column as usize, row) } else { (row, column as usize) };
@@ -171,7 +182,10 @@ impl Tasks {
 }
 
 /// `rows` cut where rows that keep every column begin and end.
-pub(super) fn runs_of_rows(edges: &EdgeSet, rows: Range<usize>) -> impl Iterator<Item = (Range<usize>, bool)> {
+pub(super) fn runs_of_rows(
+    edges: &EdgeSet,
+    rows: Range<usize>,
+) -> impl Iterator<Item = (Range<usize>, bool)> {
     let mut next = rows.start;
     // The transpose of a set whose rows are all dense says so by its columns.
     let all_dense = edges.dense_cols().first().is_some_and(|cols| cols.len() == edges.num_cols());

@@ -14,8 +14,11 @@ pub(super) const WORTH_PACKING: usize = 4;
 /// # Safety
 /// The instructions of `V` are available; the rows exist, and `panel` has room for them.
 #[inline(always)]
-pub(super) unsafe fn pack<V, T>(matrix: &Matrix<T>, rows: impl ExactSizeIterator<Item = usize>, panel: &mut [T::Acc])
-where
+pub(super) unsafe fn pack<V, T>(
+    matrix: &Matrix<T>,
+    rows: impl ExactSizeIterator<Item = usize>,
+    panel: &mut [T::Acc],
+) where
     T: Element,
     V: Vector<Lane = T::Acc> + Memory<T>,
 {
@@ -120,7 +123,6 @@ impl<R: Real, const ADD: bool> Kernel<R> for Multiply<'_, R, ADD> {
 
 /// [`multiply`] for `M` rows and `N` registers of columns, whose sums stay in registers.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "three strided blocks")]
 unsafe fn micro<V: Vector, const M: usize, const N: usize, const ADD: bool>(
     a: *const V::Lane,
     a_stride: usize,

@@ -219,7 +219,9 @@ macro_rules! half {
             unsafe fn store_first(self, to: *mut $type, count: usize) {
                 debug_assert!(count < 16);
                 // SAFETY: the mask has `count` bits, and masked lanes are not touched.
-                unsafe { _mm256_mask_storeu_epi16(to.cast(), ((1u32 << count) - 1) as __mmask16, $narrow(self)) }
+                unsafe {
+                    _mm256_mask_storeu_epi16(to.cast(), ((1u32 << count) - 1) as __mmask16, $narrow(self))
+                }
             }
         }
     };

@@ -139,7 +139,9 @@ impl Isa {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
@@ -182,7 +184,10 @@ impl Isa {
             return Ok(*Isa::available().last().expect("scalar is always available"));
         };
         match Isa::ALL.into_iter().find(|isa| isa.name() == request) {
-            None => Err(Error::Value(format!("SPARSE_MHSA_SIMD: {}", unknown_name("instruction set", request, &names)))),
+            None => Err(Error::Value(format!(
+                "SPARSE_MHSA_SIMD: {}",
+                unknown_name("instruction set", request, &names)
+            ))),
             Some(isa) if !isa.is_available() => {
                 let available: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
                 Err(Error::Value(format!(
@@ -204,7 +209,7 @@ impl Isa {
     pub(super) unsafe fn run<T: Element>(self, kernel: impl Kernel<T>) {
         match self {
             // SAFETY: the portable registers need no instructions; the rest is the caller's promise.
-            Isa::Scalar => unsafe { kernel.run::<T::Scalar>() },
+            Isa::Scalar => unsafe { scalar::enter(kernel) },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 assert!(self.is_available());

@@ -5,12 +5,12 @@ use std::ops::{Add, Mul, Sub};
 use super::{Kernel, Memory, Vector};
 use crate::kernel::element::{Element, Real};
 
-/// Like [`Kernel::run`], but never inlined.
+/// Run `kernel` with portable registers.
 ///
 /// # Safety
 /// What the kernel itself asks for.
 #[inline(never)]
-unsafe fn outlined<T: Element>(kernel: impl Kernel<T>) {
+pub(super) unsafe fn enter<T: Element>(kernel: impl Kernel<T>) {
     // SAFETY: the portable registers need no instructions; the rest is the caller's promise.
     unsafe { kernel.run::<T::Scalar>() }
 }
@@ -20,13 +20,13 @@ unsafe fn outlined<T: Element>(kernel: impl Kernel<T>) {
 pub struct Portable<R, const N: usize>([R; N]);
 
 macro_rules! lanewise {
-    ($trait:ident, $method:ident, $operator:tt) => {
+    ($trait:ident, $method:ident) => {
         impl<R: Real, const N: usize> $trait for Portable<R, N> {
             type Output = Self;
             #[inline(always)]
             fn $method(mut self, other: Self) -> Self {
                 for lane in 0..N {
-                    self.0[lane] = self.0[lane] $operator other.0[lane];
+                    self.0[lane] = self.0[lane].$method(other.0[lane]);
                 }
                 self
             }
@@ -34,9 +34,9 @@ macro_rules! lanewise {
     };
 }
 
-lanewise!(Add, add, +);
-lanewise!(Sub, sub, -);
-lanewise!(Mul, mul, *);
+lanewise!(Add, add);
+lanewise!(Sub, sub);
+lanewise!(Mul, mul);
 
 impl<R: Real, const N: usize> Vector for Portable<R, N> {
     type Lane = R;
@@ -134,7 +134,7 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
     #[inline(always)]
     unsafe fn outline<T: Element>(kernel: impl Kernel<T>) {
         // SAFETY: the caller's promise.
-        unsafe { outlined(kernel) }
+        unsafe { enter(kernel) }
     }
 
     #[inline(always)]

@@ -18,8 +18,11 @@ fn check<T: Element>(case: &Case<T>, context: &str) {
     let from_scores = rounding * magnitude(&truth[1]);
     for isa in Isa::available() {
         for (index, (name, got)) in case.results(isa).named().into_iter().enumerate() {
-            let plain: Vec<f64> =
-                if name == "lse" { plain[index].clone() } else { plain[index].iter().map(|&x| round::<T>(x)).collect() };
+            let plain: Vec<f64> = if name == "lse" {
+                plain[index].clone()
+            } else {
+                plain[index].iter().map(|&x| round::<T>(x)).collect()
+            };
             let (factor, ingredients) = match name {
                 "out" => (2.0, v),
                 "lse" => (2.0, 1.0),
@@ -30,7 +33,10 @@ fn check<T: Element>(case: &Case<T>, context: &str) {
             let error = distance(&name, &truth[index], &got);
             let scale = magnitude(&truth[index]).max(ingredients);
             let allowed = factor * distance(&name, &truth[index], &plain) + (epsilon + from_scores) * scale;
-            assert!(error <= allowed, "{name}: off by {error:e}, allowed {allowed:e}, largest entry {scale:e}");
+            assert!(
+                error <= allowed,
+                "{name}: off by {error:e}, allowed {allowed:e}, largest entry {scale:e}"
+            );
         }
     }
 }
@@ -72,8 +78,14 @@ fn every_width_of_head_is_read_to_its_end_and_no_further() {
     for d in [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 128, 130] {
         for dv in [1, 7, 16, 33, 64, 65] {
             let edges = random.edges(19, 23);
-            check(&Case::<f64>::new(&mut random, [1, 2, 1, 19, 23, d, dv], std::slice::from_ref(&edges)), "widths");
-            check(&Case::<f32>::new(&mut random, [1, 2, 1, 19, 23, d, dv], std::slice::from_ref(&edges)), "widths");
+            check(
+                &Case::<f64>::new(&mut random, [1, 2, 1, 19, 23, d, dv], std::slice::from_ref(&edges)),
+                "widths",
+            );
+            check(
+                &Case::<f32>::new(&mut random, [1, 2, 1, 19, 23, d, dv], std::slice::from_ref(&edges)),
+                "widths",
+            );
         }
     }
 }
@@ -93,7 +105,8 @@ fn every_number_of_tokens_around_a_tile_is_right_when_all_are_kept() {
 fn rows_longer_than_a_batch_are_continued() {
     // Over 2048 edges in a row: a dense row, a dense column (long by key), long runs, and short rows between them.
     let n = 2200;
-    let edges = EdgeSet::builder(n, n).unwrap().global(0..1).rect(70..72, 20..2190).diagonal(3, 0..n, 0..n).build();
+    let edges =
+        EdgeSet::builder(n, n).unwrap().global(0..1).rect(70..72, 20..2190).diagonal(3, 0..n, 0..n).build();
     for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
         let mut case = Case::<f64>::new(&mut Random(3), [1, 1, 1, n, n, 3, 2], &[Arc::new(edges.clone())]);
         case.masked_logits = masked_logits;
@@ -132,8 +145,11 @@ fn the_oracles_gradients_are_the_slopes_of_its_outputs() {
         };
         let gradients = oracle::backward::<f64, f64>(&case.problem(), &case.grad_out()).unwrap();
         type Tensor = fn(&mut Case<f64>) -> &mut Vec<f64>;
-        let tensors: [(&str, Tensor, Vec<f64>); 3] =
-            [("q", |c| &mut c.q, gradients.dq), ("k", |c| &mut c.k, gradients.dk), ("v", |c| &mut c.v, gradients.dv)];
+        let tensors: [(&str, Tensor, Vec<f64>); 3] = [
+            ("q", |c| &mut c.q, gradients.dq),
+            ("k", |c| &mut c.k, gradients.dk),
+            ("v", |c| &mut c.v, gradients.dv),
+        ];
         for (name, tensor, gradient) in tensors {
             for _ in 0..gradient.len().min(6) {
                 let index = random.below(gradient.len());
@@ -144,7 +160,11 @@ fn the_oracles_gradients_are_the_slopes_of_its_outputs() {
                 tensor(&mut moved)[index] -= 2.0 * step;
                 let slope = (up - loss(&moved)) / (2.0 * step);
                 let error = (slope - gradient[index]).abs();
-                assert!(error < 1e-6 * (1.0 + slope.abs()), "seed {seed}: d{name}[{index}] is {}, slope {slope}", gradient[index]);
+                assert!(
+                    error < 1e-6 * (1.0 + slope.abs()),
+                    "seed {seed}: d{name}[{index}] is {}, slope {slope}",
+                    gradient[index]
+                );
             }
         }
     }

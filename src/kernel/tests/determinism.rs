@@ -11,7 +11,8 @@ fn large_case<T: Element>(seed: u64) -> Case<T> {
     let mut random = Random(seed);
     let band = EdgeSet::builder(n, n).unwrap().global(0..1).band((-90, 90, 3), 0..n, 0..n);
     let full = EdgeSet::builder(n, n).unwrap().rect(0..n, 0..n);
-    let mixed = EdgeSet::builder(n, n).unwrap().rect(100..200, 0..n).rect(0..n, 7..80).rect(220..260, 120..290);
+    let mixed =
+        EdgeSet::builder(n, n).unwrap().rect(100..200, 0..n).rect(0..n, 7..80).rect(220..260, 120..290);
     let sets: Vec<_> = [band, full, mixed.clone(), mixed].map(|builder| Arc::new(builder.build())).into();
     Case::new(&mut random, [3, 4, 2, n, n, 33, 20], &sets)
 }
@@ -62,7 +63,9 @@ fn threads_that_call_at_once_do_not_disturb_each_other() {
             let (case, expected) = (&case, &expected);
             scope.spawn(move || {
                 for _ in 0..3 {
-                    assert!(results(&case.problem(), case.grad_out(), &run(isa, threads)).same_bits(expected));
+                    assert!(
+                        results(&case.problem(), case.grad_out(), &run(isa, threads)).same_bits(expected)
+                    );
                 }
             });
         }

@@ -7,7 +7,10 @@ fn the_share_kept_is_one_minus_p() {
     for p in [0.0, 0.05, 0.1, 0.5, 0.9, 1.0] {
         let dropout = Dropout { seed: 5, p };
         let draws = 400 * 500;
-        let kept = (0..400).flat_map(|i| (0..500).map(move |j| (i, j))).filter(|&(i, j)| dropout.keep(3, i, j)).count();
+        let kept = (0..400)
+            .flat_map(|i| (0..500).map(move |j| (i, j)))
+            .filter(|&(i, j)| dropout.keep(3, i, j))
+            .count();
         let (expected, deviation) = (draws as f64 * (1.0 - p), (draws as f64 * p * (1.0 - p)).sqrt());
         assert!((kept as f64 - expected).abs() <= 4.0 * deviation, "p = {p}: kept {kept} of {draws}");
     }
@@ -36,7 +39,10 @@ fn neighbours_in_every_direction_and_other_seeds_are_independent() {
             }
         }
         let draws = (size * (size - 1) / 2) as f64;
-        assert!((same as f64 - draws / 2.0).abs() < 4.5 * draws.sqrt() / 2.0, "{name}: {same} of {draws} agree");
+        assert!(
+            (same as f64 - draws / 2.0).abs() < 4.5 * draws.sqrt() / 2.0,
+            "{name}: {same} of {draws} agree"
+        );
     }
 }
 
@@ -48,7 +54,9 @@ fn rows_and_columns_keep_binomial_numbers() {
     for by_key in [false, true] {
         let chi_square: f64 = (0..size)
             .map(|a| {
-                let kept = (0..size).filter(|&b| if by_key { dropout.keep(0, b, a) } else { dropout.keep(0, a, b) }).count();
+                let kept = (0..size)
+                    .filter(|&b| if by_key { dropout.keep(0, b, a) } else { dropout.keep(0, a, b) })
+                    .count();
                 (kept as f64 - size as f64 * (1.0 - p)).powi(2) / (size as f64 * p * (1.0 - p))
             })
             .sum();
@@ -77,7 +85,7 @@ fn the_kernels_drop_exactly_these_edges() {
         let builder = EdgeSet::builder(n, s).unwrap();
         let builder = if full { builder.rect(0..n, 0..s) } else { builder.band((-40, 7, 2), 0..n, 0..s) };
         let edges = Arc::new(builder.build());
-        let mut case = Case::<f64>::new(&mut Random(12), [1, 2, 2, n, s, 4, s], &[edges.clone()]);
+        let mut case = Case::<f64>::new(&mut Random(12), [1, 2, 2, n, s, 4, s], std::slice::from_ref(&edges));
         case.v = (0..2 * s * s).map(|cell| f64::from(cell / s % s == cell % s)).collect();
         let whole = case.clone();
         let dropout = Dropout { seed: 99, p: 0.4 };

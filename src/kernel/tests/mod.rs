@@ -136,7 +136,11 @@ impl<T: Element> Case<T> {
         let sets: Vec<_> = (0..count).map(|_| random.edges(n, s)).collect();
         let mut case = Self::new(random, sizes, &sets);
         if random.chance(0.3) {
-            case.key_mask = Some((0..b * s).map(|_| if random.chance(0.3) { 0 } else { 1 + random.below(255) as u8 }).collect());
+            case.key_mask = Some(
+                (0..b * s)
+                    .map(|_| if random.chance(0.3) { 0 } else { 1 + random.below(255) as u8 })
+                    .collect(),
+            );
         }
         if random.chance(0.3) {
             let mut bias = values(random, b * h * n * s, 2.0);
@@ -237,7 +241,9 @@ impl<T: Element> Results<T> {
 
     /// Equal bit for bit, NaN included.
     pub fn same_bits(&self, other: &Self) -> bool {
-        let bits = |results: &Self| results.named().map(|(_, values)| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        let bits = |results: &Self| {
+            results.named().map(|(_, values)| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+        };
         bits(self) == bits(other)
     }
 }

@@ -19,7 +19,8 @@ fn messages(change: impl for<'a> Fn(&mut Attention<'a, f32>, &'a [f32], &'a [u8]
     let nan = f32::NAN;
     let (mut out, mut lse) = (vec![nan; 2 * 4 * 6 * 2], vec![nan; 2 * 4 * 6]);
     let forward = problem.forward(&mut out, &mut lse, &run).unwrap_err();
-    let (mut dq, mut dk, mut dv) = (vec![nan; case.q.len()], vec![nan; case.k.len()], vec![nan; case.v.len()]);
+    let (mut dq, mut dk, mut dv) =
+        (vec![nan; case.q.len()], vec![nan; case.k.len()], vec![nan; case.v.len()]);
     let lse_view = View::contiguous("lse", &lse, [2, 4, 6]).unwrap();
     let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
     let backward = problem.backward(case.grad_out(), case.grad_out(), lse_view, gradients, &run).unwrap_err();
@@ -42,12 +43,18 @@ fn shapes_that_do_not_fit_are_named() {
         ("k: expected a number of heads that divides the 4 of q, got [2, 3, 5, 3]", |p, spare, _| {
             (p.k, p.v) = (view(spare, [2, 3, 5, 3]), view(spare, [2, 3, 5, 2]));
         }),
-        ("q: expected a head dimension of at least 1, got [2, 4, 6, 0]", |p, spare, _| p.q = view(spare, [2, 4, 6, 0])),
-        ("v: expected a head dimension of at least 1, got [2, 2, 5, 0]", |p, spare, _| p.v = view(spare, [2, 2, 5, 0])),
+        ("q: expected a head dimension of at least 1, got [2, 4, 6, 0]", |p, spare, _| {
+            p.q = view(spare, [2, 4, 6, 0])
+        }),
+        ("v: expected a head dimension of at least 1, got [2, 2, 5, 0]", |p, spare, _| {
+            p.v = view(spare, [2, 2, 5, 0])
+        }),
         ("key_mask: expected shape [2, 5], got [2, 6]", |p, _, bytes| {
             p.key_mask = Some(View::contiguous("key_mask", &bytes[..12], [2, 6]).unwrap());
         }),
-        ("bias: expected shape [2, 4, 6, 5], got [1, 4, 6, 5]", |p, spare, _| p.bias = Some(view(spare, [1, 4, 6, 5]))),
+        ("bias: expected shape [2, 4, 6, 5], got [1, 4, 6, 5]", |p, spare, _| {
+            p.bias = Some(view(spare, [1, 4, 6, 5]))
+        }),
         ("edges: expected 7 queries x 5 keys, got 6 x 5", |p, spare, _| p.q = view(spare, [2, 4, 7, 3])),
     ];
     for (expected, change) in cases {
@@ -64,7 +71,10 @@ fn a_plan_for_another_number_of_heads_is_refused() {
     let case = case();
     let problem = Attention { plan: &plan, ..case.problem() };
     let error = problem.forward(&mut [0.0; 96], &mut [0.0; 48], &run(Isa::Scalar, 1)).unwrap_err();
-    assert!(matches!(&error, Error::Shape(text) if text.contains("edges: expected 1, 4 (heads) or 8")), "{error}");
+    assert!(
+        matches!(&error, Error::Shape(text) if text.contains("edges: expected 1, 4 (heads) or 8")),
+        "{error}"
+    );
 }
 
 #[test]
@@ -77,7 +87,10 @@ fn dropout_is_a_probability_and_excludes_masked_logits_zero() {
     for error in messages(|problem, _, _| {
         (problem.dropout, problem.masked_logits) = (Some(Dropout { seed: 0, p: 0.5 }), MaskedLogits::Zero);
     }) {
-        assert_eq!(error, Error::Value("dropout_p: expected 0 with masked_logits `zero`, got 0.5".to_owned()));
+        assert_eq!(
+            error,
+            Error::Value("dropout_p: expected 0 with masked_logits `zero`, got 0.5".to_owned())
+        );
     }
 }
 
@@ -87,7 +100,10 @@ fn outputs_of_the_wrong_size_are_named() {
     let problem = case.problem();
     let run = run(Isa::Scalar, 1);
     let error = problem.forward(&mut [0.0; 95], &mut [0.0; 48], &run).unwrap_err();
-    assert_eq!(error, Error::Shape("out: expected contiguous room for shape [2, 4, 6, 2], got 95 elements".into()));
+    assert_eq!(
+        error,
+        Error::Shape("out: expected contiguous room for shape [2, 4, 6, 2], got 95 elements".into())
+    );
     let error = problem.forward(&mut [0.0; 96], &mut [0.0; 49], &run).unwrap_err();
     assert!(error.to_string().starts_with("lse: expected contiguous room for shape [2, 4, 6"), "{error}");
 
@@ -96,10 +112,13 @@ fn outputs_of_the_wrong_size_are_named() {
     for (name, lengths) in [("dq", [143, 60, 40]), ("dk", [144, 61, 40]), ("dv", [144, 60, 0])] {
         let [mut dq, mut dk, mut dv] = lengths.map(|len| vec![0.0; len]);
         let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-        let error = problem.backward(case.grad_out(), view(&out, [2, 4, 6, 2]), lse_view, gradients, &run).unwrap_err();
+        let error = problem
+            .backward(case.grad_out(), view(&out, [2, 4, 6, 2]), lse_view, gradients, &run)
+            .unwrap_err();
         assert!(error.to_string().starts_with(&format!("{name}: expected contiguous room")), "{error}");
     }
-    let wrong: [(&str, [[usize; 4]; 2], [usize; 3]); 3] = [
+    type Shapes = [[usize; 4]; 2];
+    let wrong: [(&str, Shapes, [usize; 3]); 3] = [
         ("grad_out: expected shape [2, 4, 6, 2], got [2, 4, 6, 1]", [[2, 4, 6, 1], [2, 4, 6, 2]], [2, 4, 6]),
         ("out: expected shape [2, 4, 6, 2], got [2, 2, 6, 2]", [[2, 4, 6, 2], [2, 2, 6, 2]], [2, 4, 6]),
         ("lse: expected shape [2, 4, 6], got [2, 4, 5]", [[2, 4, 6, 2], [2, 4, 6, 2]], [2, 4, 5]),
@@ -108,6 +127,9 @@ fn outputs_of_the_wrong_size_are_named() {
         let [mut dq, mut dk, mut dv] = [144, 60, 40].map(|len| vec![0.0; len]);
         let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
         let (grad_out, out, lse) = (view(&out, grad_out), view(&out, out_shape), view(&lse, lse_shape));
-        assert_eq!(problem.backward(grad_out, out, lse, gradients, &run), Err(Error::Shape(expected.to_owned())));
+        assert_eq!(
+            problem.backward(grad_out, out, lse, gradients, &run),
+            Err(Error::Shape(expected.to_owned()))
+        );
     }
 }

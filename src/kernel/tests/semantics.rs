@@ -57,7 +57,13 @@ fn a_plan_without_edges_and_a_mask_without_keys_give_only_empty_rows() {
 
 #[test]
 fn nothing_at_all_is_a_problem_too() {
-    for sizes in [[0, 2, 1, 5, 4, 3, 2], [2, 0, 0, 5, 4, 3, 2], [2, 2, 1, 0, 4, 3, 2], [2, 2, 1, 5, 0, 3, 2], [1, 1, 1, 0, 0, 1, 1]] {
+    for sizes in [
+        [0, 2, 1, 5, 4, 3, 2],
+        [2, 0, 0, 5, 4, 3, 2],
+        [2, 2, 1, 0, 4, 3, 2],
+        [2, 2, 1, 5, 0, 3, 2],
+        [1, 1, 1, 0, 0, 1, 1],
+    ] {
         let edges = Arc::new(EdgeSet::builder(sizes[3], sizes[4]).unwrap().rect(0..5, 0..5).build());
         for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
             let mut case = Case::<f32>::new(&mut Random(3), sizes, std::slice::from_ref(&edges));
@@ -149,7 +155,9 @@ fn nan_in_a_kept_place_reaches_every_result_that_depends_on_it() {
             match place {
                 "k" => case.k[5 + 2] = f32::NAN,
                 "v" => case.v[3 + 1] = f32::NAN,
-                "bias" => case.bias = Some((0..45).map(|cell| if cell % 5 == 1 { f32::NAN } else { 0.0 }).collect()),
+                "bias" => {
+                    case.bias = Some((0..45).map(|cell| if cell % 5 == 1 { f32::NAN } else { 0.0 }).collect())
+                }
                 _ => (0..7).for_each(|row| case.q[5 * row] = f32::NAN),
             }
             let results = case.results(isa);
@@ -158,9 +166,18 @@ fn nan_in_a_kept_place_reaches_every_result_that_depends_on_it() {
                 let out = &results.out[3 * row..3 * row + 3];
                 let expected = if place == "v" { [false, hit, false] } else { [hit; 3] };
                 for (value, nan) in out.iter().zip(expected) {
-                    assert_eq!(value.is_nan(), nan, "out of row {row} with NaN in {place} on {}: {out:?}", isa.name());
+                    assert_eq!(
+                        value.is_nan(),
+                        nan,
+                        "out of row {row} with NaN in {place} on {}: {out:?}",
+                        isa.name()
+                    );
                 }
-                assert_eq!(results.lse[row].is_nan(), hit && place != "v", "lse of row {row} with NaN in {place}");
+                assert_eq!(
+                    results.lse[row].is_nan(),
+                    hit && place != "v",
+                    "lse of row {row} with NaN in {place}"
+                );
                 assert_eq!(results.dq[5 * row].is_nan(), hit, "dq of row {row} with NaN in {place}");
             }
         }
@@ -183,7 +200,7 @@ fn an_infinite_score_is_as_undefined_as_in_dense_attention() {
 fn a_scale_of_zero_averages_and_a_negative_scale_prefers_the_smallest() {
     let edges = Arc::new(EdgeSet::builder(6, 5).unwrap().rect(0..6, 0..5).build());
     for isa in Isa::available() {
-        let mut case = Case::<f64>::new(&mut Random(7), sizes(6, 5), &[edges.clone()]);
+        let mut case = Case::<f64>::new(&mut Random(7), sizes(6, 5), std::slice::from_ref(&edges));
         case.scale = 0.0;
         let results = case.results(isa);
         let mean: f64 = (0..5).map(|key| case.v[3 * key]).sum::<f64>() / 5.0;
@@ -213,7 +230,10 @@ fn a_background_counts_as_keys_with_a_score_of_zero() {
         for d in 0..3 {
             let others: f64 = [0, 1, 3].iter().map(|key| case.v[3 * key + d]).sum();
             assert!((results.out[d] - (score.exp() * case.v[6 + d] + others) / total).abs() < 1e-14);
-            assert!((results.dv[d] - case.grad_out[d] / total).abs() < 1e-14, "a background key gets its share of dv");
+            assert!(
+                (results.dv[d] - case.grad_out[d] / total).abs() < 1e-14,
+                "a background key gets its share of dv"
+            );
             assert_eq!(results.dv[12 + d], 0.0);
         }
         assert!(results.dk[..10].iter().chain(&results.dk[15..]).all(|&value| value == 0.0));

@@ -1,0 +1,42 @@
+"""What all sparse attention modules have in common, whichever framework they come from."""
+
+from torch import nn
+
+from .masks import LayerMask, Mask
+
+
+class SparseLayer(nn.Module):
+    """What every sparse attention module has besides its weights: the mask of its layer."""
+
+    layer_mask: LayerMask
+    """Immutable; no parameter and no buffer, so that state dicts are those of dense attention."""
+
+    def mask(self, num_tokens: int) -> Mask:
+        """The edges this layer uses for ``num_tokens`` tokens.
+
+        Raises:
+            ConfigError: the mask does not exist for that number.
+        """
+        return self.layer_mask.at(num_tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell masks that change during training which epoch it is."""
+        self.layer_mask = self.layer_mask.at_epoch(epoch)
+
+    def _mask_repr(self) -> str:
+        layer_mask = self.layer_mask
+        parts = [f"mask={layer_mask.name}", f"layer={layer_mask.layer}"]
+        if layer_mask.num_tokens is not None:
+            try:
+                mask = self.mask(layer_mask.num_tokens)
+            except ValueError:  # a grid that does not fit; forward says so, a repr must not raise
+                return ", ".join(parts)
+            parts += [f"num_tokens={mask.num_tokens}", f"density={mask.density:.4f}"]
+        return ", ".join(parts)
+
+
+def set_epoch(model: nn.Module, epoch: int) -> None:
+    """Tell every sparse attention layer of a model which training epoch it is."""
+    for module in model.modules():
+        if isinstance(module, SparseLayer):
+            module.set_epoch(epoch)
