@@ -10,6 +10,8 @@ export PATH := $(BIN):$(PATH)
 
 RUST_FILES = $(shell git ls-files '*.rs')
 MATURIN := maturin develop --release --quiet
+# pip and not maturin where extras are wanted: only pip follows an extra that names other extras of the same package.
+INSTALL := python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
 .PHONY: help check-tools build demo test lint test-rust test-python test-slow format clean
@@ -36,13 +38,13 @@ build: $(VENV)/.ready ## Build the extension in release mode into .venv
 	$(MATURIN)
 
 demo: $(VENV)/.ready ## Train a small ViT dense and with Fibottention on real images; writes runs/demo/report.html
-	$(MATURIN) --extras train
+	$(INSTALL) ".[train]"
 	sparse-mhsa demo --output-dir runs/demo
 
 test: lint test-rust test-python ## Everything that must pass: linters, Rust tests, Python tests
 
 $(VENV)/.test-ready: pyproject.toml | $(VENV)/.ready
-	$(MATURIN) --extras test
+	$(INSTALL) ".[test]"
 	@touch $@
 
 lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs

@@ -280,9 +280,9 @@ def test_demo_reports_both_runs(run, local, tmp_path):
     assert sparse["attention_cost"]["pruning_ratio_patches"] == pytest.approx(1 - 74 / 256)
     assert sparse["attention_cost"]["pruning_ratio_whole"] == pytest.approx(1 - 107 / 289)
     assert [layer["edges"] for layer in report["masks"]] == [[107] * 4] * 4
-    for kind in ("layer", "core"):
+    for kind in ("core", "layer", "step"):
         for name in ("dense", "sparse"):
-            timing = report["attention_timing"][kind][name]
+            timing = report["timing"][kind][name]
             assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
 
     page = (folder / "report.html").read_text()

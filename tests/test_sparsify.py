@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import types
 
 import pytest
 import torch
@@ -471,6 +472,14 @@ class TestVerify:
 
         with pytest.raises(RuntimeError, match=r"stayed dense.*: bypassed$"):
             sm.sparsify(Bypass(), LOCAL, verify=True, sample=torch.randn(1, 5, 24))
+
+    def test_a_layer_that_is_called_but_computes_densely_is_found(self):
+        model = vit()
+        attn = model.blocks[1].attn
+        patched = attn.forward = types.MethodType(type(attn).forward, attn)
+        with pytest.raises(RuntimeError, match=r"stayed dense.*: blocks.1.attn$"):
+            sm.sparsify(model, LOCAL, verify=True)
+        assert attn.forward is patched
 
     def test_the_encoder_fast_path_would_be_found(self):
         model = encoder()

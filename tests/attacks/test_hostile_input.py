@@ -93,7 +93,7 @@ def edges_of(row_ptr, col):
     ids=str,
 )
 def test_a_broken_edge_list_is_refused_and_never_read(row_ptr, col):
-    with pytest.raises(ValueError, match="row_ptr|col"):
+    with pytest.raises(ValueError, match=r"row_ptr|col"):
         edges_of(row_ptr, col)
 
 

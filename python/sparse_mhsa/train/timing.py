@@ -69,8 +69,8 @@ def compare(
     functions: Mapping[str, Callable[[], object]],
     device: torch.device,
     *,
-    repeats: int = 15,
-    warm_up: int = 3,
+    repeats: int = 7,
+    warm_up: int = 1,
 ) -> dict[str, Timing]:
     """Time functions against each other, taking turns: what slows the machine down slows all of them.
 
