@@ -74,7 +74,7 @@ pub fn resolve(
     Ok(resolved)
 }
 
-/// A plan from edges given as compressed rows: P edge sets in one list. `row_ptr` is P x (num_queries + 1) with absolute offsets
+/// A plan from edges given as compressed rows: P edge sets in one list, P at least 1. `row_ptr` is P x (num_queries + 1) with absolute offsets
 /// into `col`; columns ascend strictly within a row.
 ///
 /// # Errors

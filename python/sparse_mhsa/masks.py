@@ -105,6 +105,8 @@ class Mask:
     __slots__ = ("_edges", "_head_dim", "_layer_mask", "_num_tokens")
 
     def __init__(self, layer_mask: LayerMask, num_tokens: int, head_dim: int | None = None) -> None:
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
         self._layer_mask = layer_mask
         self._num_tokens = num_tokens
         self._head_dim = head_dim

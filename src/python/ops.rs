@@ -17,6 +17,8 @@ use super::tensor::{
 use crate::attention::{ResolvedMask, plan_of_edge_lists, resolve};
 use crate::error::{Error, Result};
 use crate::kernel::{Attention, Dropout, Element, Gradients, Isa, MaskedLogits, Run};
+use crate::pattern::edges::EdgeSet;
+use crate::plan::Plan;
 use crate::pool::Pool;
 
 /// Where the edges of a call come from.
@@ -26,9 +28,17 @@ enum Edges<'a> {
 }
 
 impl Edges<'_> {
-    fn resolve(&self, queries: usize, keys: usize, heads: usize) -> Result<Arc<ResolvedMask>> {
+    fn resolve(&self, batch: usize, queries: usize, keys: usize, heads: usize) -> Result<Arc<ResolvedMask>> {
         match self {
             Edges::Spec(text) => resolve(text, queries, keys, heads),
+            // One edge set per (batch, head) of an empty batch: there is nothing to attend to, and no list to read.
+            Edges::Lists { row_ptr, .. } if batch == 0 && row_ptr.numel() == 0 => {
+                let none = EdgeSet::builder(queries, keys)?.build();
+                Ok(Arc::new(ResolvedMask {
+                    plan: Plan::new(&[Arc::new(none)])?,
+                    masked_logits: MaskedLogits::NegInf,
+                }))
+            }
             Edges::Lists { row_ptr, col } => {
                 let plan =
                     plan_of_edge_lists(slice("row_ptr", row_ptr, 2)?, slice("col", col, 1)?, queries, keys)?;
@@ -89,7 +99,7 @@ impl<'a> Call<'a> {
         work: impl FnOnce(Attention<'_, T>) -> Result<R>,
     ) -> Result<R> {
         let (q, k, v) = (view("q", &self.q)?, view("k", &self.k)?, view("v", &self.v)?);
-        let resolved = self.edges.resolve(q.shape()[2], k.shape()[2], q.shape()[1])?;
+        let resolved = self.edges.resolve(q.shape()[0], q.shape()[2], k.shape()[2], q.shape()[1])?;
         // Broadcasting is a matter of strides: an expanded view costs nothing.
         let bias = self.bias.map(|bias| {
             let [batch, heads, queries, _] = q.shape().map(|side| side as i64);

@@ -102,3 +102,17 @@ def test_a_made_up_spec_is_refused(spec):
     q = torch.zeros(1, 1, 4, 2)
     with pytest.raises(ValueError, match="spec"):
         torch.ops.sparse_mhsa.forward(q, q, q, spec, None, None, None, 0.0, 1.0)
+
+
+def test_a_negative_number_of_tokens_is_refused_by_name():
+    with pytest.raises(ValueError, match="num_tokens: expected at least 0, got -1"):
+        sm.Mask.from_config("mask: fibo", num_tokens=-1, num_heads=2)
+
+
+def test_an_empty_batch_with_edges_of_its_own_gives_an_empty_result():
+    q, nothing = torch.zeros(0, 2, 6, 3), torch.zeros(0, dtype=torch.int64)
+    out, lse = torch.ops.sparse_mhsa.forward_edges(
+        q, q, q, nothing.reshape(0, 7), nothing, None, None, None, 0.0, 1.0
+    )
+    assert out.shape == (0, 2, 6, 3)
+    assert lse.shape == (0, 2, 6)
