@@ -119,26 +119,18 @@ def build_parser() -> Parser:
         FinetuneOptions(),
     )
     add_options(
-        command(
-            "demo", run_demo, "Train the same model dense and sparse and write a report that compares them."
-        ),
+        command("demo", run_demo, "Train the same model dense and sparse and write a report that compares them."),
         DEMO_DEFAULTS,
     )
     masks = command("masks", run_masks, "Count and draw the edges of an attention configuration.")
     masks.add_argument("file", type=Path, help="attention configuration (YAML)")
-    masks.add_argument(
-        "--tokens", type=positive, required=True, help="tokens of the sequence, prefix included"
-    )
+    masks.add_argument("--tokens", type=positive, required=True, help="tokens of the sequence, prefix included")
     masks.add_argument("--heads", type=positive, required=True, help="attention heads")
     masks.add_argument("--layer", type=natural, default=0, help="index of the layer (default: 0)")
     masks.add_argument("--num-layers", type=positive, help="layers of the model, for masks that depend on it")
-    masks.add_argument(
-        "--epoch", type=natural, default=0, help="epoch, for masks that change with it (default: 0)"
-    )
+    masks.add_argument("--epoch", type=natural, default=0, help="epoch, for masks that change with it (default: 0)")
     masks.add_argument("--head-dim", type=positive, help="channels per head, for masks that fit a budget")
-    masks.add_argument(
-        "--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default"
-    )
+    masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
     config = command("config", run_config_check, "Work with attention configurations.")

@@ -69,6 +69,9 @@ def plot(
         place.imshow(image**_GAMMA, cmap="Greys", vmin=0.0, vmax=1.0, extent=extent, interpolation="nearest")
         place.set_title(f"head {head}, density {nnz[head] / entries:.2%}", fontsize="small")
         place.tick_params(labelsize="x-small")
+        # A frame on the edge would hide the dense row and column of the CLS token.
+        place.spines[:].set_position(("outward", 3))
+        place.spines[:].set_color("lightgrey")
     return axes
 
 

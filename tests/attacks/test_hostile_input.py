@@ -11,8 +11,7 @@ import torch
 import sparse_mhsa as sm
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
-    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 HOSTILE_YAML = {
     "alias bomb": BOMB,
@@ -111,8 +110,6 @@ def test_a_negative_number_of_tokens_is_refused_by_name():
 
 def test_an_empty_batch_with_edges_of_its_own_gives_an_empty_result():
     q, nothing = torch.zeros(0, 2, 6, 3), torch.zeros(0, dtype=torch.int64)
-    out, lse = torch.ops.sparse_mhsa.forward_edges(
-        q, q, q, nothing.reshape(0, 7), nothing, None, None, None, 0.0, 1.0
-    )
+    out, lse = torch.ops.sparse_mhsa.forward_edges(q, q, q, nothing.reshape(0, 7), nothing, None, None, None, 0.0, 1.0)
     assert out.shape == (0, 2, 6, 3)
     assert lse.shape == (0, 2, 6)

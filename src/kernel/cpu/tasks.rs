@@ -74,23 +74,20 @@ impl<'a, T: Element> Call<'a, T> {
         self.background_keys.is_some()
     }
 
-    /// Edges of all heads of the batch.
+    /// Edges of all heads, taking the first batch element for all: an estimate of the work where their edges differ.
     fn edges(&self) -> usize {
         let Sizes { batch, heads, .. } = self.sizes;
-        let plan = self.problem.plan;
-        let shared = batch > 1 && heads > 0 && std::ptr::eq(plan.head(0, 0, heads), plan.head(1, 0, heads));
-        let counted = if shared { 1 } else { batch };
-        let mut edges = 0;
-        for b in 0..counted {
-            for h in 0..heads {
-                let set = plan.head(b, h, heads).by_query();
-                if b == 0 && h == 1 && std::ptr::eq(set, plan.head(0, 0, heads).by_query()) {
-                    return edges * heads * batch;
-                }
-                edges += set.nnz();
-            }
+        let (mut total, mut last) = (0, None);
+        for head in 0..heads {
+            let set = self.problem.plan.head(0, head, heads).by_query();
+            let edges = match last {
+                Some((counted, edges)) if std::ptr::eq(counted, set) => edges,
+                _ => set.nnz(),
+            };
+            last = Some((set, edges));
+            total += edges;
         }
-        if shared { edges * batch } else { edges }
+        total * batch
     }
 
     /// The rows of `heads` heads per batch element in tasks, and the threads that are worth using for all of them. A task does
