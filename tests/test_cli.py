@@ -263,6 +263,7 @@ def test_demo_reports_both_runs(run, local, tmp_path):
 
     report = json.loads((folder / "report.json").read_text())
     assert report["schema"] == "sparse_mhsa-demo-1"
+    assert report["command"] == f"sparse-mhsa {recipe} --attn-cfg {local} --output-dir {folder}"
     dense, sparse = report["runs"]["dense"], report["runs"]["sparse"]
     for name, one in report["runs"].items():
         log = [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configur
 
 import argparse
 import logging
+import shlex
 import sys
 import types
 import typing
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        parsed = build_parser().parse_args(hyphenate(sys.argv[1:] if arguments is None else arguments))
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        parsed = build_parser().parse_args(hyphenate(given), argparse.Namespace(given=given))
         with log_to_stdout():
             return int(parsed.run(parsed))
     except SystemExit as stop:  # argparse has printed the help text or the version
@@ -191,7 +193,7 @@ def run_demo(parsed: argparse.Namespace) -> int:
     options = read_options(TrainOptions, parsed)
     from .train.demo import demo
 
-    demo(options)
+    demo(options, shlex.join(["sparse-mhsa", *parsed.given]))
     return 0
 
 

@@ -4,8 +4,6 @@ import datetime
 import logging
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -35,15 +33,16 @@ from .timing import compare  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
-NOT_RECIPE = ("attn_cfg", "data_path", "finetune", "output_dir", "progress", "resume", "eval")
-"""Options that the report does not list: paths, and what has no effect on the result."""
+NOT_RECIPE = ("attn_cfg", "blr", "data_path", "finetune", "output_dir", "progress", "resume", "eval")
+"""Options that the report does not list: paths, what has no effect on the result, and `blr`, which gives `lr`."""
 
 
-def demo(options: TrainOptions) -> Path:
+def demo(options: TrainOptions, command: str) -> Path:
     """Train twice, measure, and write ``report.html`` and ``report.json`` into ``options.output_dir``.
 
     Args:
         options: the recipe of both runs; ``attn_cfg`` is the attention of the sparse one.
+        command: what the user typed; the report quotes it.
 
     Returns:
         The path of the HTML page.
@@ -61,7 +60,7 @@ def demo(options: TrainOptions) -> Path:
     }
     logger.info("measuring, the two runs taking turns")
     masks = layer_masks(runs["sparse"].model)
-    report = assemble(runs, masks)
+    report = assemble(runs, masks, command)
     page = write_report(report, draw(runs, masks, report), options.output_dir)
     logger.info("report: %s", page)
     return page
@@ -80,7 +79,7 @@ def layer_masks(model: nn.Module) -> list[Mask]:
     return masks
 
 
-def assemble(runs: Mapping[str, Run], masks: Sequence[Mask]) -> dict[str, Any]:
+def assemble(runs: Mapping[str, Run], masks: Sequence[Mask], command: str) -> dict[str, Any]:
     """The data of the report; the module `report` documents its schema."""
     sparse = runs["sparse"]
     options, data = sparse.options, sparse.data
@@ -91,7 +90,7 @@ def assemble(runs: Mapping[str, Run], masks: Sequence[Mask]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["sparse-mhsa", *sys.argv[1:]]),
+        "command": command,
         "environment": environment(),
         "data": {
             "name": options.dataset,
@@ -109,7 +108,11 @@ def assemble(runs: Mapping[str, Run], masks: Sequence[Mask]) -> dict[str, Any]:
             "heads": num_heads,
             "head_dim": head_dim,
         },
-        "recipe": {name: value for name, value in options.as_dict().items() if name not in NOT_RECIPE},
+        "recipe": {
+            name: value
+            for name, value in {**options.as_dict(), "lr": options.peak_lr}.items()
+            if name not in NOT_RECIPE
+        },
         "runs": {name: run_record(run) for name, run in runs.items()},
         "timing": measure({name: run.model for name, run in runs.items()}, masks, data, options),
         "masks": [mask_record(index, mask) for index, mask in enumerate(masks)],

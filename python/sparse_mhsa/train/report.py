@@ -106,7 +106,7 @@ def _summary(report: Report) -> str:
         f"{model['name']} ({model['layers']} layers, {model['heads']} heads of {model['head_dim']} channels) "
         f"on {data['name']}: {data['train_images']:,} training and {data['test_images']:,} test images of "
         f"{data['image_size']} \N{MULTIPLICATION SIGN} {data['image_size']} pixels, {data['tokens']} tokens. "
-        f"Two runs of {report['recipe']['epochs']} epochs that differ in their attention only: same initial "
+        f"Two runs ({report['recipe']['epochs']} epochs) that differ in their attention only: same initial "
         "weights, same images in the same order, same steps."
     )
 
@@ -147,8 +147,7 @@ def _notes(report: Report) -> list[tuple[str, str]]:
         (
             "Pruning ratio",
             "the share of entries left out: between patches (the convention of published tables), and over "
-            f"the whole matrix with the {data['prefix_tokens']} prefix token(s), whose rows and columns stay "
-            "dense.",
+            f"the whole matrix, prefix tokens ({data['prefix_tokens']}) included.",
         ),
         (
             "Times",
