@@ -9,7 +9,8 @@ export PYO3_PYTHON := $(BIN)/python
 export PATH := $(BIN):$(PATH)
 
 RUST_FILES = $(shell git ls-files '*.rs')
-MATURIN := maturin develop --release --quiet
+# Rebuild the extension where it stands; what it depends on is installed already.
+MATURIN := maturin develop --release --quiet --skip-install
 # pip and not maturin where extras are wanted: only pip follows an extra that names other extras of the same package.
 INSTALL := python -m pip install --quiet --no-build-isolation --editable
 
@@ -35,7 +36,7 @@ $(VENV)/.ready: pyproject.toml | check-tools
 	@touch $@
 
 build: $(VENV)/.ready ## Build the extension in release mode into .venv
-	$(MATURIN)
+	$(INSTALL) .
 
 demo: $(VENV)/.ready ## Train a small ViT dense and with Fibottention on real images; writes runs/demo/report.html
 	$(INSTALL) ".[train]"
