@@ -166,9 +166,8 @@ def test_masks_and_modules_survive_pickling_and_copying(name):
         assert torch.equal(twin(x, x, x, need_weights=False)[0], expected)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_a_mask_takes_far_less_memory_and_time_than_n_squared(name):
-    """N^2 would be 1.7e10 cells here, and only the dense mask has so many edges."""
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
+def test_a_mask_keeps_a_vanishing_share_of_a_long_sequence(name):
     mask = mask_of_yaml(name, 131_073)
-    assert all(0 < nnz <= 131_073**2 for nnz in mask.nnz_per_head)
+    assert 0 < mask.density < 1e-3
     assert len(mask.degrees(0)) == 131_073

@@ -29,12 +29,14 @@ DEMO_DEFAULTS = TrainOptions(
     epochs=6,
     lr=2e-3,
     min_lr=0.0,
-    warmup_epochs=1.8,
     drop_path=0.0,
     smoothing=0.0,
     output_dir=Path("runs/demo"),
 )
-"""About two minutes per run on two cores; linear warm-up over 30 % of the steps, then half a cosine."""
+"""About two minutes per run on two cores."""
+
+DEMO_WARMUP = 0.3
+"""Share of the demo's epochs in which the learning rate rises, unless ``--warmup-epochs`` says otherwise."""
 
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -190,6 +192,8 @@ def run_finetune(parsed: argparse.Namespace) -> int:
 
 def run_demo(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa demo``."""
+    if parsed.warmup_epochs is None:
+        parsed.warmup_epochs = DEMO_WARMUP * parsed.epochs
     options = read_options(TrainOptions, parsed)
     from .train.demo import demo
 
@@ -202,17 +206,20 @@ def run_masks(parsed: argparse.Namespace) -> int:
     from . import Mask
     from ._core import Edges
 
-    mask = Mask.from_config(
-        parsed.file,
-        parsed.tokens,
-        parsed.heads,
-        layer=parsed.layer,
-        num_layers=parsed.num_layers,
-        epoch=parsed.epoch,
-        head_dim=parsed.head_dim,
-        grid=parsed.grid,
-        num_prefix_tokens=parsed.prefix_tokens,
-    )
+    try:
+        mask = Mask.from_config(
+            parsed.file,
+            parsed.tokens,
+            parsed.heads,
+            layer=parsed.layer,
+            num_layers=parsed.num_layers,
+            epoch=parsed.epoch,
+            head_dim=parsed.head_dim,
+            grid=parsed.grid,
+            num_prefix_tokens=parsed.prefix_tokens,
+        )
+    except (ValueError, OverflowError) as error:  # numbers out of range for this mask
+        raise error if isinstance(error, ConfigError) else UsageError(str(error)) from error
     edges = Edges.from_spec(mask.spec, mask.num_tokens)
     patches = mask.num_tokens - mask.num_prefix_tokens
     print(  # noqa: T201

@@ -56,6 +56,16 @@ class LayerMask:
 
     def __post_init__(self) -> None:
         config, grid = self.config, None if self.grid is None else list(self.grid)
+        for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise ValueError(f"{name}: expected at least 0, got {number}")
+        if grid is not None and min(grid, default=0) < 1:
+            raise ValueError(f"grid: expected sides of at least 1, got {grid}")
+        if config.num_heads not in (None, self.num_heads):
+            raise ValueError(
+                f"num_heads: the configuration is for {config.num_heads} heads, but it is used with {self.num_heads}"
+            )
         derived = {
             "spec": config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens),
             "name": config.mask,

@@ -181,6 +181,15 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         return dense
 
     def _adopt(self, layer_mask: LayerMask) -> None:
+        config = layer_mask.config
+        if config.embed_dim not in (None, self.embed_dim):
+            raise ValueError(
+                f"embed_dim: the configuration is for {config.embed_dim}, but it is used with {self.embed_dim}"
+            )
+        if config.masked_logits == "zero" and self.dropout > 0.0:
+            raise ValueError(
+                f"dropout: expected 0 with `masked_logits: zero`, which has no meaning with dropout; got {self.dropout}"
+            )
         self.layer_mask = layer_mask
         if stay_off_fast_path not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(stay_off_fast_path)
