@@ -225,7 +225,19 @@ class TestConstruction:
         path.write_text("mask: local\nmask_kwargs: {window: 2}\nembed_dim: 16\nnum_heads: 4\n")
         layer = SparseMHSA.from_yaml(path)
         assert (layer.embed_dim, layer.num_heads) == (16, 4)
-        assert SparseMHSA.from_yaml(path, embed_dim=8).embed_dim == 8
+        with pytest.raises(ValueError, match="embed_dim: the configuration is for 16, but it is used with 8"):
+            SparseMHSA.from_yaml(path, embed_dim=8)
+        with pytest.raises(ValueError, match="num_heads: the configuration is for 4 heads, but it is used with 2"):
+            SparseMHSA.from_yaml(path, num_heads=2)
+
+    @pytest.mark.parametrize("name", ["layer", "num_layers", "num_prefix_tokens"])
+    def test_a_negative_number_is_refused_by_name(self, name):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
+            SparseMHSA(12, 3, config=FIBOTTENTION, **{name: -1})
+
+    def test_dropout_with_masked_logits_zero_is_refused_when_the_layer_is_built(self):
+        with pytest.raises(ValueError, match="dropout: expected 0 with `masked_logits: zero`"):
+            SparseMHSA(12, 3, dropout=0.1, config={"mask": "fibottention", "masked_logits": "zero"})
 
     def test_sizes_are_checked_by_the_parent(self):
         with pytest.raises(ValueError, match="embed_dim and num_heads must be greater than 0"):
