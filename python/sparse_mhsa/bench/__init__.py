@@ -1,1 +1,1 @@
-"""Speed and memory against dense attention, measured as ratios in one process behind a correctness gate."""
+"""Speed against dense attention, measured as ratios in one process behind a correctness gate."""

@@ -6,11 +6,9 @@ queries above) and is not timed if they differ.
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -107,18 +105,6 @@ def measure(
     return Row(num_tokens, batch, mask.density, sparse_forward, forward, sparse_step, whole)
 
 
-def peak_memory(config: str, num_tokens: int, num_heads: int, head_dim: int) -> tuple[float, float]:
-    """MiB that forward + backward add to the process's peak, and MiB of output and gradients (float32, batch 1).
-
-    Measured in a process of its own, because a peak cannot be reset.
-    """
-    program = Path(__file__).with_name("peak_memory.py")
-    arguments = [sys.executable, str(program), config, str(num_tokens), str(num_heads), str(head_dim)]
-    result = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    added, outputs = result.stdout.split()
-    return float(added), float(outputs)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m sparse_mhsa.bench", description=__doc__)
@@ -128,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process per size")
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
     sys.stdout.write(f"{options.attn_cfg}, {options.heads} heads of {options.head_dim}, {options.dtype}, ")
@@ -143,9 +128,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"| {row.step_ms:.2f} | {row.step_ratio:.1f} x |\n"
         )
         sys.stdout.flush()
-    if options.memory:
-        sys.stdout.write("\n| tokens | peak added MiB | output and gradients MiB |\n|---|---|---|\n")
-        for num_tokens in options.tokens:
-            added, outputs = peak_memory(options.attn_cfg, num_tokens, options.heads, options.head_dim)
-            sys.stdout.write(f"| {num_tokens} | {added:.0f} | {outputs:.0f} |\n")
     return 0
