@@ -168,11 +168,14 @@ mod fork {
                     sum(4);
                 }
             });
-            for _ in 0..10 {
-                std::thread::sleep(Duration::from_millis(2));
-                assert!(in_a_child(|| sum(4) == 19_900));
-            }
+            let children: Vec<bool> = (0..10)
+                .map(|_| {
+                    std::thread::sleep(Duration::from_millis(2));
+                    in_a_child(|| sum(4) == 19_900)
+                })
+                .collect();
             stop.store(true, Ordering::Relaxed);
+            assert_eq!(children, [true; 10]);
         });
     }
 

@@ -291,7 +291,7 @@ where
     let head = queries.tensors;
     let (stride, value_stride) = (padded(head.k.width()), padded(head.v.width()));
     let Scratch { lists, batch, copies, key, value, scores, grads, terms, dk, dv, .. } = scratch;
-    let mut cursor = Cursor::new(queries.edges, rows, head.allowed(true), lists);
+    let mut cursor = Cursor::new(queries.edges, rows, head.allowed_values(true), lists);
     // A bias is added to scores that are already scaled.
     let scale_left = if head.bias.is_some() { T::Acc::ONE } else { queries.scale };
     // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.

@@ -172,7 +172,7 @@ impl<T: Element> Task<'_, T> {
         let head = self.tensors;
         let Scratch { lists, batch, copies, query, grad_out, out, scores, grads, sum, .. } =
             &mut *self.scratch;
-        let mut cursor = Cursor::new(self.edges, rows, head.allowed(false), lists);
+        let mut cursor = Cursor::new(self.edges, rows, head.allowed(), lists);
         // A bias is added to scores that are already scaled.
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
         // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.
@@ -233,7 +233,7 @@ impl<T: Element> Task<'_, T> {
         let (stride, value_stride) = (padded(dim), padded(value_dim));
         let out = &mut self.scratch.out;
         let tile = self.scratch.tile.get_or_insert_with(|| Tile::new(dim, value_dim));
-        let allowed = head.allowed(false);
+        let allowed = head.allowed();
         let count_rows = rows.len();
         // SAFETY: rows and columns are those of this head; panels hold TILE rows of padded length.
         unsafe {

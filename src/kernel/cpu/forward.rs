@@ -151,7 +151,7 @@ impl<T: Element> Task<'_, T> {
     unsafe fn batches<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>) {
         let head = self.tensors;
         let Scratch { lists, batch, copies, running, query, weights, sum, .. } = &mut *self.scratch;
-        let mut cursor = Cursor::new(self.edges, rows, head.allowed(false), lists);
+        let mut cursor = Cursor::new(self.edges, rows, head.allowed_values(false), lists);
         // A bias is added to scores that are already scaled.
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
         // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.
@@ -220,7 +220,7 @@ impl<T: Element> Task<'_, T> {
         let (dim, value_dim) = (head.q.width(), head.v.width());
         let tile = self.scratch.tile.get_or_insert_with(|| Tile::new(dim, value_dim));
         let (stride, value_stride) = (padded(dim), padded(value_dim));
-        let allowed = head.allowed(false);
+        let allowed = head.allowed();
         // SAFETY: rows and columns are those of this head; panels hold TILE rows of padded length.
         unsafe {
             pack::<V, T>(&head.q, rows.clone(), &mut tile.queries);

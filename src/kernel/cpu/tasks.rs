@@ -87,7 +87,7 @@ impl<'a, T: Element> Call<'a, T> {
             last = Some((set, edges));
             total += edges;
         }
-        total * batch
+        total.saturating_mul(batch)
     }
 
     /// The rows of `heads` heads per batch element in tasks, and the threads that are worth using for all of them. A task does
@@ -104,9 +104,14 @@ impl<'a, T: Element> Call<'a, T> {
 }
 
 impl<'a, T: Element> Head<'a, T> {
-    /// Which edges to list. With a background, an edge that its bias removes is listed still: it has to be taken out of the
-    /// background.
-    pub(super) fn allowed(&self, by_key: bool) -> Allowed<'a, T> {
+    /// The edges that take part in the softmax.
+    pub(super) fn allowed(&self) -> Allowed<'a, T> {
+        Allowed { key_mask: self.key_mask, bias: self.bias, by_key: false }
+    }
+
+    /// The edges that give values other weights than a background does. One that its bias removes is among them, because it has to
+    /// be taken out of the background.
+    pub(super) fn allowed_values(&self, by_key: bool) -> Allowed<'a, T> {
         let bias = if self.allowed_keys.is_some() { None } else { self.bias };
         Allowed { key_mask: self.key_mask, bias, by_key }
     }
@@ -136,7 +141,7 @@ impl<'a, T: Element> Head<'a, T> {
         }
     }
 
-    /// Turn dots into scores less than their `scale` factor: `dot * scale + bias`.
+    /// Where there is a bias, turn dots into scores `dot * scale + bias`. A bias of minus infinity wins over any dot.
     #[inline(always)]
     pub(super) fn add_bias(
         &self,
@@ -150,7 +155,8 @@ impl<'a, T: Element> Head<'a, T> {
             for (dot, &column) in dots.iter_mut().zip(columns) {
                 let (query, key) = if by_key { (column as usize, row) } else { (row, column as usize) };
                 // SAFETY: the bias has an entry per (query, key), and edges lie inside that shape.
-                *dot = *dot * scale + unsafe { bias.at(query, key) }.to_acc();
+                let bias = unsafe { bias.at(query, key) }.to_acc();
+                *dot = if bias == T::Acc::NEG_INFINITY { bias } else { *dot * scale + bias };
             }
         }
     }

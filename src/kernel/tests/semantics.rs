@@ -239,3 +239,36 @@ fn a_background_counts_as_keys_with_a_score_of_zero() {
         assert!(results.dk[..10].iter().chain(&results.dk[15..]).all(|&value| value == 0.0));
     }
 }
+
+#[test]
+fn the_key_of_an_edge_that_its_bias_removes_may_hold_anything() {
+    let edges = Arc::new(EdgeSet::builder(8, 6).unwrap().band((-3, 2, 1), 0..8, 0..6).build());
+    for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
+        let mut case = Case::<f64>::new(&mut Random(9), sizes(8, 6), std::slice::from_ref(&edges));
+        case.masked_logits = masked_logits;
+        case.bias = Some((0..48).map(|cell| if cell % 6 == 3 { f64::NEG_INFINITY } else { 0.5 }).collect());
+        let mut poisoned = case.clone();
+        poisoned.k[15..20].fill(NAN);
+        for isa in Isa::available() {
+            let (clean, poisoned) = (case.results(isa), poisoned.results(isa));
+            assert!(clean.same_bits(&poisoned), "{masked_logits:?} on {}: {poisoned:?}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn a_query_whose_bias_removes_every_key_is_an_empty_row() {
+    let edges = Arc::new(EdgeSet::builder(6, 4).unwrap().rect(0..6, 0..4).build());
+    for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
+        let mut case = Case::<f32>::new(&mut Random(10), sizes(6, 4), std::slice::from_ref(&edges));
+        case.masked_logits = masked_logits;
+        case.bias = Some((0..24).map(|cell| if cell / 4 == 2 { f32::NEG_INFINITY } else { 0.25 }).collect());
+        for isa in Isa::available() {
+            let results = case.results(isa);
+            assert_eq!((results.lse[2], &results.out[6..9]), (f32::NEG_INFINITY, &[0.0; 3][..]));
+            assert_eq!(results.dq[10..15], [0.0; 5]);
+            let [.., (_, dk), (_, dv)] = results.named();
+            assert!(dk.iter().chain(&dv).all(|value| value.is_finite()), "{masked_logits:?}: {dk:?} {dv:?}");
+        }
+    }
+}
