@@ -97,6 +97,17 @@ fn a_panic_reaches_the_caller_and_leaves_the_pool_usable() {
 }
 
 #[test]
+fn a_panic_of_one_thread_stops_the_others() {
+    let start = Instant::now();
+    let task = |(): &mut (), index: usize| {
+        assert!(index != 0, "the first task fails");
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    std::panic::catch_unwind(|| Pool::of(3).run(20_000, || (), task, &Never)).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(3), "the other tasks would take ten seconds");
+}
+
+#[test]
 fn one_value_per_process_is_shared_by_its_threads() {
     static CELL: ForkLocal<Mutex<Vec<u32>>> = ForkLocal::new();
     let addresses: Vec<usize> = std::thread::scope(|scope| {

@@ -121,6 +121,8 @@ pub(super) struct Lists {
     active: Vec<Diagonal>,
     /// What is left of a long row, last run first.
     rest: Vec<Range<usize>>,
+    /// By how much the columns of a row are further than those of the row before it.
+    steps: Vec<u32>,
 }
 
 /// Walks over the edges of some rows, batch by batch.
@@ -165,6 +167,10 @@ impl<'a, T: Element> Cursor<'a, T> {
             .active
             .extend(self.lists.near.iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
         let all_through = self.lists.active.iter().all(|d| d.start <= rows.start && rows.end <= d.end);
+        if all_through && self.are_parallel(&rows) {
+            self.fill_with_parallel_rows(rows, batch);
+            return !batch.pieces.is_empty();
+        }
         for row in rows {
             let is_dense = self.edges.is_dense_row(row);
             let most = if is_dense { self.edges.num_cols() } else { self.at_most(row) };
@@ -189,6 +195,37 @@ impl<'a, T: Element> Cursor<'a, T> {
             self.rows.start += 1;
         }
         !batch.pieces.is_empty()
+    }
+
+    /// Whether `rows`, which all diagonals near them pass through, keep nothing but these and dense columns, few enough for a batch.
+    fn are_parallel(&self, rows: &Range<usize>) -> bool {
+        self.edges.runs().is_empty()
+            && !self.allowed.is_restricted()
+            && padded(self.dense_cols + self.lists.active.len()) <= EDGES
+            && !self.edges.dense_rows().iter().any(|dense| dense.start < rows.end && rows.start < dense.end)
+    }
+
+    /// Every row is the one before it, moved along the diagonals: no need to look at the edges again.
+    fn fill_with_parallel_rows(&mut self, rows: Range<usize>, batch: &mut Batch) {
+        if rows.is_empty() {
+            return;
+        }
+        self.append(rows.start, true, &mut batch.columns);
+        batch.close(rows.start, 0, (true, true), &self.allowed);
+        let (first, width) = (batch.pieces[0], batch.columns.len());
+        let steps = &mut self.lists.steps;
+        steps.clear();
+        steps.resize(self.dense_cols, 0);
+        steps.resize(first.len, 1);
+        steps.resize(width, steps.last().copied().unwrap_or(0));
+        let count = rows.len().min(EDGES / width.max(1));
+        for row in rows.start + 1..rows.start + count {
+            let start = batch.columns.len();
+            batch.columns.extend_from_within(start - width..);
+            batch.columns[start..].iter_mut().zip(&*steps).for_each(|(column, step)| *column += step);
+            batch.pieces.push(Piece { row, start, ..first });
+        }
+        self.rows.start += count;
     }
 
     /// No fewer than the columns of `row`, which is not dense.
