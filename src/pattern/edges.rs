@@ -10,6 +10,11 @@ use std::ops::Range;
 use super::segments::{Segment, merge_ranges, subtract_ranges};
 use crate::error::{Error, Result};
 
+/// Up to this many diagonals are kept as such, however short.
+const MANY_DIAGONALS: usize = 128;
+/// Of more than that, those on less than one row in `SHORT` are stored as runs.
+const SHORT: usize = 8;
+
 /// Edges `(row, row + offset)` for every `row` in `rows`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Diagonal {
@@ -327,6 +332,15 @@ impl Builder {
         Ok(self)
     }
 
+    /// Keep the runs of every row: `runs[row_ptr[row]..row_ptr[row + 1]]`, each inside the mask.
+    #[must_use]
+    pub(super) fn rows(mut self, row_ptr: Vec<usize>, runs: &[Range<usize>]) -> Self {
+        let start = runs.iter().map(|run| run.start as u32).collect();
+        let end = runs.iter().map(|run| run.end as u32).collect();
+        self.segments.push(Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 });
+        self
+    }
+
     /// Keep the edges of `other`, moved by `(shift, shift)`: how a mask over patches becomes a mask over tokens.
     #[must_use]
     pub fn shifted(mut self, other: &EdgeSet, shift: usize) -> Self {
@@ -374,7 +388,18 @@ impl Builder {
         }
         merge_ranges(&mut dense_rows);
         merge_ranges(&mut dense_cols);
-        let diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        let mut diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        if diagonals.len() > MANY_DIAGONALS {
+            // Whoever visits a row looks at every diagonal, so many short pieces would cost far more than their edges.
+            let is_short = |d: &mut Diagonal| (d.end - d.start) * SHORT < num_rows;
+            rest.extend(diagonals.extract_if(.., is_short).map(|d| Segment::Band {
+                lo: d.offset,
+                hi: d.offset,
+                step: 1,
+                rows: d.start..d.end,
+                cols: 0..num_cols,
+            }));
+        }
         let mut set =
             EdgeSet { num_rows, num_cols, dense_rows, dense_cols, diagonals, runs: Runs::default() };
         if !rest.is_empty() {
@@ -434,4 +459,4 @@ fn remaining_runs(set: &EdgeSet, mut rest: Vec<Segment>) -> Runs {
 
 #[cfg(test)]
 #[path = "edges_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -6,10 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 
-type Pairs = BTreeSet<(usize, usize)>;
+pub(in crate::pattern) type Pairs = BTreeSet<(usize, usize)>;
 
 #[derive(Debug, Clone)]
-enum Piece {
+pub(in crate::pattern) enum Piece {
     Rect(Range<usize>, Range<usize>),
     Band(i64, i64, usize, Range<usize>, Range<usize>),
     Anti(i64, Range<usize>, Range<usize>),
@@ -20,7 +20,7 @@ fn range(limit: usize) -> impl Strategy<Value = Range<usize>> {
     (0..=limit, 0..=limit).prop_map(|(a, b)| a.min(b)..a.max(b))
 }
 
-fn piece(rows: usize, cols: usize) -> impl Strategy<Value = Piece> {
+pub(in crate::pattern) fn piece(rows: usize, cols: usize) -> impl Strategy<Value = Piece> {
     let far = (rows + cols) as i64 + 3;
     prop_oneof![
         (range(rows + 2), range(cols + 2)).prop_map(|(r, c)| Piece::Rect(r, c)),
@@ -43,7 +43,7 @@ fn csr(pairs: &Pairs, rows: usize) -> (Vec<i64>, Vec<i64>) {
     (row_ptr, pairs.iter().map(|&(_, col)| col as i64).collect())
 }
 
-fn build(rows: usize, cols: usize, pieces: &[Piece]) -> (EdgeSet, Pairs) {
+pub(in crate::pattern) fn build(rows: usize, cols: usize, pieces: &[Piece]) -> (EdgeSet, Pairs) {
     let mut builder = EdgeSet::builder(rows, cols).unwrap();
     let mut pairs = Pairs::new();
     for piece in pieces {

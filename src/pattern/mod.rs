@@ -3,6 +3,7 @@
 //! One mask is one file here and one line in `registry.rs`. A pattern sees only its own tokens (patches, or all tokens) and
 //! knows nothing of prefixes, batches, kernels or devices: [`head_edges`] removes the prefix before and adds it back after.
 
+pub mod algebra;
 pub mod edges;
 pub mod image;
 pub mod registry;
