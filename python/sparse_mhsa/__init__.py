@@ -18,17 +18,20 @@ from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
 from .masks import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
+from .register import MaskContext, register_mask  # noqa: E402
 
 __all__ = [
     "AttentionConfig",
     "ConfigError",
     "Mask",
+    "MaskContext",
     "Report",
     "SparseMHSA",
     "__version__",
     "densify",
     "load_config",
     "masks",
+    "register_mask",
     "set_epoch",
     "sparse_attention",
     "sparsify",

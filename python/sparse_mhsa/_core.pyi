@@ -4,6 +4,7 @@ Everything here is private; `sparse_mhsa` wraps it. Keep this file in step with 
 (`make test` runs stubtest).
 """
 
+from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "edge_index",
     "forward",
     "forward_edges",
+    "register_mask",
     "registered_masks",
 ]
 
@@ -93,6 +95,33 @@ class Edges:
 
     @staticmethod
     def from_spec(spec: str, num_tokens: int) -> Edges: ...
+    @staticmethod
+    def from_csr(row_ptr: NDArray[np.int64], col: NDArray[np.int64]) -> Edges:
+        """From contiguous ``row_ptr`` (H, N + 1) with absolute offsets into ``col`` (nnz,), ascending within a row."""
+    @staticmethod
+    def from_dense(cells: NDArray[np.uint8]) -> Edges:
+        """From (H, N, N), nonzero = keep."""
+    @staticmethod
+    def from_heads(heads: list[tuple[Edges, int]]) -> Edges:
+        """Heads picked from several."""
+    @staticmethod
+    def from_parts(num_tokens: int, sets: list[tuple[list[int], ...]], heads: list[int]) -> Edges:
+        """What `to_parts` returned."""
+    def to_parts(self) -> tuple[int, list[tuple[list[int], ...]], list[int]]:
+        """Plain data for pickles: N, the distinct edge sets, and which of them each head has."""
+    def with_prefix(self, num_prefix_tokens: int) -> Edges:
+        """The same edges, of which the first tokens count as prefix."""
+    def with_heads(self, num_heads: int) -> Edges:
+        """One head shared by ``num_heads``."""
+    def combine(self, name: str, other: Edges) -> Edges:
+        """``union``, ``intersection`` or ``difference``, head by head; one head is shared by all."""
+    def complement(self) -> Edges: ...
+    def overlap(self) -> NDArray[np.float64]:
+        """(H, H) Jaccard index of each pair of heads."""
+    def same_edges(self, other: Edges) -> bool:
+        """Whether both keep the same pairs, however they hold them."""
+    def describe(self, head: int) -> dict[str, Any]:
+        """How the edges of a head are held: counts of segments by kind, edges in each, bytes."""
     @property
     def num_heads(self) -> int: ...
     @property
@@ -106,8 +135,8 @@ class Edges:
         """Edges kept, per head, whose query and key are both patches."""
     def degrees(self, head: int) -> NDArray[np.int64]:
         """(N,) keys kept per query."""
-    def to_csr(self, head: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``row_ptr`` (N + 1,) and ``col`` (nnz,), columns ascending within a row."""
+    def to_csr(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``row_ptr`` (H, N + 1) with absolute offsets into ``col`` (nnz,), columns ascending within a row."""
     def to_dense(self) -> NDArray[np.bool_]:
         """(H, N, N), True = keep."""
     def density_image(self, head: int, size: int) -> NDArray[np.float32]:
@@ -115,6 +144,18 @@ class Edges:
 
 def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs)."""
+
+def register_mask(
+    name: str,
+    about: str,
+    keys: list[str],
+    required: list[str],
+    uses_layer: bool,
+    uses_epoch: bool,
+    edges: Callable[[dict[str, Any], str], Edges],
+) -> None:
+    """Make a mask known to configurations, or replace one of the same name. ``edges`` takes the context and the
+    ``mask_kwargs`` as JSON text and returns the edges over the patches, of one head or of all."""
 
 def edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
     """``row_ptr`` (H, num_queries + 1) int64 with absolute offsets into ``col`` (nnz of all heads,) int64."""

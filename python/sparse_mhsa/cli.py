@@ -204,7 +204,6 @@ def run_demo(parsed: argparse.Namespace) -> int:
 def run_masks(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa masks``."""
     from . import Mask
-    from ._core import Edges
 
     try:
         mask = Mask.from_config(
@@ -220,16 +219,15 @@ def run_masks(parsed: argparse.Namespace) -> int:
         )
     except (ValueError, OverflowError) as error:  # numbers out of range for this mask
         raise error if isinstance(error, ConfigError) else UsageError(str(error)) from error
-    edges = Edges.from_spec(mask.spec, mask.num_tokens)
     patches = mask.num_tokens - mask.num_prefix_tokens
     print(  # noqa: T201
-        f"{mask.config.mask}: {mask.num_tokens} tokens ({mask.num_prefix_tokens} prefix), "
+        f"{mask.name}: {mask.num_tokens} tokens ({mask.num_prefix_tokens} prefix), "
         f"{mask.num_heads} heads, layer {parsed.layer}"
     )
     row = "{:>5} {:>12} {:>10} {:>14} {:>11} {:>11}".format
     print(row("head", "nnz", "density", "pruning ratio", "min degree", "max degree"))  # noqa: T201
-    for head, (nnz, between_patches) in enumerate(zip(edges.nnz(), edges.nnz_patches(), strict=True)):
-        degrees = edges.degrees(head)
+    for head, (nnz, between_patches) in enumerate(zip(mask.nnz_per_head, mask.nnz_patches_per_head, strict=True)):
+        degrees = mask.degrees(head)
         pruned = 1 - between_patches / patches**2 if patches > 0 else 0.0
         density = nnz / mask.num_tokens**2
         print(row(head, nnz, f"{density:.2%}", f"{pruned:.2%}", degrees.min(), degrees.max()))  # noqa: T201

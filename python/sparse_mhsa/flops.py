@@ -178,7 +178,7 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
             layers.append(
                 LayerCost(
                     site.name,
-                    mask.config.mask,
+                    mask.name,
                     num_heads,
                     num_tokens,
                     mask.num_prefix_tokens,

@@ -93,7 +93,7 @@ def sparse_attention(
     if mask is not None:
         _check_mask(mask, q)
     check_key_mask(key_padding_mask, q, k)
-    layer_mask = dense_mask(q.shape[1]) if mask is None else mask.layer_mask
+    layer_mask = dense_mask(q.shape[1]) if mask is None else mask
     out, lse = attend(
         q,
         k,
@@ -112,7 +112,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layer_mask: LayerMask,
+    layer_mask: LayerMask | Mask,
     edges: EdgeSource | None = None,
     *,
     key_mask: Tensor | None = None,
@@ -146,18 +146,19 @@ def attend(
     """
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    whole = layer_mask.is_dense and edges is None
     if edges is None:
         check_square(layer_mask, q.shape[2], k.shape[2])
+        edges = layer_mask.source(q.shape[2])
     q, k, v = autocast(q, k, v)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    unmasked = layer_mask.is_dense and edges is None and key_mask is None and bias is None and k.shape[2] > 0
+    unmasked = whole and key_mask is None and bias is None and k.shape[2] > 0
     if unmasked and dropout_p == 0.0 and not needs_lse and not ops.needs_autograd(q, k, v):
         grouped = k.shape[1] != q.shape[1]
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped), q.new_empty(0)
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
-    edges = EdgeSource(layer_mask.spec, None, None) if edges is None else edges
     if bias is not None:
         bias = bias.to(q.dtype)
     out, lse = ops.attention(q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale)
@@ -166,7 +167,7 @@ def attend(
     return out, lse
 
 
-def check_square(layer_mask: LayerMask, num_queries: int, num_keys: int) -> None:
+def check_square(layer_mask: LayerMask | Mask, num_queries: int, num_keys: int) -> None:
     """Raise a ValueError where a mask other than ``none`` meets different numbers of queries and keys."""
     if num_queries != num_keys and not layer_mask.is_dense:
         raise ValueError(

@@ -8,7 +8,7 @@ from .masks import LayerMask, Mask
 class SparseLayer(nn.Module):
     """What every sparse attention module has besides its weights: the mask of its layer."""
 
-    layer_mask: LayerMask
+    layer_mask: LayerMask | Mask
     """Immutable; no parameter and no buffer, so that state dicts are those of dense attention."""
 
     def mask(self, num_tokens: int) -> Mask:

@@ -14,7 +14,7 @@ from .config import ConfigLike, load_config
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
 from .functional import attend, autocast, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
-from .masks import LayerMask
+from .masks import LayerMask, Mask
 from .ops import has_background
 
 _MANY_TOKENS = 4096
@@ -43,7 +43,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         batch_first: tensors are (B, L, E) instead of (L, B, E).
         device: of the parameters.
         dtype: of the parameters.
-        config: whatever `load_config` takes; None for dense attention.
+        config: whatever `load_config` takes; a `Mask`, for exactly its heads and tokens; None for dense attention.
         layer: zero-based depth of this layer.
         num_layers: number of layers of the model.
         grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
@@ -68,7 +68,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        config: ConfigLike | None = None,
+        config: ConfigLike | Mask | None = None,
         layer: int = 0,
         num_layers: int | None = None,
         grid: Sequence[int] | None = None,
@@ -121,7 +121,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
     def from_dense(
         cls,
         mha: nn.MultiheadAttention,
-        config: ConfigLike | None,
+        config: ConfigLike | Mask | None,
         *,
         layer: int = 0,
         num_layers: int | None = None,
@@ -132,7 +132,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
 
         Args:
             mha: the dense layer; it stays as it is.
-            config: whatever `load_config` takes; None for dense attention.
+            config: whatever `load_config` takes; a `Mask`, for exactly its heads and tokens; None for dense attention.
             layer: zero-based depth of this layer.
             num_layers: number of layers of the model.
             grid: as in the constructor.
@@ -155,7 +155,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         return cls.convert(twin, layer_mask)
 
     @classmethod
-    def convert(cls, mha: nn.MultiheadAttention, layer_mask: LayerMask) -> "SparseMHSA":
+    def convert(cls, mha: nn.MultiheadAttention, layer_mask: LayerMask | Mask) -> "SparseMHSA":
         """Make a dense layer sparse in place, or give a sparse one another mask; `revert` undoes it.
 
         Args:
@@ -180,13 +180,11 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         dense.__class__ = nn.MultiheadAttention
         return dense
 
-    def _adopt(self, layer_mask: LayerMask) -> None:
-        config = layer_mask.config
-        if config.embed_dim not in (None, self.embed_dim):
-            raise ValueError(
-                f"embed_dim: the configuration is for {config.embed_dim}, but it is used with {self.embed_dim}"
-            )
-        if config.masked_logits == "zero" and self.dropout > 0.0:
+    def _adopt(self, layer_mask: LayerMask | Mask) -> None:
+        embed_dim = None if layer_mask.config is None else layer_mask.config.embed_dim
+        if embed_dim not in (None, self.embed_dim):
+            raise ValueError(f"embed_dim: the configuration is for {embed_dim}, but it is used with {self.embed_dim}")
+        if layer_mask.masked_logits == "zero" and self.dropout > 0.0:
             raise ValueError(
                 f"dropout: expected 0 with `masked_logits: zero`, which has no meaning with dropout; got {self.dropout}"
             )
@@ -261,8 +259,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         if need_weights:
             if k.shape[2] > _MANY_TOKENS:
                 _warn_of_dense_weights(k.shape[2])
-            spec = self.layer_mask.spec
-            edges = EdgeSource(spec, None, None) if edges is None else edges
+            edges = self.layer_mask.source(q.shape[2]) if edges is None else edges
             scale = self.layer_mask.scale
             scale = self.head_dim**-0.5 if scale is None else scale
             background = has_background(edges.spec)
@@ -391,10 +388,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         layer_mask = self.layer_mask
         if layer_mask.is_dense:
             return k, v, key_mask, bias, None
-        if has_background(layer_mask.spec):
+        if layer_mask.masked_logits == "zero":
             raise ValueError("masked_logits: `zero` cannot be combined with add_bias_kv or add_zero_attn")
         check_square(layer_mask, queries, keys)
-        row_ptr, col = torch.ops.sparse_mhsa.edge_index.default(layer_mask.spec, queries, keys)
+        ((_, row_ptr, col),) = layer_mask.source(queries).per_head(batch, self.num_heads, queries, keys)
         return k, v, key_mask, bias, append_visible_keys(row_ptr, col, keys, len(extra))
 
     def extra_repr(self) -> str:
@@ -412,14 +409,18 @@ def stay_off_fast_path(module: nn.Module, args: object) -> None:
 
 def _layer_mask(
     num_heads: int,
-    config: ConfigLike | None,
+    config: ConfigLike | Mask | None,
     layer: int,
     num_layers: int | None,
     grid: Sequence[int] | None,
     num_prefix_tokens: int | None,
-) -> LayerMask:
+) -> LayerMask | Mask:
     if config is None:
         return dense_mask(num_heads)
+    if isinstance(config, Mask):
+        if config.num_heads != num_heads:
+            raise ValueError(f"config: expected a mask of {num_heads} heads, got one of {config.num_heads}")
+        return config
     sides = None if grid is None else tuple(grid)
     return LayerMask(load_config(config), num_heads, layer, num_layers, 0, sides, num_prefix_tokens)
 

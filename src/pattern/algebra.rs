@@ -172,7 +172,8 @@ impl EdgeSet {
                 continue;
             }
             let to_row = |col: usize| (col as i64 - diagonal.offset).max(0) as usize;
-            let mut rows = overlaps(&open_rows, &[diagonal.start..diagonal.end]);
+            let through = diagonal.start..diagonal.end;
+            let mut rows = overlaps(&open_rows, std::slice::from_ref(&through));
             subtract_ranges(&mut rows, other.dense_cols().iter().map(|c| to_row(c.start)..to_row(c.end)));
             subtract_ranges(&mut rows, same_offset(other, diagonal.offset).iter().map(|d| d.start..d.end));
             for rows in rows {
@@ -260,8 +261,7 @@ fn overlaps(a: &[Range<usize>], b: &[Range<usize>]) -> Vec<Range<usize>> {
 
 /// `0..end` without `ranges`.
 fn outside(ranges: &[Range<usize>], end: usize) -> Vec<Range<usize>> {
-    let mut rest = vec![0..end];
-    merge_ranges(&mut rest);
+    let mut rest: Vec<_> = std::iter::once(0..end).filter(|range| !range.is_empty()).collect();
     subtract_ranges(&mut rest, ranges.iter().cloned());
     rest
 }
@@ -354,7 +354,9 @@ impl Rows {
 
     fn close_row(&mut self, row: usize) {
         let from = *self.row_ptr.last().expect("starts with 0");
-        if self.runs[from..] == [0..self.num_cols] {
+        if let [run] = &self.runs[from..]
+            && *run == (0..self.num_cols)
+        {
             self.runs.truncate(from);
             self.full.push(row..row + 1);
         }

@@ -58,6 +58,11 @@ impl Runs {
         self.start.is_empty()
     }
 
+    /// Number of runs.
+    pub fn len(&self) -> usize {
+        self.start.len()
+    }
+
     fn nnz(&self) -> usize {
         self.start.iter().zip(&self.end).map(|(&start, &end)| (end - start) as usize).sum()
     }
@@ -330,6 +335,33 @@ impl Builder {
     pub fn edge_list(mut self, row_ptr: &[i64], col: &[i64]) -> Result<Self> {
         self.segments.push(Segment::edge_list(self.num_rows, self.num_cols, row_ptr, col)?);
         Ok(self)
+    }
+
+    /// Keep the runs of every row: `start[i]..end[i]` for i in `row_ptr[row]..row_ptr[row + 1]`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the runs do not ascend, touch one another, or leave the mask.
+    pub fn checked_rows(self, row_ptr: &[i64], start: &[i64], end: &[i64]) -> Result<Self> {
+        let valid = row_ptr.len() == self.num_rows + 1
+            && start.len() == end.len()
+            && row_ptr[0] == 0
+            && row_ptr.is_sorted()
+            && row_ptr[self.num_rows] == start.len() as i64
+            && row_ptr.windows(2).all(|span| {
+                let (start, end) =
+                    (&start[span[0] as usize..span[1] as usize], &end[span[0] as usize..span[1] as usize]);
+                let mut last = -1;
+                start.iter().zip(end).all(|(&from, &to)| {
+                    let ascends = last < from && from < to && to <= self.num_cols as i64;
+                    last = to;
+                    ascends
+                })
+            });
+        if !valid {
+            return Err(Error::Value("runs: expected ascending runs inside the mask, row by row".into()));
+        }
+        let runs: Vec<_> = start.iter().zip(end).map(|(&from, &to)| from as usize..to as usize).collect();
+        Ok(self.rows(row_ptr.iter().map(|&pointer| pointer as usize).collect(), &runs))
     }
 
     /// Keep the runs of every row: `runs[row_ptr[row]..row_ptr[row + 1]]`, each inside the mask.

@@ -7,7 +7,9 @@ pub mod algebra;
 pub mod edges;
 pub mod image;
 pub mod registry;
+mod regular;
 mod segments;
+pub mod user;
 
 use std::fmt::Debug;
 use std::sync::Arc;

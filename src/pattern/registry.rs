@@ -3,6 +3,7 @@
 use serde::de::{Deserializer, Visitor, value::Error as NoData};
 use serde_json::Value;
 
+use super::user::{self, UserMask};
 use super::{AnyPattern, Pattern};
 use crate::error::Result;
 
@@ -47,8 +48,22 @@ pub struct Registered {
     pub about: &'static str,
     /// Keys that are accepted without effect.
     pub ignored: &'static [&'static str],
-    keys: fn() -> &'static [&'static str],
-    read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
+    /// Where its edges come from.
+    pub origin: Origin,
+}
+
+/// Where the edges of a mask come from.
+#[derive(Debug)]
+pub enum Origin {
+    /// A [`Pattern`] of this crate.
+    BuiltIn {
+        /// The names of its fields.
+        keys: fn() -> &'static [&'static str],
+        /// The pattern with given parameters.
+        read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
+    },
+    /// The program, at run time.
+    User(UserMask),
 }
 
 /// Why `mask_kwargs` could not be read.
@@ -72,41 +87,53 @@ impl Registered {
             aliases: P::ALIASES,
             about: P::ABOUT,
             ignored: P::IGNORED,
-            keys: field_names::<P>,
-            read: |value| {
-                let pattern: P = serde_path_to_error::deserialize(value).map_err(|e| ReadError::Type {
-                    path: e.path().to_string(),
-                    message: e.inner().to_string(),
-                })?;
-                pattern.check().map_err(ReadError::Range)?;
-                Ok(Box::new(pattern))
+            origin: Origin::BuiltIn {
+                keys: field_names::<P>,
+                read: |value| {
+                    let pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
+                        ReadError::Type { path: e.path().to_string(), message: e.inner().to_string() }
+                    })?;
+                    pattern.check().map_err(ReadError::Range)?;
+                    Ok(Box::new(pattern))
+                },
             },
         }
     }
 
     /// The names allowed in `mask_kwargs`.
-    pub fn keys(&self) -> &'static [&'static str] {
-        (self.keys)()
+    pub fn keys(&'static self) -> &'static [&'static str] {
+        match &self.origin {
+            Origin::BuiltIn { keys, .. } => keys(),
+            Origin::User(mask) => mask.keys,
+        }
     }
 
     /// The pattern with these `mask_kwargs` (a mapping whose keys are known).
     ///
     /// # Errors
     /// [`ReadError`] for a wrong type or a number out of range.
-    pub fn read(&self, kwargs: &Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError> {
-        (self.read)(kwargs)
+    pub fn read(&'static self, kwargs: &Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError> {
+        match &self.origin {
+            Origin::BuiltIn { read, .. } => read(kwargs),
+            Origin::User(mask) => mask.read(self.name, kwargs),
+        }
     }
 }
 
 /// The mask called `name` (canonical or alias, any case).
 pub fn find(name: &str) -> Option<&'static Registered> {
     let name = name.to_lowercase();
-    MASKS.iter().find(|mask| mask.name == name || mask.aliases.contains(&name.as_str()))
+    let matches = |mask: &&'static Registered| mask.name == name || mask.aliases.contains(&name.as_str());
+    MASKS.iter().find(matches).or_else(|| user::all().into_iter().find(matches))
 }
 
-/// Canonical names and aliases of all masks.
+/// Canonical names and aliases of all masks, those of the program included.
 pub fn names() -> Vec<&'static str> {
-    MASKS.iter().flat_map(|mask| std::iter::once(mask.name).chain(mask.aliases.iter().copied())).collect()
+    MASKS
+        .iter()
+        .chain(user::all())
+        .flat_map(|mask| std::iter::once(mask.name).chain(mask.aliases.iter().copied()))
+        .collect()
 }
 
 /// The field names of a struct, asked of serde itself so that no list can go stale.

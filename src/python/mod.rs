@@ -1,11 +1,13 @@
 //! The Python extension `sparse_mhsa._core`: thin, typed, and the only place that knows PyO3, numpy and torch.
 
 mod config;
+mod edge_lists;
 mod edges;
 mod enter;
 mod error;
 mod ops;
 mod tensor;
+mod user_mask;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -40,6 +42,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<config::PyAttentionConfig>()?;
     module.add_class::<edges::PyEdges>()?;
     module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
+    module.add_function(wrap_pyfunction!(user_mask::register_mask, module)?)?;
     module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward, module)?)?;

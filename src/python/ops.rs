@@ -7,14 +7,14 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use tch::{Kind, Tensor};
 
-use super::edges::compressed_rows;
+use super::edge_lists::compressed_rows;
 use super::enter::enter;
 use super::error::to_python;
 use super::tensor::{
     Output, PyTensor, Stored, TensorRef, accumulator_kind, double_tensor, dtype_name, int64_tensor,
     seed_value, slice, view,
 };
-use crate::attention::{ResolvedMask, plan_of_edge_lists, resolve};
+use crate::attention::{ResolvedMask, resolve, resolve_edge_lists};
 use crate::error::{Error, Result};
 use crate::kernel::{Attention, Dropout, Element, Gradients, Isa, MaskedLogits, Run};
 use crate::pattern::edges::EdgeSet;
@@ -40,9 +40,7 @@ impl Edges<'_> {
                 }))
             }
             Edges::Lists { row_ptr, col } => {
-                let plan =
-                    plan_of_edge_lists(slice("row_ptr", row_ptr, 2)?, slice("col", col, 1)?, queries, keys)?;
-                Ok(Arc::new(ResolvedMask { plan, masked_logits: MaskedLogits::NegInf }))
+                resolve_edge_lists(slice("row_ptr", row_ptr, 2)?, slice("col", col, 1)?, queries, keys)
             }
         }
     }
@@ -294,13 +292,8 @@ pub(super) fn edge_index(
     let (heads, row_ptr, col) = enter(py, |_| {
         let heads = crate::config::Spec::from_text(spec)?.heads;
         let resolved = resolve(spec, num_queries, num_keys, heads)?;
-        let (mut row_ptr, mut col) = (Vec::with_capacity(heads * (num_queries + 1)), Vec::new());
-        for head in 0..heads {
-            let (pointers, columns) = compressed_rows(resolved.plan.head(0, head, heads).by_query());
-            let before = col.len() as i64;
-            row_ptr.extend(pointers.into_iter().map(|pointer| pointer + before));
-            col.extend(columns);
-        }
+        let sets = (0..heads).map(|head| resolved.plan.head(0, head, heads).by_query());
+        let (row_ptr, col) = compressed_rows("edge_index", sets)?;
         Ok((heads, row_ptr, col))
     })?;
     let row_ptr = int64_tensor(&row_ptr, &[heads as i64, num_queries as i64 + 1])?;
@@ -331,7 +324,7 @@ pub(super) fn dropout_keep(
         let rows = row_ptr.len() / num_heads - 1;
         // Checks the lists, so that the loop below cannot leave them.
         let keys = col.iter().max().map_or(0, |&last| last.max(0) as usize + 1);
-        plan_of_edge_lists(row_ptr, col, rows, keys)?;
+        resolve_edge_lists(row_ptr, col, rows, keys)?;
         let mut factors = Vec::with_capacity(batch * edges);
         for unit in 0..batch * num_heads {
             let pointers = &row_ptr[unit % num_heads * (rows + 1)..][..rows + 1];

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..layer import SparseLayer
-from ..masks import LayerMask
+from ..masks import LayerMask, Mask
 
 _ADAPTERS: "list[Adapter]" = []
 
@@ -29,7 +29,7 @@ class Adapter(ABC):
         """Number of heads and head dimension."""
 
     @abstractmethod
-    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap ``module`` in place, or give an already swapped one another mask."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Site:
         return self.adapter.heads(self.module)[0]
 
     @property
-    def layer_mask(self) -> LayerMask | None:
+    def layer_mask(self) -> LayerMask | Mask | None:
         """The mask of an already swapped layer."""
         return self.module.layer_mask if isinstance(self.module, SparseLayer) else None
 

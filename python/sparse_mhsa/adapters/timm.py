@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import additive_bias, attend, check_qkv, dense_mask
 from ..layer import SparseLayer
-from ..masks import LayerMask
+from ..masks import LayerMask, Mask
 from .registry import Adapter, register_adapter
 
 _LOGGER = logging.getLogger("sparse_mhsa")
@@ -104,7 +104,7 @@ class TimmAdapter(Adapter):
         assert isinstance(packed, int)
         return module.num_heads, packed // (3 * module.num_heads)
 
-    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
         dense_class = type(module)
         module.__class__ = SparseAttention

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..masks import LayerMask
+from ..masks import LayerMask, Mask
 from ..module import SparseMHSA
 from .registry import Adapter, register_adapter
 
@@ -25,7 +25,7 @@ class TorchAdapter(Adapter):
         assert isinstance(module, nn.MultiheadAttention)
         return module.num_heads, module.head_dim
 
-    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
         assert isinstance(module, nn.MultiheadAttention)
         SparseMHSA.convert(module, layer_mask)
