@@ -9,6 +9,7 @@ import base64
 import difflib
 import html
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["LayerMask", "Mask"]
+
+_KEYS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,11 @@ class Mask:
         ConfigError: the mask does not exist for ``num_tokens``.
     """
 
-    __slots__ = ("_edges", "_head_dim", "_layer_mask", "_lists", "_name", "_on_empty_row", "_scale")
+    __slots__ = ("_edges", "_head_dim", "_key", "_layer_mask", "_lists", "_name", "_on_empty_row", "_scale")
     _layer_mask: LayerMask | None
-    _lists: Callable[[], tuple[Tensor, Tensor]]
+    _key: str
+    """Different for every mask. Reading it makes Dynamo compile anew for another mask."""
+    _lists: Callable[[str], tuple[Tensor, Tensor]]
     """`to_csr`, called when attention first needs it: an intermediate ``~mask`` never pays for its lists."""
 
     def __init__(self, layer_mask: LayerMask, num_tokens: int, head_dim: int | None = None) -> None:
@@ -161,6 +166,7 @@ class Mask:
     def _set(self, edges: Edges, name: str, options: "_Options", layer_mask: LayerMask | None = None) -> None:
         self._edges, self._name, self._layer_mask = edges, name, layer_mask
         self._head_dim, self._scale, self._on_empty_row = options
+        self._key = f"mask {next(_KEYS)}"
         self._lists = _once(edges)
 
     @classmethod
@@ -323,9 +329,8 @@ class Mask:
         if not isinstance(other, Mask):
             raise TypeError(f"mask {sign} other: expected a sparse_mhsa.Mask, got {type(other).__name__}")
         if self.num_tokens != other.num_tokens:
-            raise ValueError(
-                f"mask {sign} mask: expected the same tokens, got {self.num_tokens} and {other.num_tokens}"
-            )
+            sizes = f"{self.num_tokens} and {other.num_tokens}"
+            raise ValueError(f"mask {sign} mask: expected the same number of tokens, got {sizes}")
         if self.num_heads != other.num_heads and 1 not in (self.num_heads, other.num_heads):
             sizes = f"{self.num_heads} and {other.num_heads}"
             raise ValueError(f"mask {sign} mask: expected the same number of heads, or one, got {sizes}")
@@ -386,7 +391,7 @@ class Mask:
         self._check_tokens(num_tokens)
         if self._layer_mask is not None:
             return EdgeSource(self._layer_mask.spec, None, None)
-        return EdgeSource(None, *self._lists())
+        return EdgeSource(None, *self._lists(self._key))
 
     def at(self, num_tokens: int, head_dim: int | None = None) -> "Mask":
         """The mask itself, which exists for one number of tokens only.
@@ -579,11 +584,11 @@ class Mask:
         return _from_parts, (self._edges.to_parts(), self.num_prefix_tokens, *options)
 
 
-def _once(edges: Edges) -> Callable[[], tuple[Tensor, Tensor]]:
+def _once(edges: Edges) -> Callable[[str], tuple[Tensor, Tensor]]:
     """A function that makes the lists of `Mask.to_csr` the first time and returns the same ever after."""
     made: list[tuple[Tensor, Tensor]] = []
 
-    def once() -> tuple[Tensor, Tensor]:
+    def once(key: str) -> tuple[Tensor, Tensor]:
         if not made:
             row_ptr, col = edges.to_csr()
             made.append((torch.from_numpy(row_ptr), torch.from_numpy(col)))
