@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from ._core import ConfigError, __version__
+from .config import configs
 from .train import TrainingError, UsageError
 from .train.options import FinetuneOptions, TrainOptions, flag_name
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
 
 DEMO_DEFAULTS = TrainOptions(
-    attn_cfg=Path("configs/attention/vit_fibottention.yaml"),
+    attn_cfg=configs()["vit_fibottention"],
     epochs=6,
     lr=2e-3,
     min_lr=0.0,
@@ -137,10 +138,13 @@ def build_parser() -> Parser:
     masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
-    config = command("config", run_config_check, "Work with attention configurations.")
+    config = command("config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
     check.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    check.set_defaults(run=run_config_check)
+    listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
+    listing.set_defaults(run=run_config_list)
     return parser
 
 
@@ -269,6 +273,13 @@ def run_config_check(parsed: argparse.Namespace) -> int:
         except (ConfigError, OSError) as error:  # noqa: PERF203
             code = fail(f"error: {error}", 2)
     return code
+
+
+def run_config_list(_: argparse.Namespace) -> int:
+    """``sparse-mhsa config list``."""
+    for path in configs().values():
+        print(path)  # noqa: T201
+    return 0
 
 
 def _integer(text: str, least: int) -> int:
