@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from ._core import ConfigError, __version__
+from .bench.options import DTYPES, QUICK_BUDGET, BenchOptions
 from .config import configs
 from .train import TrainingError, UsageError
 from .train.options import FinetuneOptions, TrainOptions, flag_name
@@ -138,6 +139,16 @@ def build_parser() -> Parser:
     masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
+    bench = commands.add_parser("bench", help="Measure speed and memory.", allow_abbrev=False)
+    kernels = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "kernels",
+        help="Attention over edges against dense, masked and other sparse attention.",
+        description="Time attention over edges against dense, masked and other sparse attention, all in one process "
+        "behind a correctness gate.",
+        allow_abbrev=False,
+    )
+    kernels.set_defaults(run=run_bench_kernels)
+    add_bench_options(kernels)
     config = command("config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
@@ -168,6 +179,42 @@ def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions) -> None
             metavar=item.metadata["metavar"],
             help=about if default is None else f"{about} (default: {default})",
         )
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sparse-mhsa bench kernels``."""
+    default = BenchOptions()
+    parser.add_argument("--quick", action="store_true", help="a subset that takes less than two minutes on two cores")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="names of rows, such as 'fibottention-*' (default: all)",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=default.dtypes, choices=DTYPES, help="element types (default: float32)"
+    )
+    parser.add_argument("--threads", type=positive, help="threads (default: torch's own number)")
+    parser.add_argument(
+        "--repeat", type=positive, default=default.repeat, help=f"turns per row (default: {default.repeat})"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=default.budget,
+        metavar="SECONDS",
+        help=f"time that one method may take per row (default: {default.budget:g})",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory and first-call cost")
+    parser.add_argument("--no-plots", action="store_true", help="write no pictures")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=default.output_dir,
+        metavar="DIR",
+        help=f"where kernels.json, kernels.md and the pictures go (default: {default.output_dir})",
+    )
 
 
 def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
@@ -203,6 +250,24 @@ def run_demo(parsed: argparse.Namespace) -> int:
 
     demo(options, shlex.join(["sparse-mhsa", *parsed.given]))
     return 0
+
+
+def run_bench_kernels(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa bench kernels``."""
+    options = BenchOptions(
+        rows=tuple(parsed.rows),
+        dtypes=tuple(parsed.dtype),
+        quick=parsed.quick,
+        repeat=parsed.repeat,
+        budget=min(parsed.budget, QUICK_BUDGET) if parsed.quick else parsed.budget,
+        threads=parsed.threads,
+        memory=not parsed.no_memory,
+        plots=not parsed.no_plots,
+        output_dir=parsed.output_dir,
+    )
+    from .bench.run import bench
+
+    return bench(options, shlex.join(["sparse-mhsa", *parsed.given]))
 
 
 def run_masks(parsed: argparse.Namespace) -> int:
