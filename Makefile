@@ -15,7 +15,7 @@ MATURIN := maturin develop --release --quiet --skip-install
 INSTALL := python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help check-tools build demo test lint test-rust test-python test-slow format clean
+.PHONY: help check-tools build demo bench test lint test-rust test-python test-slow format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,10 @@ build: $(VENV)/.ready ## Build the extension in release mode into .venv
 demo: $(VENV)/.ready ## Train a small ViT dense and with Fibottention on real images; writes runs/demo/report.html
 	$(INSTALL) ".[train]"
 	sparse-mhsa demo --output-dir runs/demo
+
+bench: $(VENV)/.ready ## Speed and memory of the kernels against the alternatives; a subset with: make bench ARGS=--quick
+	$(INSTALL) ".[plot]"
+	sparse-mhsa bench kernels --output-dir runs/bench $(ARGS)
 
 test: lint test-rust test-python ## Everything that must pass: linters, Rust tests, Python tests
 

@@ -167,7 +167,10 @@ def test_masks_and_modules_survive_pickling_and_copying(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
-def test_a_mask_keeps_a_vanishing_share_of_a_long_sequence(name):
+def test_the_edges_of_a_long_sequence_are_counted_without_a_matrix(name):
+    """A fixed share of 131,073 x 131,073 entries is a mask too: only a matrix of them would not fit."""
     mask = mask_of_yaml(name, 131_073)
-    assert 0 < mask.density < 1e-3
-    assert len(mask.degrees(0)) == 131_073
+    assert 0 < mask.density < 1
+    degrees = mask.degrees(0)
+    assert len(degrees) == 131_073
+    assert int(degrees.sum()) == mask.nnz_per_head[0]

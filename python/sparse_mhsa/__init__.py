@@ -13,7 +13,7 @@ check_torch()
 from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, densify, sparsify  # noqa: E402
-from .config import load_config  # noqa: E402
+from .config import configs, load_config  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
 from .masks import Mask  # noqa: E402
@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "SparseMHSA",
     "__version__",
+    "configs",
     "densify",
     "load_config",
     "masks",

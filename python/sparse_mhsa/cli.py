@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from ._core import ConfigError, __version__
+from .bench.options import DTYPES, QUICK_BUDGET, BenchOptions
+from .config import configs
 from .train import TrainingError, UsageError
 from .train.options import FinetuneOptions, TrainOptions, flag_name
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
 
 DEMO_DEFAULTS = TrainOptions(
-    attn_cfg=Path("configs/attention/vit_fibottention.yaml"),
+    attn_cfg=configs()["vit_fibottention"],
     epochs=6,
     lr=2e-3,
     min_lr=0.0,
@@ -137,10 +139,23 @@ def build_parser() -> Parser:
     masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
-    config = command("config", run_config_check, "Work with attention configurations.")
+    bench = commands.add_parser("bench", help="Measure speed and memory.", allow_abbrev=False)
+    kernels = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "kernels",
+        help="Attention over edges against dense, masked and other sparse attention.",
+        description="Time attention over edges against dense, masked and other sparse attention, all in one process "
+        "behind a correctness gate.",
+        allow_abbrev=False,
+    )
+    kernels.set_defaults(run=run_bench_kernels)
+    add_bench_options(kernels)
+    config = command("config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
     check.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    check.set_defaults(run=run_config_check)
+    listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
+    listing.set_defaults(run=run_config_list)
     return parser
 
 
@@ -164,6 +179,42 @@ def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions) -> None
             metavar=item.metadata["metavar"],
             help=about if default is None else f"{about} (default: {default})",
         )
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sparse-mhsa bench kernels``."""
+    default = BenchOptions()
+    parser.add_argument("--quick", action="store_true", help="a subset that takes less than two minutes on two cores")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="names of rows, such as 'fibottention-*' (default: all)",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=default.dtypes, choices=DTYPES, help="element types (default: float32)"
+    )
+    parser.add_argument("--threads", type=positive, help="threads (default: torch's own number)")
+    parser.add_argument(
+        "--repeat", type=positive, default=default.repeat, help=f"turns per row (default: {default.repeat})"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=default.budget,
+        metavar="SECONDS",
+        help=f"time that one method may take per row (default: {default.budget:g})",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory and first-call cost")
+    parser.add_argument("--no-plots", action="store_true", help="write no pictures")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=default.output_dir,
+        metavar="DIR",
+        help=f"where kernels.json, kernels.md and the pictures go (default: {default.output_dir})",
+    )
 
 
 def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
@@ -199,6 +250,24 @@ def run_demo(parsed: argparse.Namespace) -> int:
 
     demo(options, shlex.join(["sparse-mhsa", *parsed.given]))
     return 0
+
+
+def run_bench_kernels(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa bench kernels``."""
+    options = BenchOptions(
+        rows=tuple(parsed.rows),
+        dtypes=tuple(parsed.dtype),
+        quick=parsed.quick,
+        repeat=parsed.repeat,
+        budget=min(parsed.budget, QUICK_BUDGET) if parsed.quick else parsed.budget,
+        threads=parsed.threads,
+        memory=not parsed.no_memory,
+        plots=not parsed.no_plots,
+        output_dir=parsed.output_dir,
+    )
+    from .bench.run import bench
+
+    return bench(options, shlex.join(["sparse-mhsa", *parsed.given]))
 
 
 def run_masks(parsed: argparse.Namespace) -> int:
@@ -267,6 +336,13 @@ def run_config_check(parsed: argparse.Namespace) -> int:
         except (ConfigError, OSError) as error:  # noqa: PERF203
             code = fail(f"error: {error}", 2)
     return code
+
+
+def run_config_list(_: argparse.Namespace) -> int:
+    """``sparse-mhsa config list``."""
+    for path in configs().values():
+        print(path)  # noqa: T201
+    return 0
 
 
 def _integer(text: str, least: int) -> int:

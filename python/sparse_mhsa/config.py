@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,6 +14,17 @@ MAX_CONFIG_BYTES = 64 * 1024
 
 ConfigLike: TypeAlias = AttentionConfig | Mapping[str, object] | Path | str
 """What every ``config`` argument takes; OmegaConf nodes are accepted too."""
+
+
+def configs() -> dict[str, Path]:
+    """The attention configurations that come with the package.
+
+    Returns:
+        Name, such as ``"vit_fibottention"``, to the path of its YAML file, in alphabetical order.
+    """
+    folder = files(__package__) / "configs" / "attention"
+    assert isinstance(folder, Path)  # a compiled extension is never imported from inside an archive
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(config: ConfigLike) -> AttentionConfig:
