@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -223,6 +226,45 @@ class TestFromCsr:
             sm.Mask.from_csr(torch.ones(2, 3).to_sparse_csr())
 
 
+class TestBlockMask:
+    @each_mask
+    @pytest.mark.parametrize("block_size", [8, 16, 128])
+    def test_it_keeps_the_same_pairs_and_no_block_too_many(self, mask, block_size):
+        block_mask = mask.to_block_mask(block_size)
+        dense = mask.to_dense()
+        at = [torch.arange(side) for side in (HEADS, N, N)]
+        head, query, key = torch.meshgrid(*at, indexing="ij")
+        kept = block_mask.mask_mod(torch.zeros_like(head), head, query, key)
+        assert torch.equal(kept, dense)
+        side = -(-N // block_size)
+        padded = torch.nn.functional.pad(dense, (0, side * block_size - N) * 2)
+        blocks = padded.unflatten(2, (side, block_size)).unflatten(1, (side, block_size)).sum((2, 4))
+        assert torch.equal(block_mask.to_dense()[0].bool(), blocks > 0)
+        full = torch.zeros(HEADS, side, side + 1, dtype=torch.bool)
+        for row in (blocks == block_size**2).nonzero():
+            full[tuple(row)] = True
+        assert torch.equal(block_mask.full_kv_num_blocks[0], full.sum(-1, dtype=torch.int32))
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_flex_attention_over_it_is_ours(self):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v, _ = inputs(MADE["nested"])
+        for name in ("nested", "from_dense", "complement"):
+            got = flex_attention(q, k, v, block_mask=MADE[name].to_block_mask(16))
+            assert_same(got, sm.sparse_attention(q, k, v, MADE[name]), rtol=1e-10, atol=1e-12)
+
+    def test_many_tokens(self):
+        mask = sm.masks.local(num_tokens=20_000, num_heads=1, window=64)
+        assert mask.to_block_mask().kv_num_blocks.max() == 3
+
+    def test_sizes(self):
+        with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+            MADE["union"].to_block_mask(0)
+        with pytest.raises(ValueError, match="expected at least one token"):
+            sm.masks.none(num_tokens=0, num_heads=1).to_block_mask()
+
+
 class TestFromFunction:
     def test_bools_and_indices_in_any_order_mean_the_same(self):
         dense = scattered()
@@ -345,6 +387,26 @@ class TestValue:
 def inputs(mask, dim=4, batch=2):
     shape = (batch, mask.num_heads, mask.num_tokens, dim)
     return [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
+
+
+def test_what_does_not_fit_in_memory_is_an_error_and_no_abort():
+    """With 8 GiB of address space, where four billion tokens have 32 GB of pointers to rows."""
+    code = """
+        import resource, sparse_mhsa as sm
+        mask = sm.masks.none(num_tokens=4_000_000_000, num_heads=1)
+        local = sm.masks.local(num_tokens=4_000_000_000, num_heads=1, window=1)
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+        lists = (mask.to_csr, mask.to_dense, lambda: mask.to_torch_sparse(0))
+        for call in (*lists, lambda: mask.degrees(0), lambda: ~local):
+            try:
+                call()
+            except ValueError as error:
+                assert "fit in memory" in str(error), error
+            else:
+                raise SystemExit("no error")
+        assert (~mask).nnz == 0 and (mask & local).nnz == local.nnz
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
 class TestAttention:

@@ -296,7 +296,10 @@ def run_masks(parsed: argparse.Namespace) -> int:
     row = "{:>5} {:>12} {:>10} {:>14} {:>11} {:>11}".format
     print(row("head", "nnz", "density", "pruning ratio", "min degree", "max degree"))  # noqa: T201
     for head, (nnz, between_patches) in enumerate(zip(mask.nnz_per_head, mask.nnz_patches_per_head, strict=True)):
-        degrees = mask.degrees(head)
+        try:
+            degrees = mask.degrees(head)
+        except ValueError as error:  # more tokens than memory
+            raise UsageError(str(error)) from error
         pruned = 1 - between_patches / patches**2 if patches > 0 else 0.0
         density = nnz / mask.num_tokens**2
         print(row(head, nnz, f"{density:.2%}", f"{pruned:.2%}", degrees.min(), degrees.max()))  # noqa: T201

@@ -16,6 +16,7 @@ from ._core import Edges
 
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
+    from torch.nn.attention.flex_attention import BlockMask
 
 Array: TypeAlias = Tensor | NDArray[np.generic] | Sequence[object]
 RowFunction: TypeAlias = Callable[[int, int], Array]
@@ -143,6 +144,62 @@ def to_scipy(edges: Edges, head: int) -> "scipy.sparse.csr_array":
     row_ptr, col = _one_head(edges, head).to_csr()
     size = (edges.num_tokens, edges.num_tokens)
     return scipy.sparse.csr_array((np.ones(len(col), dtype=np.bool_), col, row_ptr[0]), shape=size)
+
+
+def to_block_mask(edges: Edges, block_size: int = 128) -> "BlockMask":
+    """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
+
+    Blocks that keep every pair are full; for the others the pairs are stored, ``block_size`` squared bools each. Beside
+    those, memory is one number per pair of blocks, as in any `BlockMask`, and never N x N. A query without a key gives
+    zero in FlexAttention too.
+
+    Args:
+        edges: of H heads.
+        block_size: side of a block in tokens.
+
+    Returns:
+        The block mask for (1, H, N, N), which broadcasts over the batch.
+
+    Raises:
+        ValueError: ``block_size`` is not positive, or there are no tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    n, heads = edges.num_tokens, edges.num_heads
+    if n == 0:
+        raise ValueError("to_block_mask: expected at least one token, got 0")
+    side = -(-n // block_size)
+    pointers, columns = (torch.from_numpy(array) for array in edges.to_csr())
+    rows = torch.repeat_interleave(torch.arange(heads * n), (pointers[:, 1:] - pointers[:, :-1]).flatten())
+    head, row = rows // n, rows % n
+    # Blocks are numbered through (head, block row, block column); pairs are numbered within their block.
+    block = (head * side + row // block_size) * side + columns // block_size
+    pair = row % block_size * block_size + columns % block_size
+    kept, place, count = torch.unique(block, return_inverse=True, return_counts=True)
+    is_full = count == block_size**2
+    tiles = torch.zeros(len(kept) + 1, block_size**2, dtype=torch.bool)
+    tiles[place, pair] = True
+    tile_of = torch.full((heads * side * side,), len(kept), dtype=torch.int32)
+    tile_of[kept] = torch.arange(len(kept), dtype=torch.int32)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = (head * side + query // block_size) * side + key // block_size
+        return tiles[tile_of[at], query % block_size * block_size + key % block_size]
+
+    def blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of chosen blocks in each row of blocks, and their columns, padded with the others."""
+        present = torch.zeros(heads * side * side, dtype=torch.bool)
+        present[kept[chosen]] = True
+        present = present.view(1, heads, side, side)
+        indices = torch.argsort(present.to(torch.int8), dim=-1, descending=True, stable=True)
+        return present.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+    partial_blocks, full_blocks = blocks(~is_full), blocks(is_full)
+    return BlockMask.from_kv_blocks(
+        *partial_blocks, *full_blocks, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(n, n)
+    )
 
 
 def _one_head(edges: Edges, head: int) -> Edges:

@@ -29,6 +29,7 @@ from .converters import (
     edges_from_csr,
     edges_from_dense,
     edges_from_function,
+    to_block_mask,
     to_scipy,
     to_torch_sparse,
 )
@@ -40,6 +41,7 @@ from .register import user_masks
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
     from matplotlib.axes import Axes
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["LayerMask", "Mask"]
 
@@ -482,6 +484,10 @@ class Mask:
     def to_scipy(self, head: int) -> "scipy.sparse.csr_array":
         """(N, N) bool `scipy.sparse.csr_array` of one head, True where edges are kept; needs scipy."""
         return to_scipy(self._edges, head)
+
+    def to_block_mask(self, block_size: int = 128) -> "BlockMask":
+        """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`."""
+        return to_block_mask(self._edges, block_size)
 
     def overlap(self) -> Tensor:
         """(H, H) float64 Jaccard index of each pair of heads: edges of both over edges of either."""

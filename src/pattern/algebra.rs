@@ -27,7 +27,7 @@ impl Operation {
     /// Apply to the edges of one head.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the operands differ in size.
+    /// [`Error::Shape`] when the operands differ in size, [`Error::Value`] when the result does not fit in memory.
     pub fn apply(self, a: &EdgeSet, b: &EdgeSet) -> Result<EdgeSet> {
         match self {
             Operation::Union => a.union(b),
@@ -71,7 +71,7 @@ impl EdgeSet {
     /// Edges of `self` or `other`.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the operands differ in size.
+    /// [`Error::Shape`] when the operands differ in size, [`Error::Value`] when the result does not fit in memory.
     pub fn union(&self, other: &EdgeSet) -> Result<EdgeSet> {
         Ok(same_size(self, other)?.shifted(self, 0).shifted(other, 0).build())
     }
@@ -79,7 +79,7 @@ impl EdgeSet {
     /// Edges of both `self` and `other`.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the operands differ in size.
+    /// [`Error::Shape`] when the operands differ in size, [`Error::Value`] when the result does not fit in memory.
     pub fn intersection(&self, other: &EdgeSet) -> Result<EdgeSet> {
         let mut builder = same_size(self, other)?;
         let (all_rows, all_cols) = (0..self.num_rows(), 0..self.num_cols());
@@ -118,7 +118,7 @@ impl EdgeSet {
         if self.runs().is_empty() && other.runs().is_empty() {
             return Ok(builder.build());
         }
-        let mut irregular = Rows::new(self.num_rows(), self.num_cols());
+        let mut irregular = Rows::new(self.num_rows(), self.num_cols())?;
         let mut covered = Vec::new();
         for row in all_rows {
             for (runs, other) in [(self.runs(), other), (other.runs(), self)] {
@@ -135,7 +135,7 @@ impl EdgeSet {
     /// Edges of `self` that are not in `other`.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the operands differ in size.
+    /// [`Error::Shape`] when the operands differ in size, [`Error::Value`] when the result does not fit in memory.
     pub fn difference(&self, other: &EdgeSet) -> Result<EdgeSet> {
         let mut builder = same_size(self, other)?;
         let (num_rows, num_cols) = (self.num_rows(), self.num_cols());
@@ -186,7 +186,7 @@ impl EdgeSet {
         if broken_diagonals.is_empty() && !broken_rows && broken_cols.is_empty() && self.runs().is_empty() {
             return Ok(builder.build());
         }
-        let mut irregular = Rows::new(num_rows, num_cols);
+        let mut irregular = Rows::new(num_rows, num_cols)?;
         let mut broken_diagonals = Sweep::new(broken_diagonals);
         let (mut kept, mut removed) = (Vec::new(), Vec::new());
         for row in 0..num_rows {
@@ -212,7 +212,7 @@ impl EdgeSet {
     /// Every pair that is not an edge.
     ///
     /// # Errors
-    /// Never for an existing set: its size was checked when it was built.
+    /// [`Error::Value`] when its runs do not fit in memory.
     pub fn complement(&self) -> Result<EdgeSet> {
         let (rows, cols) = (self.num_rows(), self.num_cols());
         EdgeSet::builder(rows, cols)?.rect(0..rows, 0..cols).build().difference(self)
@@ -221,7 +221,7 @@ impl EdgeSet {
     /// Jaccard index: edges of both over edges of either, 1 for two empty sets.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the operands differ in size.
+    /// [`Error::Shape`] when the operands differ in size, [`Error::Value`] when the result does not fit in memory.
     pub fn jaccard(&self, other: &EdgeSet) -> Result<f64> {
         let both = self.intersection(other)?.nnz();
         let either = self.nnz() + other.nnz() - both;
@@ -342,10 +342,16 @@ struct Rows {
 }
 
 impl Rows {
-    fn new(num_rows: usize, num_cols: usize) -> Self {
+    /// # Errors
+    /// [`Error::Value`] when not even the pointers to the rows would fit in memory.
+    fn new(num_rows: usize, num_cols: usize) -> Result<Self> {
+        let too_large =
+            |_| Error::Value(format!("a result with runs in {num_rows} rows does not fit in memory"));
+        // Room for these pointers, for those of the result, and for one run per row on the way; given back at once.
+        Vec::<[usize; 6]>::new().try_reserve_exact(num_rows + 1).map_err(too_large)?;
         let mut row_ptr = Vec::with_capacity(num_rows + 1);
         row_ptr.push(0);
-        Rows { num_cols, row_ptr, runs: Vec::new(), full: Vec::new() }
+        Ok(Rows { num_cols, row_ptr, runs: Vec::new(), full: Vec::new() })
     }
 
     fn extend(&mut self, runs: impl IntoIterator<Item = Range<usize>>) {
