@@ -8,11 +8,13 @@ mod tree;
 use serde_json::{Map, Value, json};
 
 use document::{Broken, Document, MAX_HEADS, SOFTMAX_BACKENDS, resolve_mask, type_name};
-pub use document::{MaskedLogits, OnEmptyRow, TokenOrder};
+pub use document::{MaskedLogits, OnEmptyRow};
 pub use spec::{MaskEdges, Spec};
 pub use tree::{MAX_BYTES, MAX_DEPTH, MAX_NODES};
 
 use crate::error::{ConfigError, Error, Result};
+use crate::pattern::AnyPattern;
+pub use crate::pattern::grid::TokenOrder;
 use crate::pattern::registry::Registered;
 
 /// A configuration that can be honoured.
@@ -174,10 +176,7 @@ impl AttentionConfig {
             return Err(Error::Value(format!("num_heads: expected 1 to {MAX_HEADS}, got {num_heads}")));
         }
         let document = &self.document;
-        let pattern = self
-            .mask
-            .read(&self.mask_kwargs)
-            .expect("parameters were checked when the configuration was read");
+        let pattern = self.pattern();
         let (by_layer, by_epoch) = (pattern.uses_layer(), pattern.uses_epoch());
         let prefix =
             document.num_prefix_tokens.or(pattern.forced_prefix().map(|p| p as u64)).or(num_prefix_tokens);
@@ -190,7 +189,7 @@ impl AttentionConfig {
             layer: if by_layer { layer } else { 0 },
             num_layers: num_layers.filter(|_| by_layer),
             epoch: if by_epoch { epoch } else { 0 },
-            grid: document.grid.clone().or(grid),
+            grid: self.grid().or(grid.filter(|_| pattern.uses_grid())),
             token_order: document.token_order,
             num_prefix_tokens: prefix.unwrap_or(pattern.default_prefix() as u64),
             prefix_dense: document.prefix_dense,
@@ -222,9 +221,29 @@ impl AttentionConfig {
     pub fn prefix_dense(&self) -> bool {
         self.document.prefix_dense
     }
-    /// Shape of the patch grid, if the configuration says.
-    pub fn grid(&self) -> Option<&[u64]> {
-        self.document.grid.as_deref()
+    /// Shape of the patch grid, if the configuration says: at the top, or among the parameters of the mask.
+    pub fn grid(&self) -> Option<Vec<u64>> {
+        let of_mask = || self.pattern().grid().map(|grid| grid.iter().map(|&side| side as u64).collect());
+        self.document.grid.clone().or_else(of_mask)
+    }
+    /// The seeds of what the mask draws at random, in the order of its parameters; `None` is yet to be drawn.
+    pub fn seeds(&self) -> Vec<Option<i64>> {
+        self.pattern().seeds().into_iter().map(|seed| *seed).collect()
+    }
+    /// The same configuration with every missing seed given: `seed` to the first, `seed + 1` to the next, and so on.
+    #[must_use]
+    pub fn with_seed(&self, seed: i64) -> Self {
+        let mut pattern = self.pattern();
+        let missing = pattern.seeds().into_iter().filter(|seed| seed.is_none());
+        missing.zip(0..).for_each(|(missing, index)| *missing = Some(seed.wrapping_add(index)));
+        let mut config = self.clone();
+        config.mask_kwargs = pattern.kwargs();
+        config.written.insert("mask_kwargs".to_owned(), pattern.kwargs());
+        config
+    }
+
+    fn pattern(&self) -> Box<dyn AnyPattern> {
+        self.mask.read(&self.mask_kwargs).expect("parameters were checked when the configuration was read")
     }
     /// What a row without keys gives.
     pub fn on_empty_row(&self) -> OnEmptyRow {
