@@ -143,7 +143,8 @@ mod tests {
 
     #[test]
     fn every_argument_of_the_draws_counts() {
-        let first = |seed, layer, head, epoch, row| HeadDraws::new(seed, layer, head, epoch).row(row).next_u32();
+        let first =
+            |seed, layer, head, epoch, row| HeadDraws::new(seed, layer, head, epoch).row(row).next_u32();
         let base = first(1, 2, 3, 4, 5);
         assert_eq!(base, first(1, 2, 3, 4, 5));
         let others = [

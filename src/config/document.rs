@@ -124,16 +124,16 @@ fn check_numbers(document: &Document) -> std::result::Result<(), Broken> {
     range("num_heads", document.num_heads, 1, MAX_HEADS)?;
     range("embed_dim", document.embed_dim, 1, 1 << 20)?;
     range("num_prefix_tokens", document.num_prefix_tokens, 0, MAX_PREFIX)?;
-    if let Some(grid) = &document.grid {
-        let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
-        if !(2..=3).contains(&grid.len()) || cells.is_none_or(|cells| cells == 0 || cells > u32::MAX as u64) {
-            return Err(Broken::at(
-                ["grid"],
-                format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}"),
-            ));
-        }
+    document.grid.as_deref().map_or(Ok(()), check_shape)
+}
+
+/// The shape of a patch grid.
+pub(super) fn check_shape(grid: &[u64]) -> std::result::Result<(), Broken> {
+    let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
+    if (2..=3).contains(&grid.len()) && cells.is_some_and(|cells| cells != 0 && cells <= u32::MAX as u64) {
+        return Ok(());
     }
-    Ok(())
+    Err(Broken::at(["grid"], format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}")))
 }
 
 /// The mask that `document` asks for, by `mask` or by a backend that implies one.

@@ -83,7 +83,8 @@ impl Spec {
         })?;
         // An empty sequence has no prefix and no edges, whatever the mask.
         if num_tokens == 0 {
-            let heads = vec![Arc::new(EdgeSet::builder(0, 0)?.build()); self.heads];
+            let empty = Arc::new(EdgeSet::builder(0, 0)?.build());
+            let heads = (0..self.heads).map(|_| Arc::clone(&empty)).collect();
             return Ok(MaskEdges { heads, num_tokens, num_prefix_tokens: 0 });
         }
         let prefix = self.num_prefix_tokens as usize;

@@ -33,7 +33,8 @@ impl Pattern for Axial {
         let (n, num_axes) = (grid.num_patches(), grid.shape().len());
         let mut builder = EdgeSet::builder(n, n)?;
         for free in 0..num_axes {
-            let axes: Vec<_> = (0..num_axes).map(|axis| if axis == free { Axis::All } else { Axis::Same }).collect();
+            let axes: Vec<_> =
+                (0..num_axes).map(|axis| if axis == free { Axis::All } else { Axis::Same }).collect();
             builder = grid.keep(builder, &axes);
         }
         Ok(vec![Arc::new(builder.build())])

@@ -107,7 +107,9 @@ impl Pattern for BigBird {
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
     fn check(&self) -> Result<()> {
-        for (key, value) in [("window", self.window), ("num_random", self.num_random), ("num_global", self.num_global)] {
+        for (key, value) in
+            [("window", self.window), ("num_random", self.num_random), ("num_global", self.num_global)]
+        {
             if value < 0 {
                 warn_clamped(format!("bigbird: {key} {value} acts as 0"));
             }
@@ -143,6 +145,8 @@ impl Pattern for BigBird {
             return Ok(vec![Arc::new(self.base(context)?.0.build())]);
         }
         let heads = if self.per_head_same { 1 } else { context.num_heads };
-        (0..heads).map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context)).collect()
+        (0..heads)
+            .map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context))
+            .collect()
     }
 }

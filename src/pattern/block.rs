@@ -51,7 +51,9 @@ impl<'de> Deserialize<'de> for Layout {
         let value = Value::deserialize(deserializer)?;
         match &value {
             Value::String(name) => Ok(Layout::Named(name.to_lowercase())),
-            Value::Object(_) => from_value(value).map(|Band { band }| Layout::Band { band }).map_err(D::Error::custom),
+            Value::Object(_) => {
+                from_value(value).map(|Band { band }| Layout::Band { band }).map_err(D::Error::custom)
+            }
             Value::Array(_) => from_value(value).map(Layout::Matrix).map_err(D::Error::custom),
             other => Err(D::Error::custom(format!("expected {ALLOWED}, got {other}"))),
         }
@@ -63,18 +65,23 @@ impl Layout {
         match self {
             Layout::Named(name) if NAMES.contains(&name.as_str()) => Ok(()),
             Layout::Named(name) => {
-                let message = format!("{}, {{band: n}}, or a matrix of 0 and 1", unknown_name("layout", name, NAMES));
+                let message =
+                    format!("{}, {{band: n}}, or a matrix of 0 and 1", unknown_name("layout", name, NAMES));
                 Err(Error::config("layout", message))
             }
             Layout::Band { band } => check_range("layout.band", *band, 0..=i64::MAX),
             Layout::Matrix(rows) => {
                 for (index, row) in rows.iter().enumerate() {
                     if row.len() != rows.len() {
-                        let message = format!("expected {} entries, one per block, got {}", rows.len(), row.len());
+                        let message =
+                            format!("expected {} entries, one per block, got {}", rows.len(), row.len());
                         return Err(Error::config(format!("layout.{index}"), message));
                     }
                     if let Some(wrong) = row.iter().find(|entry| !(0..=1).contains(*entry)) {
-                        return Err(Error::config(format!("layout.{index}"), format!("expected 0 or 1, got {wrong}")));
+                        return Err(Error::config(
+                            format!("layout.{index}"),
+                            format!("expected 0 or 1, got {wrong}"),
+                        ));
                     }
                 }
                 Ok(())

@@ -277,7 +277,8 @@ impl EdgeSet {
     /// The edges `(row, col)` with `row >= prefix` and `col >= prefix`, counted from there: those between patches.
     #[must_use]
     pub fn after(&self, prefix: usize) -> Self {
-        let (num_rows, num_cols) = (self.num_rows.saturating_sub(prefix), self.num_cols.saturating_sub(prefix));
+        let (num_rows, num_cols) =
+            (self.num_rows.saturating_sub(prefix), self.num_cols.saturating_sub(prefix));
         let moved = |ranges: &[Range<usize>]| -> Vec<Range<usize>> {
             let cut = ranges.iter().map(|r| r.start.saturating_sub(prefix)..r.end.saturating_sub(prefix));
             cut.filter(|range| !range.is_empty()).collect()

@@ -26,7 +26,10 @@ impl Pattern for Global {
 
     fn check(&self) -> Result<()> {
         if self.num_global.is_some() && self.global_indices.is_some() {
-            return Err(Error::config("global_indices", "give either num_global or global_indices, not both"));
+            return Err(Error::config(
+                "global_indices",
+                "give either num_global or global_indices, not both",
+            ));
         }
         self.num_global.map_or(Ok(()), |number| check_range("num_global", number, 0..=i64::MAX))
     }

@@ -47,7 +47,9 @@ impl Grid {
             if shape.len() != 3 {
                 return Err(Error::config(
                     "token_order",
-                    format!("t_fastest needs a grid [T, H, W], but the grid is {shape:?}; allowed: row_major"),
+                    format!(
+                        "t_fastest needs a grid [T, H, W], but the grid is {shape:?}; allowed: row_major"
+                    ),
                 ));
             }
             slowest_first.rotate_left(1);
@@ -85,7 +87,8 @@ impl Grid {
             let far = (n - step) as i64;
             return builder.band((-far, far, step), 0..n, 0..n);
         }
-        let windows: Vec<_> = axes.iter().zip(&self.shape).map(|(axis, &length)| axis.windows(length)).collect();
+        let windows: Vec<_> =
+            axes.iter().zip(&self.shape).map(|(axis, &length)| axis.windows(length)).collect();
         let complete = self.slowest_first.iter().rev().take_while(|axis| all(axis)).count();
         let product = Product { grid: self, windows, looped: (self.shape.len() - complete).max(1) };
         builder.by_row(|query, out| product.keys(0, 0, query, out))
@@ -139,24 +142,24 @@ mod tests {
     #[test]
     fn time_is_diagonals_where_it_is_slowest_and_space_where_it_is_fastest() {
         let shape = [4, 3, 5];
-        let time = edges(&Grid::new(&shape, TokenOrder::RowMajor).unwrap(), &[Axis::All, Axis::Same, Axis::Same]);
+        let time =
+            edges(&Grid::new(&shape, TokenOrder::RowMajor).unwrap(), &[Axis::All, Axis::Same, Axis::Same]);
         assert_eq!((time.diagonals().len(), time.runs().is_empty()), (7, true));
-        let space = edges(&Grid::new(&shape, TokenOrder::TFastest).unwrap(), &[Axis::Same, Axis::All, Axis::All]);
+        let space =
+            edges(&Grid::new(&shape, TokenOrder::TFastest).unwrap(), &[Axis::Same, Axis::All, Axis::All]);
         assert_eq!(space.nnz(), 4 * 15 * 15);
     }
 
     #[test]
     fn whole_fast_axes_are_one_run_per_query() {
-        let space = edges(
-            &Grid::new(&[4, 3, 5], TokenOrder::RowMajor).unwrap(),
-            &[Axis::Same, Axis::All, Axis::All],
-        );
+        let space =
+            edges(&Grid::new(&[4, 3, 5], TokenOrder::RowMajor).unwrap(), &[Axis::Same, Axis::All, Axis::All]);
         assert!((0..60).all(|query| space.runs().row(query).eq([query / 15 * 15..query / 15 * 15 + 15])));
     }
 
     #[test]
     fn only_a_grid_with_time_can_have_time_fastest() {
-        let error = Grid::new(&[4, 5], TokenOrder::TFastest).unwrap_err();
-        assert_eq!(error.key(), Some("token_order"));
+        let error = Grid::new(&[4, 5], TokenOrder::TFastest).unwrap_err().to_string();
+        assert!(error.starts_with("token_order: t_fastest needs a grid [T, H, W]"), "{error}");
     }
 }

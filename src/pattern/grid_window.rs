@@ -33,7 +33,10 @@ impl Pattern for GridWindow {
     const ABOUT: &'static str = "windows that partition the patch grid, plain or shifted";
 
     fn check(&self) -> Result<()> {
-        self.window_size.values().iter().try_for_each(|&size| check_range("window_size", size, 1..=i64::MAX))?;
+        self.window_size
+            .values()
+            .iter()
+            .try_for_each(|&size| check_range("window_size", size, 1..=i64::MAX))?;
         self.shift.values().iter().try_for_each(|&shift| check_range("shift", shift, 0..=i64::MAX))
     }
 

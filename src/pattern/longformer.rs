@@ -125,7 +125,8 @@ impl Pattern for Longformer {
     }
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
-        let globals = global_tokens(Self::NAME, self.num_global, self.global_indices.as_deref(), context.num_tokens);
+        let globals =
+            global_tokens(Self::NAME, self.num_global, self.global_indices.as_deref(), context.num_tokens);
         match &self.per_head_dilation {
             None => Ok(vec![self.head(self.dilation, &globals, context)?]),
             Some(dilations) if dilations.len() != context.num_heads => Err(Error::config(

@@ -243,7 +243,8 @@ pub fn head_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdg
             "num_prefix_tokens: expected at most the {num_tokens} tokens there are, got {prefix}"
         )));
     }
-    let context = Context { grid: pattern.grid().map(<[_]>::to_vec).or_else(|| context.grid.clone()), ..*context };
+    let context =
+        Context { grid: pattern.grid().map(<[_]>::to_vec).or_else(|| context.grid.clone()), ..*context };
     check_grid(&context)?;
     let edges = |context: &Context| pattern.edges(context).map_err(|error| below(error, "mask_kwargs"));
     match pattern.domain() {

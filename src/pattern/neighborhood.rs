@@ -40,7 +40,13 @@ fn not_causal() -> OneOrList<bool> {
 }
 
 /// The keys of each coordinate of an axis.
-fn windows(length: usize, kernel: usize, dilation: usize, stride: usize, causal: bool) -> Vec<Vec<Range<usize>>> {
+fn windows(
+    length: usize,
+    kernel: usize,
+    dilation: usize,
+    stride: usize,
+    causal: bool,
+) -> Vec<Vec<Range<usize>>> {
     let window = |coordinate: usize| {
         let (residue, member) = (coordinate % dilation, coordinate / dilation);
         let members = (length - residue).div_ceil(dilation);
@@ -63,12 +69,16 @@ fn windows(length: usize, kernel: usize, dilation: usize, stride: usize, causal:
 
 impl Pattern for Neighborhood {
     const NAME: &'static str = "neighborhood";
-    const ABOUT: &'static str = "a window of exactly kernel_size keys per axis of the patch grid, sliding inside at borders";
+    const ABOUT: &'static str =
+        "a window of exactly kernel_size keys per axis of the patch grid, sliding inside at borders";
 
     fn check(&self) -> Result<()> {
         for &kernel in self.kernel_size.values() {
             if kernel < 1 || kernel % 2 == 0 {
-                return Err(Error::config("kernel_size", format!("expected an odd number of keys per axis, got {kernel}")));
+                return Err(Error::config(
+                    "kernel_size",
+                    format!("expected an odd number of keys per axis, got {kernel}"),
+                ));
             }
         }
         for (key, values) in [("dilation", &self.dilation), ("stride", &self.stride)] {
@@ -106,7 +116,8 @@ impl Pattern for Neighborhood {
             }
             // Beyond it, a causal query would be left without keys.
             check_range("stride", stride[axis], 1..=kernel[axis])?;
-            let sizes = [kernel[axis], dilation[axis].min(length as i64), stride[axis]].map(|size| size as usize);
+            let sizes =
+                [kernel[axis], dilation[axis].min(length as i64), stride[axis]].map(|size| size as usize);
             axes.push(Axis::Windows(windows(length, sizes[0], sizes[1], sizes[2], causal[axis])));
         }
         let n = grid.num_patches();

@@ -50,7 +50,8 @@ impl Part {
         match pattern.domain() {
             Domain::Patches => head_edges(pattern, &Context { prefix: 0, ..context.clone() }),
             Domain::Tokens => {
-                let all = head_edges(pattern, &Context { num_tokens: num_tokens + prefix, ..context.clone() })?;
+                let all =
+                    head_edges(pattern, &Context { num_tokens: num_tokens + prefix, ..context.clone() })?;
                 share(&all, |edges| Ok(Arc::new(edges.after(prefix))))
             }
         }
@@ -68,7 +69,8 @@ pub(super) fn resolve(parts: &mut [Part]) -> Result<()> {
             Error::config(format!("masks.{index}.mask"), message)
         })?;
         let kwargs = part.mask_kwargs.take().unwrap_or_default();
-        let built = registered.build(kwargs).map_err(|error| error.below(&format!("masks.{index}.mask_kwargs")))?;
+        let built =
+            registered.build(kwargs).map_err(|error| error.below(&format!("masks.{index}.mask_kwargs")))?;
         part.pattern = Some(built);
     }
     let forced: Vec<_> = parts.iter().filter_map(|part| part.pattern().forced_prefix()).collect();

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 /// Head h keeps what head h of its own mask keeps.
 ///
 /// `heads` of a mask is a list of head indices, or how many heads take it: then it gets the lowest ones that no list names and no
-/// mask before it took. Every head must take exactly one mask.
+/// mask before it took. One mask may leave it out and takes all heads that are left. Every head must take exactly one mask.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PerHead {
     masks: Vec<Part>,
@@ -21,14 +21,17 @@ pub struct PerHead {
 impl PerHead {
     /// Which of `masks` each head takes.
     fn assignment(&self, num_heads: usize) -> Result<Vec<usize>> {
-        let fail = |index: usize, message: String| Err(Error::config(format!("masks.{index}.heads"), message));
+        let fail =
+            |index: usize, message: String| Err(Error::config(format!("masks.{index}.heads"), message));
         let mut taken: Vec<Option<usize>> = vec![None; num_heads];
         for (index, part) in self.masks.iter().enumerate() {
             let Some(OneOrList::List(heads)) = &part.heads else { continue };
             for &head in heads {
                 match usize::try_from(head).ok().and_then(|head| taken.get_mut(head)) {
                     None => return fail(index, format!("expected heads 0 to {}, got {head}", num_heads - 1)),
-                    Some(Some(other)) => return fail(index, format!("head {head} already takes masks.{other}")),
+                    Some(Some(other)) => {
+                        return fail(index, format!("head {head} already takes masks.{other}"));
+                    }
                     Some(free) => *free = Some(index),
                 }
             }
@@ -37,9 +40,18 @@ impl PerHead {
         for (index, part) in self.masks.iter().enumerate() {
             let Some(OneOrList::One(count)) = part.heads else { continue };
             if count > free.len() as i64 {
-                return fail(index, format!("asks for {count} heads, but {} of {num_heads} are left", free.len()));
+                return fail(
+                    index,
+                    format!("asks for {count} heads, but {} of {num_heads} are left", free.len()),
+                );
             }
             free.drain(..count as usize).for_each(|head| taken[head] = Some(index));
+        }
+        if let Some(index) = self.masks.iter().position(|part| part.heads.is_none()) {
+            if free.is_empty() {
+                return fail(index, format!("none of the {num_heads} heads are left"));
+            }
+            free.drain(..).for_each(|head| taken[head] = Some(index));
         }
         match taken.iter().copied().collect() {
             Some(assignment) => Ok(assignment),
@@ -53,16 +65,17 @@ impl Pattern for PerHead {
     const ABOUT: &'static str = "different masks for different heads";
 
     fn resolve(&mut self) -> Result<()> {
+        let mut takes_the_rest = None;
         for (index, part) in self.masks.iter().enumerate() {
-            match &part.heads {
-                None => {
-                    let message = "expected a list of heads, or how many heads take this mask; it is missing";
-                    return Err(Error::config(format!("masks.{index}.heads"), message));
+            let fail = |message: String| Err(Error::config(format!("masks.{index}.heads"), message));
+            match (&part.heads, takes_the_rest) {
+                (None, Some(other)) => {
+                    return fail(format!("missing: masks.{other} takes the heads that are left already"));
                 }
-                Some(heads) => {
+                (None, None) => takes_the_rest = Some(index),
+                (Some(heads), _) => {
                     if let Some(negative) = heads.values().iter().find(|head| **head < 0) {
-                        let message = format!("expected at least 0, got {negative}");
-                        return Err(Error::config(format!("masks.{index}.heads"), message));
+                        return fail(format!("expected at least 0, got {negative}"));
                     }
                 }
             }

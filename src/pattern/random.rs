@@ -108,10 +108,16 @@ impl Pattern for Random {
             check_range("k", k, 1..=i64::MAX)?;
         }
         if let Some(keep) = self.keep_ratio.filter(|keep| !(*keep > 0.0 && *keep <= 1.0)) {
-            return Err(Error::config("keep_ratio", format!("expected more than 0 and at most 1, got {keep}")));
+            return Err(Error::config(
+                "keep_ratio",
+                format!("expected more than 0 and at most 1, got {keep}"),
+            ));
         }
         if let Some(mask) = self.mask_ratio.filter(|mask| !(*mask >= 0.0 && *mask < 1.0)) {
-            return Err(Error::config("mask_ratio", format!("expected at least 0 and less than 1, got {mask}")));
+            return Err(Error::config(
+                "mask_ratio",
+                format!("expected at least 0 and less than 1, got {mask}"),
+            ));
         }
         Ok(())
     }
@@ -142,7 +148,9 @@ impl Pattern for Random {
             warn_clamped(format!("random: k {k} acts as {n} for {n} tokens"));
         }
         let heads = if self.per_head_same { 1 } else { context.num_heads };
-        (0..heads).map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context)).collect()
+        (0..heads)
+            .map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context))
+            .collect()
     }
 }
 
@@ -154,7 +162,10 @@ pub(super) fn head_draws(
     context: &Context,
 ) -> Result<HeadDraws> {
     let seed = seed.ok_or_else(|| {
-        Error::config("seed", "expected a number: null means one that is drawn when a mask or module is built")
+        Error::config(
+            "seed",
+            "expected a number: null means one that is drawn when a mask or module is built",
+        )
     })?;
     let epoch = if reseed_each_epoch { context.epoch } else { 0 };
     Ok(HeadDraws::new(seed, context.layer, head, epoch))

@@ -43,7 +43,10 @@ impl Pattern for SpaceTime {
     fn check(&self) -> Result<()> {
         check_range("radius", self.radius, 0..=i64::MAX)?;
         if self.kind != Kind::Tube && self.radius != 0 {
-            return Err(Error::config("radius", format!("has a meaning only with kind: tube, got {}", self.radius)));
+            return Err(Error::config(
+                "radius",
+                format!("has a meaning only with kind: tube, got {}", self.radius),
+            ));
         }
         Ok(())
     }

@@ -31,7 +31,8 @@ impl Pattern for StridedColumns {
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let n = context.num_tokens;
         // Beyond the mask, one stride or offset is like another; clamping keeps the arithmetic below from overflowing.
-        let columns = || (self.offset.min(n as i64) as usize..n).step_by(self.stride.min(n as i64 + 1) as usize);
+        let columns =
+            || (self.offset.min(n as i64) as usize..n).step_by(self.stride.min(n as i64 + 1) as usize);
         let builder = EdgeSet::builder(n, n)?;
         let builder = if self.causal {
             builder.by_row(|query, out| {
