@@ -360,7 +360,10 @@ fn what_does_not_fit_the_sizes_is_named_when_the_edges_are_made() {
             "asks for 5 heads, but 4 of 4 are left",
         ),
         ("{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: 3}]}}", "heads [3] of 4 take no mask"),
-        ("{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: 4}, {mask: fibo}]}}", "none of the 4 heads are left"),
+        (
+            "{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: 4}, {mask: fibo}]}}",
+            "none of the 4 heads are left",
+        ),
     ];
     for (text, expected) in cases {
         let message = message(text, 9);
