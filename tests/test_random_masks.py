@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import sparse_mhsa as sm
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "attention"
 HEADS = 3
 
 
@@ -74,7 +76,7 @@ class TestCounts:
         np.testing.assert_array_equal(both, drawn | drawn.transpose(0, 2, 1))
 
     def test_published_pruning_ratio_of_bigbird(self):
-        mask = sm.Mask.from_config("configs/attention/vit_bigbird.yaml", num_tokens=197, num_heads=12)
+        mask = sm.Mask.from_config(CONFIGS / "vit_bigbird.yaml", num_tokens=197, num_heads=12)
         assert mask.pruning_ratio == pytest.approx(0.9796, abs=1e-4)
 
 
