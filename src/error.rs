@@ -79,6 +79,15 @@ impl Error {
             ..ConfigError::default()
         }))
     }
+
+    /// The same error with the key of a configuration error moved below `path`.
+    #[must_use]
+    pub fn below(mut self, path: &str) -> Self {
+        if let Error::Config(error) = &mut self {
+            error.key = if error.key.is_empty() { path.to_owned() } else { format!("{path}.{}", error.key) };
+        }
+        self
+    }
 }
 
 /// The name in `allowed` that a reader most likely meant by `given`, if one is close.

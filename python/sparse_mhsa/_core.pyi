@@ -65,6 +65,11 @@ class AttentionConfig:
     def embed_dim(self) -> int | None: ...
     @property
     def num_heads(self) -> int | None: ...
+    @property
+    def seeds(self) -> list[int | None]:
+        """The seeds of what the mask draws at random, in the order of its parameters; None is yet to be drawn."""
+    def with_seed(self, seed: int) -> AttentionConfig:
+        """The same with every missing seed given: ``seed`` to the first, ``seed + 1`` to the next, and so on."""
     def to_json(self) -> str:
         """Every key, defaults filled in, as JSON: ``mask_kwargs`` and ``backend_kwargs`` are mappings in it."""
     def to_yaml(self) -> str:

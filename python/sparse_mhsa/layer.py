@@ -26,6 +26,9 @@ class SparseLayer(nn.Module):
     def _mask_repr(self) -> str:
         layer_mask = self.layer_mask
         parts = [f"mask={layer_mask.name}", f"layer={layer_mask.layer}"]
+        seeds = [] if layer_mask.config is None else layer_mask.config.seeds
+        if seeds:
+            parts.append(f"seed={', '.join(map(str, seeds))}")
         if layer_mask.num_tokens is not None:
             try:
                 mask = self.mask(layer_mask.num_tokens)

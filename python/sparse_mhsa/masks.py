@@ -52,7 +52,8 @@ _KEYS = itertools.count()
 class LayerMask:
     """The mask of one layer for whatever number of tokens arrives: a configuration and the layer's place.
 
-    Everything a forward pass reads is worked out once here, as plain Python values.
+    Everything a forward pass reads is worked out once here, as plain Python values. A configuration that
+    leaves the seed of a random mask open gets one here, from torch's default generator.
     """
 
     config: AttentionConfig
@@ -72,6 +73,9 @@ class LayerMask:
     """``zero`` or ``error``."""
 
     def __post_init__(self) -> None:
+        if None in self.config.seeds:
+            # Drawn once: from here on the mask, its copies and its pickles are the same.
+            object.__setattr__(self, "config", self.config.with_seed(_draw_seed()))
         config, grid = self.config, None if self.grid is None else list(self.grid)
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens"):
             number = getattr(self, name)
@@ -129,6 +133,11 @@ class _Options(NamedTuple):
     head_dim: int | None = None
     scale: float | None = None
     on_empty_row: str = "zero"
+
+
+def _draw_seed() -> int:
+    """A seed from torch's default generator, which `torch.manual_seed` governs."""
+    return int(torch.randint(torch.iinfo(torch.int32).max, ()))
 
 
 class Mask:
@@ -215,10 +224,17 @@ class Mask:
 
         Raises:
             ConfigError: the configuration cannot be honoured, or not for these sizes.
+            ValueError: ``grid`` does not have as many cells as there are tokens after the prefix.
         """
         sides = None if grid is None else tuple(grid)
         layer_mask = LayerMask(load_config(config), num_heads, layer, num_layers, epoch, sides, num_prefix_tokens)
-        return cls(layer_mask, num_tokens, head_dim)
+        mask = cls(layer_mask, num_tokens, head_dim)
+        if sides is not None and math.prod(sides) != num_tokens - mask.num_prefix_tokens:
+            raise ValueError(
+                f"grid: {list(sides)} has {math.prod(sides)} cells, but {num_tokens} tokens with "
+                f"{mask.num_prefix_tokens} prefix tokens leave {num_tokens - mask.num_prefix_tokens} patches"
+            )
+        return mask
 
     @classmethod
     def from_dense(cls, dense: Array, *, num_heads: int | None = None, num_prefix_tokens: int = 0) -> "Mask":

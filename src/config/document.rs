@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, unknown_name};
-use crate::pattern::registry::{self, ReadError, Registered, field_names};
+use crate::pattern::grid::TokenOrder;
+use crate::pattern::registry::{self, Registered, check_keys, field_names};
 
 /// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
 pub(super) const SOFTMAX_BACKENDS: &[&str] = &["vit", "softmax", "sparse", "vit_qchunk"];
@@ -33,16 +34,6 @@ pub enum MaskedLogits {
     NegInf,
     /// Zero, as in published Fibottention checkpoints, which multiply the logits by the mask.
     Zero,
-}
-
-/// How the tokens of a video grid are laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TokenOrder {
-    /// Time slowest, columns fastest.
-    RowMajor,
-    /// Time fastest, as TimeSformer lays out its tokens.
-    TFastest,
 }
 
 /// The keys of a document, before anything is known of the mask.
@@ -103,10 +94,19 @@ impl Broken {
     }
 }
 
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Config(error) => Broken::at(split_path(&error.key), error.message),
+            other => Broken::at([] as [&str; 0], other.to_string()),
+        }
+    }
+}
+
 impl Document {
     /// Read the keys of a mapping and check what can be checked without the mask.
     pub(super) fn read(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
-        check_keys("key", written, field_names::<Document>(), &[])?;
+        check_keys(written, field_names::<Document>(), &[])?;
         let document: Document = serde_path_to_error::deserialize(&Value::Object(written.clone()))
             .map_err(|error| Broken::at(split_path(&error.path().to_string()), error.inner().to_string()))?;
         check_numbers(&document)?;
@@ -124,16 +124,16 @@ fn check_numbers(document: &Document) -> std::result::Result<(), Broken> {
     range("num_heads", document.num_heads, 1, MAX_HEADS)?;
     range("embed_dim", document.embed_dim, 1, 1 << 20)?;
     range("num_prefix_tokens", document.num_prefix_tokens, 0, MAX_PREFIX)?;
-    if let Some(grid) = &document.grid {
-        let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
-        if !(2..=3).contains(&grid.len()) || cells.is_none_or(|cells| cells == 0 || cells > u32::MAX as u64) {
-            return Err(Broken::at(
-                ["grid"],
-                format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}"),
-            ));
-        }
+    document.grid.as_deref().map_or(Ok(()), check_shape)
+}
+
+/// The shape of a patch grid.
+pub(super) fn check_shape(grid: &[u64]) -> std::result::Result<(), Broken> {
+    let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
+    if (2..=3).contains(&grid.len()) && cells.is_some_and(|cells| cells != 0 && cells <= u32::MAX as u64) {
+        return Ok(());
     }
-    Ok(())
+    Err(Broken::at(["grid"], format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}")))
 }
 
 /// The mask that `document` asks for, by `mask` or by a backend that implies one.
@@ -161,7 +161,7 @@ pub(super) fn resolve_mask(document: &Document) -> std::result::Result<(&'static
         return Err(Broken::at(["backend"], unknown_name("backend", &backend, &allowed)));
     }
     let ignored: &[&str] = if backend == "vit_qchunk" { &["query_chunk_size"] } else { &[] };
-    check_keys("key", &parameters, &[], ignored).map_err(|broken| broken.below(&["backend_kwargs"]))?;
+    check_keys(&parameters, &[], ignored).map_err(|error| Broken::from(error).below(&["backend_kwargs"]))?;
     let mask = registry::find(asked)
         .ok_or_else(|| Broken::at(["mask"], unknown_name("mask", asked, &registry::names())))?;
     let kwargs = read_kwargs(mask, "mask_kwargs", document.mask_kwargs.clone().unwrap_or_default())?;
@@ -182,39 +182,10 @@ pub(super) fn resolve_mask(document: &Document) -> std::result::Result<(&'static
 fn read_kwargs(
     mask: &'static Registered,
     section: &str,
-    mut kwargs: Map<String, Value>,
+    kwargs: Map<String, Value>,
 ) -> std::result::Result<Value, Broken> {
-    check_keys("key", &kwargs, mask.keys(), mask.ignored).map_err(|broken| broken.below(&[section]))?;
-    for key in mask.ignored {
-        if kwargs.shift_remove(*key).is_some() {
-            log::debug!("{section}.{key} has no effect on the mask `{}`", mask.name);
-        }
-    }
-    match mask.read(&Value::Object(kwargs)) {
-        Ok(pattern) => Ok(pattern.kwargs()),
-        Err(ReadError::Type { path, message }) => {
-            Err(Broken::at(split_path(&path), message).below(&[section]))
-        }
-        Err(ReadError::Range(Error::Config(error))) => {
-            Err(Broken::at(split_path(&error.key), error.message).below(&[section]))
-        }
-        Err(ReadError::Range(other)) => Err(Broken::at([section], other.to_string())),
-    }
-}
-
-fn check_keys(
-    what: &str,
-    map: &Map<String, Value>,
-    allowed: &[&str],
-    ignored: &[&str],
-) -> std::result::Result<(), Broken> {
-    match map.keys().find(|key| !allowed.contains(&key.as_str()) && !ignored.contains(&key.as_str())) {
-        Some(key) => {
-            let all: Vec<_> = allowed.iter().chain(ignored).copied().collect();
-            Err(Broken::at([key.as_str()], unknown_name(what, key, &all)))
-        }
-        None => Ok(()),
-    }
+    let pattern = mask.build(kwargs).map_err(|error| Broken::from(error).below(&[section]))?;
+    Ok(pattern.kwargs())
 }
 
 /// serde's `a.b[2]` as keys.

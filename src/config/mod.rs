@@ -7,12 +7,14 @@ mod tree;
 
 use serde_json::{Map, Value, json};
 
-use document::{Broken, Document, MAX_HEADS, SOFTMAX_BACKENDS, resolve_mask, type_name};
-pub use document::{MaskedLogits, OnEmptyRow, TokenOrder};
+use document::{Broken, Document, MAX_HEADS, SOFTMAX_BACKENDS, check_shape, resolve_mask, type_name};
+pub use document::{MaskedLogits, OnEmptyRow};
 pub use spec::{MaskEdges, Spec};
 pub use tree::{MAX_BYTES, MAX_DEPTH, MAX_NODES};
 
 use crate::error::{ConfigError, Error, Result};
+use crate::pattern::AnyPattern;
+pub use crate::pattern::grid::TokenOrder;
 use crate::pattern::registry::Registered;
 
 /// A configuration that can be honoured.
@@ -82,6 +84,7 @@ impl AttentionConfig {
 
     fn from_mapping(written: Map<String, Value>) -> std::result::Result<Self, Broken> {
         let config = Self::without_layers(&written)?;
+        let mut any_uses_grid = config.pattern().uses_grid();
         // Overrides are checked here, not when a model happens to contain the layer.
         for (pattern, keys) in config.document.layers.iter().flatten() {
             let at = ["layers", pattern.as_str()];
@@ -98,7 +101,14 @@ impl AttentionConfig {
                     return Err(Broken::at([at[0], at[1], fixed], "cannot be replaced for single layers"));
                 }
             }
-            Self::without_layers(&overridden(&written, keys)).map_err(|broken| broken.below(&at))?;
+            let layer =
+                Self::without_layers(&overridden(&written, keys)).map_err(|broken| broken.below(&at))?;
+            any_uses_grid |= layer.pattern().uses_grid();
+        }
+        if config.document.token_order != TokenOrder::RowMajor && !any_uses_grid {
+            let message =
+                format!("has no meaning for the mask `{}`, which does not look at the grid", config.mask());
+            return Err(Broken::at(["token_order"], message));
         }
         Ok(config)
     }
@@ -106,7 +116,31 @@ impl AttentionConfig {
     fn without_layers(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
         let document = Document::read(written)?;
         let (mask, mask_kwargs) = resolve_mask(&document)?;
-        Ok(AttentionConfig { document, mask, mask_kwargs, written: written.clone() })
+        let config = AttentionConfig { document, mask, mask_kwargs, written: written.clone() };
+        config.check_grid()?;
+        Ok(config)
+    }
+
+    /// The grid of the document against that of the mask's parameters and against the layout of tokens.
+    fn check_grid(&self) -> std::result::Result<(), Broken> {
+        let (own, pattern) = (self.document.grid.as_ref(), self.pattern());
+        let of_mask = pattern.grid().map(|grid| grid.iter().map(|&side| side as u64).collect::<Vec<_>>());
+        if let Some(of_mask) = &of_mask {
+            check_shape(of_mask).map_err(|broken| broken.below(&["mask_kwargs"]))?;
+            if let Some(own) = own.filter(|own| *own != of_mask) {
+                let message = format!("expected {of_mask:?}, as mask_kwargs.grid says, got {own:?}");
+                return Err(Broken::at(["grid"], message));
+            }
+        }
+        let order = self.document.token_order;
+        if let Some(grid) =
+            own.or(of_mask.as_ref()).filter(|grid| grid.len() != 3 && order == TokenOrder::TFastest)
+        {
+            let message =
+                format!("t_fastest needs a grid [T, H, W], but the grid is {grid:?}; allowed: row_major");
+            return Err(Broken::at(["token_order"], message));
+        }
+        Ok(())
     }
 
     /// The configuration of the layer called `name`: keys of every matching `layers` entry replace the document's, in order.
@@ -174,10 +208,7 @@ impl AttentionConfig {
             return Err(Error::Value(format!("num_heads: expected 1 to {MAX_HEADS}, got {num_heads}")));
         }
         let document = &self.document;
-        let pattern = self
-            .mask
-            .read(&self.mask_kwargs)
-            .expect("parameters were checked when the configuration was read");
+        let pattern = self.pattern();
         let (by_layer, by_epoch) = (pattern.uses_layer(), pattern.uses_epoch());
         let prefix =
             document.num_prefix_tokens.or(pattern.forced_prefix().map(|p| p as u64)).or(num_prefix_tokens);
@@ -190,7 +221,7 @@ impl AttentionConfig {
             layer: if by_layer { layer } else { 0 },
             num_layers: num_layers.filter(|_| by_layer),
             epoch: if by_epoch { epoch } else { 0 },
-            grid: document.grid.clone().or(grid),
+            grid: self.grid().or(grid.filter(|_| pattern.uses_grid())),
             token_order: document.token_order,
             num_prefix_tokens: prefix.unwrap_or(pattern.default_prefix() as u64),
             prefix_dense: document.prefix_dense,
@@ -222,9 +253,32 @@ impl AttentionConfig {
     pub fn prefix_dense(&self) -> bool {
         self.document.prefix_dense
     }
-    /// Shape of the patch grid, if the configuration says.
-    pub fn grid(&self) -> Option<&[u64]> {
-        self.document.grid.as_deref()
+    /// Shape of the patch grid, if the configuration says: at the top, or among the parameters of the mask.
+    pub fn grid(&self) -> Option<Vec<u64>> {
+        let of_mask = || self.pattern().grid().map(|grid| grid.iter().map(|&side| side as u64).collect());
+        self.document.grid.clone().or_else(of_mask)
+    }
+    /// The seeds of what the mask draws at random, in the order of its parameters; `None` is yet to be drawn.
+    pub fn seeds(&self) -> Vec<Option<i64>> {
+        self.pattern().seeds().into_iter().map(|seed| *seed).collect()
+    }
+    /// The same configuration with every missing seed given: `seed` to the first, `seed + 1` to the next, and so on.
+    #[must_use]
+    pub fn with_seed(&self, seed: i64) -> Self {
+        let mut pattern = self.pattern();
+        let missing: Vec<_> = pattern.seeds().into_iter().filter(|seed| seed.is_none()).collect();
+        if missing.is_empty() {
+            return self.clone();
+        }
+        missing.into_iter().zip(0..).for_each(|(missing, index)| *missing = Some(seed.wrapping_add(index)));
+        let mut config = self.clone();
+        config.mask_kwargs = pattern.kwargs();
+        config.written.insert("mask_kwargs".to_owned(), pattern.kwargs());
+        config
+    }
+
+    fn pattern(&self) -> Box<dyn AnyPattern> {
+        self.mask.read(&self.mask_kwargs).expect("parameters were checked when the configuration was read")
     }
     /// What a row without keys gives.
     pub fn on_empty_row(&self) -> OnEmptyRow {

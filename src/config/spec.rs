@@ -1,10 +1,13 @@
 //! The canonical text of one layer's mask: all that an operator needs, besides tensors, to find its edges.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{MaskedLogits, TokenOrder};
 use crate::error::{Error, Result};
+use crate::pattern::edges::EdgeSet;
 use crate::pattern::registry::{self, ReadError};
 use crate::pattern::{Context, HeadEdges, head_edges};
 
@@ -78,6 +81,13 @@ impl Spec {
             ReadError::Type { path, message } => Error::Value(format!("spec: mask_kwargs.{path}: {message}")),
             ReadError::Range(error) => error,
         })?;
+        // An empty sequence has no prefix and no edges, whatever the mask.
+        if num_tokens == 0 {
+            let empty = Arc::new(EdgeSet::builder(0, 0)?.build());
+            let heads = (0..self.heads).map(|_| Arc::clone(&empty)).collect();
+            return Ok(MaskEdges { heads, num_tokens, num_prefix_tokens: 0 });
+        }
+        let prefix = self.num_prefix_tokens as usize;
         let context = Context {
             num_tokens,
             num_heads: self.heads,
@@ -85,19 +95,11 @@ impl Spec {
             num_layers: self.num_layers,
             epoch: self.epoch,
             grid: self.grid.as_ref().map(|grid| grid.iter().map(|&side| side as usize).collect()),
-            dense_prefix: 0,
+            token_order: self.token_order,
+            prefix,
+            prefix_dense: self.prefix_dense,
         };
-        // An empty sequence has no prefix either.
-        let prefix = if num_tokens == 0 { 0 } else { self.num_prefix_tokens as usize };
-        let mut heads = head_edges(pattern.as_ref(), &context, prefix, self.prefix_dense).map_err(
-            |error| match error {
-                Error::Config(mut error) => {
-                    error.key = format!("mask_kwargs.{}", error.key);
-                    Error::Config(error)
-                }
-                other => other,
-            },
-        )?;
+        let mut heads = head_edges(pattern.as_ref(), &context)?;
         if heads.len() == 1 {
             heads.resize(self.heads, heads[0].clone());
         }

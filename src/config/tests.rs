@@ -85,6 +85,97 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("mask: none\nlayers: {'0': {num_heads: 3}}", "cannot be replaced for single layers"),
         ("backend: fibottention_sparse\nmask: local", "brings its own mask"),
         ("mask: none\nmask_kwargs: {window: 3}", "unknown key `window`"),
+        ("mask: strided", "mask_kwargs: missing field `stride`"),
+        ("mask: strided\nmask_kwargs: {stride: 0}", "mask_kwargs.stride: expected at least 1, got 0"),
+        (
+            "mask: strided_columns\nmask_kwargs: {stride: 3, offset: 3}",
+            "mask_kwargs.offset: expected 0 to 2, got 3",
+        ),
+        ("mask: block\nmask_kwargs: {block_size: 4, layout: diagnal}", "did you mean `diagonal`?"),
+        (
+            "mask: block\nmask_kwargs: {block_size: 4, layout: {bnd: 1}}",
+            "mask_kwargs.layout: unknown field `bnd`",
+        ),
+        (
+            "mask: block\nmask_kwargs: {block_size: 4, layout: {band: -1}}",
+            "layout.band: expected at least 0, got -1",
+        ),
+        ("mask: block\nmask_kwargs: {block_size: 4, layout: [[1, 0], [1]]}", "layout.1: expected 2 entries"),
+        ("mask: block\nmask_kwargs: {block_size: 4, layout: [[2]]}", "layout.0: expected 0 or 1, got 2"),
+        (
+            "mask: block\nmask_kwargs: {block_size: 4, layout: 3}",
+            "{band: n} or a matrix of 0 and 1 over blocks, got 3",
+        ),
+        ("mask: global\nmask_kwargs: {num_global: 1, global_indices: [3]}", "not both"),
+        ("mask: global\nmask_kwargs: {num_global: -1}", "num_global: expected at least 0, got -1"),
+        ("mask: vertical_slash", "mask_kwargs: give at least one of vertical"),
+        ("mask: vertical_slash\nmask_kwargs: {slash: [1, -2]}", "slash: expected at least 0, got -2"),
+        ("mask: random", "mask_kwargs: give exactly one of k"),
+        ("mask: random\nmask_kwargs: {k: 3, keep_ratio: 0.5}", "mask_kwargs: give exactly one of k"),
+        ("mask: random\nmask_kwargs: {k: 0}", "mask_kwargs.k: expected at least 1, got 0"),
+        (
+            "mask: random\nmask_kwargs: {keep_ratio: 0}",
+            "keep_ratio: expected more than 0 and at most 1, got 0",
+        ),
+        (
+            "mask: random\nmask_kwargs: {mask_ratio: 1}",
+            "mask_ratio: expected at least 0 and less than 1, got 1",
+        ),
+        ("mask: random\nmask_kwargs: {k: 3, seed: x}", "mask_kwargs.seed: expected an integer, or null"),
+        ("mask: bigbird\nmask_kwargs: {seed: None}", "mask_kwargs.seed: invalid type: string"),
+        (
+            "mask: neighborhood\nmask_kwargs: {kernel_size: 4}",
+            "kernel_size: expected an odd number of keys per axis, got 4",
+        ),
+        (
+            "mask: neighborhood\nmask_kwargs: {kernel_size: [3, x]}",
+            "mask_kwargs.kernel_size: invalid type: string",
+        ),
+        (
+            "mask: neighborhood\nmask_kwargs: {kernel_size: 3, dilation: 0}",
+            "dilation: expected at least 1, got 0",
+        ),
+        (
+            "mask: axial\nmask_kwargs: {grid: [14, 14]}\ngrid: [7, 28]",
+            "grid: expected [14, 14], as mask_kwargs.grid says",
+        ),
+        ("mask: axial\nmask_kwargs: {grid: [196]}", "mask_kwargs.grid: expected [H, W] or [T, H, W]"),
+        ("mask: grid_window\nmask_kwargs: {window_size: 0}", "window_size: expected at least 1, got 0"),
+        ("mask: space_time\nmask_kwargs: {kind: spce}", "mask_kwargs.kind: unknown variant `spce`"),
+        (
+            "mask: space_time\nmask_kwargs: {kind: space, radius: 2}",
+            "radius: has a meaning only with kind: tube",
+        ),
+        (
+            "mask: axial\ngrid: [14, 14]\ntoken_order: t_fastest",
+            "token_order: t_fastest needs a grid [T, H, W]",
+        ),
+        (
+            "mask: fibo\ngrid: [4, 7, 7]\ntoken_order: t_fastest",
+            "token_order: has no meaning for the mask `fibottention`",
+        ),
+        ("mask: union\nmask_kwargs: {masks: []}", "masks: expected at least one"),
+        (
+            "mask: union\nmask_kwargs: {masks: [{mask: locl}]}",
+            "mask_kwargs.masks.0.mask: unknown mask `locl`",
+        ),
+        (
+            "mask: union\nmask_kwargs: {masks: [{mask: none}, {mask: local, mask_kwargs: {windw: 1}}]}",
+            "mask_kwargs.masks.1.mask_kwargs.windw: unknown key `windw`: did you mean `window`?",
+        ),
+        ("mask: union\nmask_kwargs: {masks: [{mask: none, heads: 3}]}", "masks.0.heads: unknown key `heads`"),
+        (
+            "mask: union\nmask_kwargs: {masks: [{mask: fibo, mask_kwargs: {add_class_token: false}, wieght: 1}]}",
+            "mask_kwargs.masks.0.wieght: unknown field `wieght`",
+        ),
+        (
+            "mask: per_head\nmask_kwargs: {masks: [{mask: none}, {mask: fibo}]}",
+            "masks.1.heads: missing: masks.0 takes the heads that are left already",
+        ),
+        (
+            "mask: per_head\nmask_kwargs: {masks: [{mask: none, heads: [-1]}]}",
+            "masks.0.heads: expected at least 0",
+        ),
     ];
     for (text, expected) in cases {
         let message = error(text).to_string();
@@ -146,16 +237,137 @@ fn prefix_tokens_come_from_the_configuration_then_the_model_then_the_mask() {
     assert_eq!(prefix("{mask: fibo, mask_kwargs: {add_class_token: false}}", Some(1)), 0);
 }
 
+/// Parameters for the masks that cannot do without.
+const REQUIRED: &[(&str, &str)] = &[
+    ("local", "{window: 1}"),
+    ("strided", "{stride: 3}"),
+    ("strided_columns", "{stride: 3}"),
+    ("block", "{block_size: 4, layout: {band: 1}}"),
+    ("vertical_slash", "{vertical: [0]}"),
+    ("random", "{k: 2}"),
+    ("neighborhood", "{kernel_size: [3, 5]}"),
+    ("grid_window", "{window_size: 7}"),
+    ("space_time", "{kind: tube, radius: 1}"),
+    ("union", "{masks: [{mask: fibo}, {mask: random, mask_kwargs: {keep_ratio: 0.5}}]}"),
+    ("intersection", "{masks: [{mask: full}]}"),
+    ("difference", "{masks: [{mask: dense}, {mask: axial, mask_kwargs: {grid: [2, 3]}}]}"),
+    ("per_head", "{masks: [{mask: fibo, heads: [1]}, {mask: none, mask_kwargs: null, heads: 3}]}"),
+];
+
 #[test]
 fn every_registered_mask_round_trips_through_yaml() {
     for mask in registry::MASKS {
-        let kwargs = if mask.name == "local" { "{window: 1}" } else { "{}" };
+        let kwargs = REQUIRED.iter().find(|(name, _)| *name == mask.name).map_or("{}", |(_, kwargs)| kwargs);
         let text = format!(
             "mask: {}\nmask_kwargs: {kwargs}\nscale: 0.5\nlayers: {{'0': {{mask: none}}}}",
             mask.name
         );
         let config = AttentionConfig::parse(&text, None).unwrap();
         assert_eq!(AttentionConfig::parse(&config.to_yaml(), None).unwrap(), config, "{}", config.to_yaml());
+    }
+}
+
+#[test]
+fn a_seed_that_is_missing_is_filled_in_once_and_one_that_is_given_stays() {
+    let parse = |text: &str| AttentionConfig::parse(text, None).unwrap();
+    let config = parse("{mask: random, mask_kwargs: {k: 2, seed: None}}");
+    assert_eq!((config.seeds(), config.with_seed(7).seeds()), (vec![None], vec![Some(7)]));
+    assert_eq!(config.with_seed(7), parse("{mask: random, mask_kwargs: {k: 2, seed: 7}}"));
+    assert_eq!(config.with_seed(7).with_seed(8), config.with_seed(7));
+    assert_eq!(parse("mask: bigbird").seeds(), [Some(1234)]);
+    assert!(parse("mask: fibo").seeds().is_empty());
+    let parts = "[{mask: random, mask_kwargs: {k: 1}}, {mask: bigbird}, {mask: random, mask_kwargs: {k: 1}}]";
+    let union = parse(&format!("{{mask: union, mask_kwargs: {{masks: {parts}}}}}"));
+    assert_eq!(union.with_seed(7).seeds(), [Some(7), Some(1234), Some(8)]);
+    assert_eq!(AttentionConfig::parse(&union.with_seed(7).to_yaml(), None).unwrap(), union.with_seed(7));
+}
+
+#[test]
+fn only_masks_that_look_at_the_grid_hear_of_the_models() {
+    let edges = |text: &str, found, num_tokens| {
+        let spec = AttentionConfig::parse(text, None).unwrap().spec(2, 0, None, 0, found, None).unwrap();
+        Spec::from_text(&spec).unwrap().edges(num_tokens).map(|edges| edges.heads[0].nnz())
+    };
+    let message = |text: &str, found, num_tokens| edges(text, found, num_tokens).unwrap_err().to_string();
+    let local = "{mask: local, mask_kwargs: {window: 1}}";
+    assert!(edges(local, Some(vec![3, 3]), 8).is_ok());
+    assert_eq!(
+        message("{mask: local, mask_kwargs: {window: 1}, grid: [3, 3], num_prefix_tokens: 1}", None, 8),
+        "grid: [3, 3] has 9 cells, but 8 tokens with 1 prefix tokens leave 7 patches"
+    );
+    assert_eq!(edges("mask: axial", Some(vec![2, 3]), 6).unwrap(), 6 * 4);
+    assert!(message("mask: axial", None, 9).starts_with("grid: expected [H, W] or [T, H, W]"));
+    assert!(message("mask: axial", Some(vec![3, 3]), 8).contains("has 9 cells"));
+    assert!(
+        message("{mask: axial, token_order: t_fastest}", Some(vec![3, 3]), 9).starts_with("token_order: ")
+    );
+    assert_eq!(edges("{mask: axial, mask_kwargs: {grid: [2, 3]}}", Some(vec![3, 2]), 0).unwrap(), 0);
+}
+
+#[test]
+fn what_does_not_fit_the_sizes_is_named_when_the_edges_are_made() {
+    let message = |text: &str, num_tokens| {
+        let spec = AttentionConfig::parse(text, None).unwrap().spec(4, 0, None, 0, None, None).unwrap();
+        Spec::from_text(&spec).unwrap().edges(num_tokens).unwrap_err().to_string()
+    };
+    let cases = [
+        (
+            "{mask: block, mask_kwargs: {block_size: 4, layout: [[1]]}}",
+            "mask_kwargs.layout: expected 3 x 3 entries",
+        ),
+        (
+            "{mask: global, mask_kwargs: {global_indices: [9]}}",
+            "mask_kwargs.global_indices: expected -9 to 8, got 9",
+        ),
+        ("{mask: global, mask_kwargs: {num_global: 10}}", "mask_kwargs.num_global: expected 0 to 9, got 10"),
+        (
+            "{mask: vertical_slash, mask_kwargs: {vertical: [9]}}",
+            "mask_kwargs.vertical: expected key columns of the 9",
+        ),
+        (
+            "{mask: neighborhood, mask_kwargs: {kernel_size: 3, dilation: [1, 2]}, grid: [3, 3]}",
+            "mask_kwargs.kernel_size: expected at most 1 on the axis of length 3 (axis 1 of the grid [3, 3]) with dilation 2",
+        ),
+        (
+            "{mask: neighborhood, mask_kwargs: {kernel_size: [1, 1, 1]}, grid: [3, 3]}",
+            "mask_kwargs.kernel_size: expected one value, or one for each of the 2 axes",
+        ),
+        (
+            "{mask: neighborhood, mask_kwargs: {kernel_size: 3, stride: 4}, grid: [3, 3]}",
+            "mask_kwargs.stride: expected 1 to 3",
+        ),
+        (
+            "{mask: grid_window, mask_kwargs: {window_size: 2, shift: 2}, grid: [3, 3]}",
+            "mask_kwargs.shift: expected 0 to 1",
+        ),
+        ("{mask: space_time, mask_kwargs: {kind: time}, grid: [3, 3]}", "grid: space_time needs [T, H, W]"),
+        ("{mask: random, mask_kwargs: {k: 2}}", "mask_kwargs.seed: expected a number"),
+        (
+            "{mask: union, mask_kwargs: {masks: [{mask: none}, {mask: vertical_slash, mask_kwargs: {vertical: [9]}}]}}",
+            "mask_kwargs.masks.1.mask_kwargs.vertical: expected key columns",
+        ),
+        ("{mask: union, mask_kwargs: {masks: [{mask: axial}]}}", "grid: expected [H, W]"),
+        (
+            "{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: [4]}]}}",
+            "masks.0.heads: expected heads 0 to 3, got 4",
+        ),
+        (
+            "{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: [0, 0]}]}}",
+            "head 0 already takes masks.0",
+        ),
+        (
+            "{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: 5}]}}",
+            "asks for 5 heads, but 4 of 4 are left",
+        ),
+        ("{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: 3}]}}", "heads [3] of 4 take no mask"),
+        (
+            "{mask: per_head, mask_kwargs: {masks: [{mask: none, heads: 4}, {mask: fibo}]}}",
+            "none of the 4 heads are left",
+        ),
+    ];
+    for (text, expected) in cases {
+        let message = message(text, 9);
+        assert!(message.contains(expected), "{text:?} gave {message:?}");
     }
 }
 

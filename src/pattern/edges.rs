@@ -274,6 +274,44 @@ impl EdgeSet {
         }
     }
 
+    /// The edges `(row, col)` with `row >= prefix` and `col >= prefix`, counted from there: those between patches.
+    #[must_use]
+    pub fn after(&self, prefix: usize) -> Self {
+        let (num_rows, num_cols) =
+            (self.num_rows.saturating_sub(prefix), self.num_cols.saturating_sub(prefix));
+        let moved = |ranges: &[Range<usize>]| -> Vec<Range<usize>> {
+            let cut = ranges.iter().map(|r| r.start.saturating_sub(prefix)..r.end.saturating_sub(prefix));
+            cut.filter(|range| !range.is_empty()).collect()
+        };
+        let diagonals = self.diagonals.iter().filter_map(|d| {
+            let first = (d.start as i64).max(prefix as i64).max(prefix as i64 - d.offset);
+            let (start, end) = (first as usize - prefix, d.end.saturating_sub(prefix));
+            (start < end).then_some(Diagonal { offset: d.offset, start, end })
+        });
+        let mut set = EdgeSet {
+            num_rows,
+            num_cols,
+            dense_rows: moved(&self.dense_rows),
+            dense_cols: moved(&self.dense_cols),
+            diagonals: diagonals.collect(),
+            runs: Runs::default(),
+        };
+        if !self.runs.is_empty() {
+            let mut runs = Runs { row_ptr: vec![0], ..Runs::default() };
+            for row in prefix..self.num_rows {
+                for run in self.runs.row(row).filter(|run| run.end > prefix) {
+                    runs.start.push((run.start.max(prefix) - prefix) as u32);
+                    runs.end.push((run.end - prefix) as u32);
+                }
+                runs.row_ptr.push(runs.start.len());
+            }
+            if !runs.is_empty() {
+                set.runs = runs;
+            }
+        }
+        set
+    }
+
     /// Bytes held, for the plan cache's bound.
     pub fn bytes(&self) -> usize {
         size_of::<Self>()
@@ -370,6 +408,13 @@ impl Builder {
         let start = runs.iter().map(|run| run.start as u32).collect();
         let end = runs.iter().map(|run| run.end as u32).collect();
         self.segments.push(Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 });
+        self
+    }
+
+    /// Keep, in every row, the columns that `columns` appends: ranges in any order, which may overlap and reach beyond the mask.
+    #[must_use]
+    pub fn by_row(mut self, columns: impl FnMut(usize, &mut Vec<Range<usize>>)) -> Self {
+        self.segments.push(Segment::by_row(self.num_rows, self.num_cols, columns));
         self
     }
 

@@ -123,6 +123,26 @@ proptest! {
     }
 
     #[test]
+    fn the_edges_after_a_prefix_are_those_between_patches((rows, cols, pieces) in description(), prefix in 0usize..4) {
+        let (set, pairs) = build(rows, cols, &pieces);
+        let expected: Pairs =
+            pairs.iter().filter(|p| p.0 >= prefix && p.1 >= prefix).map(|&(i, j)| (i - prefix, j - prefix)).collect();
+        let after = set.after(prefix);
+        prop_assert_eq!((after.num_rows(), after.num_cols()), (rows.saturating_sub(prefix), cols.saturating_sub(prefix)));
+        prop_assert_eq!(after.nnz(), expected.len());
+        prop_assert_eq!(after.iter().collect::<Pairs>(), expected);
+    }
+
+    #[test]
+    fn rows_given_one_by_one_are_kept((rows, cols, pieces) in description()) {
+        let (set, pairs) = build(rows, cols, &pieces);
+        let again = EdgeSet::builder(rows, cols).unwrap().by_row(|row, out| {
+            out.extend(pairs.range((row, 0)..(row + 1, 0)).rev().map(|&(_, col)| col..col + 1));
+        });
+        prop_assert_eq!(again.build().iter().collect::<Vec<_>>(), set.iter().collect::<Vec<_>>());
+    }
+
+    #[test]
     fn shifting_moves_every_edge_down_the_diagonal((rows, cols, pieces) in description(), shift in 0usize..3) {
         let (set, pairs) = build(rows, cols, &pieces);
         let moved = EdgeSet::builder(rows + shift, cols + shift).unwrap().shifted(&set, shift).build();

@@ -43,9 +43,9 @@ impl Default for Local {
 enum WindowSchedule {
     /// One half width per layer.
     List { values: Vec<i64> },
-    /// From `start` at the first layer to `end` at the last in equal steps, rounded.
+    /// From `start` at the first layer to `end` at the last in equal steps, rounded (halves to even, as Python rounds).
     Linear { start: i64, end: i64 },
-    /// From `start` to `end` in equal ratios, rounded.
+    /// From `start` to `end` in equal ratios, rounded likewise.
     Geometric { start: i64, end: i64 },
 }
 
@@ -87,10 +87,10 @@ impl WindowSchedule {
                 values.get(layer).copied().map_or_else(|| outside(values.len()), Ok)
             }
             WindowSchedule::Linear { start, end } => {
-                Ok((*start as f64 + (end - start) as f64 * share()?).round() as i64)
+                Ok((*start as f64 + (end - start) as f64 * share()?).round_ties_even() as i64)
             }
             WindowSchedule::Geometric { start, end } => {
-                Ok((*start as f64 * (*end as f64 / *start as f64).powf(share()?)).round() as i64)
+                Ok((*start as f64 * (*end as f64 / *start as f64).powf(share()?)).round_ties_even() as i64)
             }
         }
     }

@@ -1,11 +1,11 @@
 //! Every mask, one line each. A new mask is a file beside this one, a line here, and a YAML in `configs/attention/`.
 
 use serde::de::{Deserializer, Visitor, value::Error as NoData};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::user::{self, UserMask};
 use super::{AnyPattern, Pattern};
-use crate::error::Result;
+use crate::error::{Error, Result, unknown_name};
 
 /// Calls `$then!` with `file::Type` of every mask.
 macro_rules! masks {
@@ -13,10 +13,25 @@ macro_rules! masks {
         $($then)+! {
             none::None,
             local::Local,
-            longformer::Longformer,
+            strided::Strided,
+            strided_columns::StridedColumns,
+            block::Block,
+            global::Global,
+            vertical_slash::VerticalSlash,
             sparse::Sparse,
+            longformer::Longformer,
+            bigbird::BigBird,
+            random::Random,
             fibottention::Fibottention,
             crossdiag::CrossDiagonal,
+            neighborhood::Neighborhood,
+            axial::Axial,
+            grid_window::GridWindow,
+            space_time::SpaceTime,
+            union::Union,
+            intersection::Intersection,
+            difference::Difference,
+            per_head::PerHead,
         }
     };
 }
@@ -77,7 +92,7 @@ pub enum ReadError {
         message: String,
     },
     /// A value out of range.
-    Range(crate::error::Error),
+    Range(Error),
 }
 
 impl Registered {
@@ -90,10 +105,10 @@ impl Registered {
             origin: Origin::BuiltIn {
                 keys: field_names::<P>,
                 read: |value| {
-                    let pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
+                    let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
                         ReadError::Type { path: e.path().to_string(), message: e.inner().to_string() }
                     })?;
-                    pattern.check().map_err(ReadError::Range)?;
+                    pattern.resolve().and_then(|()| pattern.check()).map_err(ReadError::Range)?;
                     Ok(Box::new(pattern))
                 },
             },
@@ -118,6 +133,23 @@ impl Registered {
             Origin::User(mask) => mask.read(self.name, kwargs),
         }
     }
+
+    /// The pattern with the `mask_kwargs` of a document: unknown keys are refused, keys without effect are dropped.
+    ///
+    /// # Errors
+    /// [`Error::Config`] whose key is the path below `mask_kwargs`.
+    pub fn build(&'static self, mut kwargs: Map<String, Value>) -> Result<Box<dyn AnyPattern>> {
+        check_keys(&kwargs, self.keys(), self.ignored)?;
+        for key in self.ignored {
+            if kwargs.shift_remove(*key).is_some() {
+                log::debug!("{key} has no effect on the mask `{}`", self.name);
+            }
+        }
+        self.read(&Value::Object(kwargs)).map_err(|error| match error {
+            ReadError::Type { path, message } => Error::config(path, message),
+            ReadError::Range(error) => error,
+        })
+    }
 }
 
 /// The mask called `name` (canonical or alias, any case).
@@ -134,6 +166,20 @@ pub fn names() -> Vec<&'static str> {
         .chain(user::all())
         .flat_map(|mask| std::iter::once(mask.name).chain(mask.aliases.iter().copied()))
         .collect()
+}
+
+/// Refuse keys of `map` that are neither `allowed` nor `ignored`.
+///
+/// # Errors
+/// [`Error::Config`] at the first such key, with a suggestion.
+pub fn check_keys(map: &Map<String, Value>, allowed: &[&str], ignored: &[&str]) -> Result<()> {
+    match map.keys().find(|key| !allowed.contains(&key.as_str()) && !ignored.contains(&key.as_str())) {
+        Some(key) => {
+            let all: Vec<_> = allowed.iter().chain(ignored).copied().collect();
+            Err(Error::config(key.as_str(), unknown_name("key", key, &all)))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The field names of a struct, asked of serde itself so that no list can go stale.
@@ -178,5 +224,5 @@ pub(super) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive
         (low, i64::MAX) => format!("at least {low}"),
         (low, high) => format!("{low} to {high}"),
     };
-    Err(crate::error::Error::config(key, format!("expected {allowed}, got {value}")))
+    Err(Error::config(key, format!("expected {allowed}, got {value}")))
 }

@@ -93,6 +93,10 @@ impl AnyPattern for UserPattern {
     fn uses_epoch(&self) -> bool {
         self.mask.uses_epoch
     }
+    /// The program is told the grid, so its edges may depend on it.
+    fn uses_grid(&self) -> bool {
+        true
+    }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let heads = (self.mask.edges)(context, &self.kwargs)?;
         let n = context.num_tokens;

@@ -58,7 +58,16 @@ impl PyAttentionConfig {
 
     #[getter]
     fn grid(&self) -> Option<Vec<u64>> {
-        self.0.grid().map(<[u64]>::to_vec)
+        self.0.grid()
+    }
+
+    #[getter]
+    fn seeds(&self) -> Vec<Option<i64>> {
+        self.0.seeds()
+    }
+
+    fn with_seed(&self, seed: i64) -> Self {
+        Self(self.0.with_seed(seed))
     }
 
     #[getter]
