@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..functional import additive_bias, attend, check_qkv, dense_mask
+from ..functional import additive_bias, attend, causal_bias, check_qkv, dense_mask
 from ..layer import SparseLayer
 from ..masks import LayerMask, Mask
 from .registry import Adapter, register_adapter
@@ -50,7 +50,7 @@ class SparseAttention(SparseLayer):
         q, k = self._optional("q_norm", q), self._optional("k_norm", k)
         check_qkv(q, k, v)
         if is_causal:
-            attn_mask = torch.full((tokens, tokens), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+            attn_mask = causal_bias(q, k)
         scale = self.layer_mask.scale
         out, _ = attend(
             q,
