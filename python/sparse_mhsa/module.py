@@ -333,10 +333,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             split = projected.view(*projected.shape[:2], self.num_heads, self.head_dim)
             return split.permute(0, 2, 1, 3) if batch_first else split.permute(1, 2, 0, 3)
 
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if bias is not None:
-            # As the parent's sum of product and bias, which takes a bias of another precision.
-            bias = bias.to((self.q_proj_weight if weight is None else weight).dtype)
+        weight, bias = self.in_proj_weight, None
+        if self.in_proj_bias is not None:
+            # The parent takes a bias of another precision than the weights.
+            bias = self.in_proj_bias.to((self.q_proj_weight if weight is None else weight).dtype)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         if weight is None:
             weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
