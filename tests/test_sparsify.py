@@ -160,9 +160,20 @@ class TestTimm:
         assert torch.equal(first, model(x))
 
     @pytest.mark.parametrize(
-        "options", [{"scale_norm": True}, {"gated": True}, {"attn_head_dim": 5}, {"proj_bias": False}]
+        "options",
+        [
+            {"scale_norm": True},
+            {"gated": True},
+            {"attn_head_dim": 5},
+            {"dim_out": 10},
+            {"qk_norm": True, "qkv_bias": True},
+            {"proj_bias": False},
+            {"gated": True, "scale_norm": True, "attn_head_dim": 6, "dim_out": 7, "proj_drop": 0.5},
+        ],
     )
-    def test_options_of_the_class_survive(self, options):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_options_of_the_class_survive(self, options, fused, monkeypatch):
+        monkeypatch.setattr(timm.layers.attention, "use_fused_attn", lambda: fused)
         torch.manual_seed(0)
         dense = timm.layers.attention.Attention(24, 3, norm_layer=nn.LayerNorm, **options).double().eval()
         x = torch.randn(2, 9, 24, dtype=torch.float64)
