@@ -361,6 +361,11 @@ class TestSelection:
             sm.sparsify(vit(), LOCAL, overrides={"blocks.7": {"mask": "none"}})
         sm.sparsify(vit(), LOCAL, overrides={"blocks.7": {"mask": "none"}}, strict=False)
 
+    @pytest.mark.parametrize("argument", ["include", "exclude"])
+    def test_a_pattern_that_is_no_regular_expression_is_named(self, argument):
+        with pytest.raises(ValueError, match=rf"{argument}: `\(` is not a regular expression"):
+            sm.sparsify(vit(), LOCAL, **{argument: ["blocks", "("]})
+
     def test_nothing_to_swap_is_an_error_with_the_table(self):
         with pytest.raises(ValueError, match="model: nothing to swap in Linear"):
             sm.sparsify(nn.Linear(2, 2), LOCAL)
