@@ -12,7 +12,7 @@ check_torch()
 
 from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
-from .adapters import Report, densify, sparsify  # noqa: E402
+from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .config import configs, load_config  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "MaskContext",
     "Report",
     "SparseMHSA",
+    "SparseTimmAttention",
     "__version__",
     "configs",
     "densify",

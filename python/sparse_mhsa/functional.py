@@ -272,6 +272,11 @@ def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     return attn_mask.reshape(shape)
 
 
+def causal_bias(q: Tensor, k: Tensor) -> Tensor:
+    """(1, 1, N, S) additive mask that leaves query i the keys 0 to i, as `scaled_dot_product_attention` means it."""
+    return torch.full((1, 1, q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+
+
 def _check_beside(tensor: Tensor, name: str, q: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")

@@ -23,6 +23,13 @@ class SparseLayer(nn.Module):
         """Tell masks that change during training which epoch it is."""
         self.layer_mask = self.layer_mask.at_epoch(epoch)
 
+    def __prepare_scriptable__(self) -> "SparseLayer":
+        """Say that `torch.jit.script` is not supported, before its compiler stumbles over something unrelated."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script: TorchScript does not know the operators' "
+            "autograd function; use torch.compile or torch.export, or densify the model first"
+        )
+
     def _mask_repr(self) -> str:
         layer_mask = self.layer_mask
         parts = [f"mask={layer_mask.name}", f"layer={layer_mask.layer}"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ConfigLike, load_config
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
-from .functional import attend, autocast, check_qkv, check_square, dense_mask, draw_seed
+from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
 from .masks import LayerMask, Mask
 from .ops import has_background
@@ -213,8 +213,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             need_weights: also return the dense attention weights, which takes O(L x S) memory.
             attn_mask: (L, S) or (B * H, L, S); bool (**True = do not attend**) or floating (added).
             average_attn_weights: average the weights over the heads.
-            is_causal: hint that ``attn_mask`` is causal; the mask itself decides, so the hint changes
-                nothing.
+            is_causal: hint that ``attn_mask`` is causal. As in the parent, it needs ``attn_mask`` and stands
+                in for it where there is neither ``key_padding_mask`` nor ``need_weights``: query i then keeps
+                keys 0 to i, appended keys included.
 
         Returns:
             The output in the layout of ``query``, and the weights after dropout, (B, L, S) or (B, H, L, S)
@@ -233,9 +234,12 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             query, key, value = _unsqueeze_alike(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
-        key_mask, bias = self._masks(q, k, key_padding_mask, attn_mask)
+        causal = is_causal and key_padding_mask is None and not need_weights
+        key_mask, bias = self._masks(q, k, key_padding_mask, None if causal else attn_mask)
         k, v, key_mask, bias, edges = self._append_keys(q, k, v, key_mask, bias)
         check_qkv(q, k, v)
+        if causal:
+            bias = causal_bias(q, k)
 
         q, k, v = autocast(q, k, v)
         dropout_p = self.dropout if self.training else 0.0
@@ -292,7 +296,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             raise AssertionError(
                 "MultiheadAttention does not support NestedTensor outside of its fast path. "
                 "The fast path was not hit because attention is sparse; pass padded tensors with "
-                "key_padding_mask, and build nn.TransformerEncoder with enable_nested_tensor=False"
+                "key_padding_mask, and build nn.TransformerEncoder with enable_nested_tensor=False (or set "
+                "use_nested_tensor = False on it)"
             )
         F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
@@ -328,7 +333,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             split = projected.view(*projected.shape[:2], self.num_heads, self.head_dim)
             return split.permute(0, 2, 1, 3) if batch_first else split.permute(1, 2, 0, 3)
 
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight, bias = self.in_proj_weight, None
+        if self.in_proj_bias is not None:
+            # The parent takes a bias of another precision than the weights.
+            bias = self.in_proj_bias.to((self.q_proj_weight if weight is None else weight).dtype)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         if weight is None:
             weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -361,7 +369,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
                 bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
             bias = bias.view(*((1, 1) if attn_mask.dim() == 2 else q.shape[:2]), queries, keys)
         if key_padding_mask is not None:
-            F._check_key_padding_mask(key_padding_mask, keys, batch)  # type: ignore[attr-defined]
+            _check_key_padding_mask(key_padding_mask, batch, keys)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = ~key_padding_mask
             else:
@@ -423,6 +431,15 @@ def _layer_mask(
         return config
     sides = None if grid is None else tuple(grid)
     return LayerMask(load_config(config), num_heads, layer, num_layers, 0, sides, num_prefix_tokens)
+
+
+def _check_key_padding_mask(key_padding_mask: Tensor, batch: int, keys: int) -> None:
+    """The check of the parent in its words; its own cannot be traced by `torch.compile`."""
+    for dim, size in enumerate((batch, keys)):
+        if key_padding_mask.shape[dim] != size:
+            raise AssertionError(
+                f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+            )
 
 
 def _unsqueeze_alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..masks import LayerMask
 from . import timm, torch_nn
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported
 from .report import Report, Row
+from .timm import SparseTimmAttention
 from .verify import sparse_calls
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Report",
     "Row",
     "Site",
+    "SparseTimmAttention",
     "adapters",
     "densify",
     "find_attention",
@@ -68,17 +70,19 @@ def sparsify(
 
     Raises:
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
-        ValueError: nothing was swapped, an override matches no layer, or ``verify`` needs a ``sample``.
+        ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
+            no layer, or ``verify`` needs a ``sample``.
         RuntimeError: ``verify`` found a layer that stayed dense.
     """
     parsed = _with_overrides(load_config(config), overrides)
+    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     sites = find_attention(model)
     if strict:
         _refuse_idle_overrides(overrides, sites)
     plan: list[tuple[Site, LayerMask]] = []
     rows = []
     for site in sites:
-        reason = _why_not(site, _patterns(include), _patterns(exclude))
+        reason = _why_not(site, included, excluded)
         if reason is None:
             try:
                 layer_mask, row = _plan(site, parsed)
@@ -119,16 +123,27 @@ def densify(model: nn.Module) -> None:
         adapter.finish(model)
 
 
-def _patterns(patterns: str | Sequence[str] | None) -> Sequence[str] | None:
-    return [patterns] if isinstance(patterns, str) else patterns
+def _patterns(name: str, patterns: str | Sequence[str] | None) -> list[re.Pattern[str]] | None:
+    if patterns is None:
+        return None
+    return [_pattern(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
 
 
-def _why_not(site: Site, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
+def _pattern(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: `{pattern}` is not a regular expression: {error}") from error
+
+
+def _why_not(
+    site: Site, include: Sequence[re.Pattern[str]] | None, exclude: Sequence[re.Pattern[str]] | None
+) -> str | None:
     """Why a layer is not selected, or None if it is."""
-    if exclude is not None and any(re.search(pattern, site.name) for pattern in exclude):
+    if exclude is not None and any(pattern.search(site.name) for pattern in exclude):
         return "excluded"
     if include is not None:
-        return None if any(re.search(pattern, site.name) for pattern in include) else "not included"
+        return None if any(pattern.search(site.name) for pattern in include) else "not included"
     return site.dense_by_design
 
 
