@@ -287,6 +287,23 @@ def test_the_command_writes_json_markdown_and_pictures(tmp_path, monkeypatch, ca
         assert (tmp_path / f"kernels-float32-{direction}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_measured_before_ctrl_c_are_kept(tmp_path, monkeypatch):
+    measure_case = run.measure_case
+
+    def interrupted(case, *arguments):
+        if case is TINY["none"]:
+            raise KeyboardInterrupt
+        return measure_case(case, *arguments)
+
+    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"], TINY["none"]])
+    monkeypatch.setattr(run, "measure_case", interrupted)
+    options = BenchOptions(repeat=1, memory=False, plots=False, output_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        bench(options, "command", [BY_NAME[OURS], BY_NAME[DENSE]])
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["case"] for row in rows} == {"local-20"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -50,6 +51,9 @@ class Bandwidth:
                 taken = best(partial(torch.add, a, b, alpha=2, out=c), 0.1)
             rate = 3 * a.numel() * a.element_size() / max(taken - overhead, 1e-9)
             self.rates[size] = rate * (threads if private else 1)
+        # A larger working set is never faster; where it seems so, something else ran during the smaller one.
+        for larger, smaller in pairwise(sorted(self.rates, reverse=True)):
+            self.rates[smaller] = max(self.rates[smaller], self.rates[larger])
 
     def at(self, size: int) -> float:
         """Bytes per second of all threads together when each works on ``size`` bytes."""

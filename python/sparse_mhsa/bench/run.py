@@ -25,6 +25,7 @@ from .measure import Call, interleave, paired_ratio, spread
 from .memory import FootprintError, available_memory, footprint
 from .methods import DENSE, METHODS, OURS, Attention, Method, Problem, UnsupportedError
 from .options import BenchOptions
+from .plots import plot
 from .table import markdown, row_line, table_head
 
 logger = logging.getLogger("sparse_mhsa")
@@ -76,8 +77,12 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
                 for row in measure_case(case, dtype, methods, options, peak, bandwidth):
                     report["rows"].append(row)
                     logger.info("%s", row_line(row, report))
+                write(report, options.output_dir)  # what is measured survives a Ctrl-C
         report["seconds"] = time.perf_counter() - start
-    write(report, options)
+    write(report, options.output_dir)
+    if options.plots:
+        plot(report, options.output_dir)
+    logger.info("written: %s", options.output_dir / "kernels.md")
     wrong = [
         f"{row['case']} {row['dtype']} {row['direction']} {name}: {result['reason']}"
         for row in report["rows"]
@@ -89,16 +94,10 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
     return 1 if wrong else 0
 
 
-def write(report: dict[str, Any], options: BenchOptions) -> None:
-    """Write the files of a finished report into the output folder."""
-    folder = options.output_dir
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write ``kernels.json`` and ``kernels.md``."""
     (folder / "kernels.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "kernels.md").write_text(markdown(report), encoding="utf-8")
-    if options.plots:
-        from .plots import plot
-
-        plot(report, folder)
-    logger.info("written: %s", folder / "kernels.md")
 
 
 def measure_case(
