@@ -3,8 +3,6 @@
 import datetime
 import json
 import logging
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..machine import environment
 from ..train import require_packages
 from .cases import Case, select
 from .gate import Gate, WrongResultError, make_inputs
@@ -219,20 +217,6 @@ def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwid
     return {"compulsory_share": compulsory / seconds, "gather_share": gather / seconds}
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine."""
-    return {
-        "sparse_mhsa": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": _processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-    }
-
-
 def _forward(attend: Attention, inputs: Sequence[Tensor]) -> object:
     with torch.no_grad():
         return attend(*(x.detach() for x in inputs))
@@ -262,12 +246,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
