@@ -617,7 +617,10 @@ def test_an_image_that_becomes_unreadable_costs_nothing_learned(options, image_r
         patch_size=4,
         num_workers=num_workers,
     )
-    broken = image_root / "train" / "dark" / "3.png"
+    # An image of the last of the second epoch's three batches.
+    order = EpochOrder(24, options.seed)
+    order.epoch = 1
+    broken = Path(load_data(run).train.samples[list(order)[-1]][0])
     content = broken.read_bytes()
     original = Trainer._finish_epoch
 
@@ -631,7 +634,7 @@ def test_an_image_that_becomes_unreadable_costs_nothing_learned(options, image_r
             finetune(run)
     assert "\n" not in str(raised.value)
     state = read_checkpoint(run.output_dir / LAST)
-    assert state["epoch"] == 1
+    assert (state["epoch"], state["step"]) == (1, 2)
     broken.write_bytes(content)
     assert len(finetune(replace(run, resume=run.output_dir / LAST)).trainer.history) == 2
 
