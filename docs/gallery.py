@@ -36,7 +36,8 @@ def readme() -> str:
 def page() -> str:
     """docs/masks.md: definition, picture and YAML of every mask."""
     parts = [
-        "# Masks\n\nMade by `make docs` from the registry: definitions and parameters are the comments in `src/pattern/`. "
+        "# Masks\n\nMade by `make docs` from the registry: definitions and parameters are the comments in "
+        "`src/pattern/`. "
         "Rows of a picture are queries, columns keys; one square per head.\n"
     ]
     return "\n".join([*parts, *(section(mask) for mask in registered())])

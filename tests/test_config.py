@@ -237,4 +237,4 @@ def test_the_list_of_masks_names_every_mask_and_parameter(capsys):
             assert all(parameter.name in out for parameter in mask.parameters)
     assert out.count("\n") == len(registered()) + 2
     assert main(["masks", "--tokens", "9"]) == 2
-    assert "FILE is required" in capsys.readouterr().err
+    assert "arguments are required: FILE" in capsys.readouterr().err

@@ -264,7 +264,8 @@ class EfficientLocal(Backend):
         fill = -patches % size
 
         def split(x: Tensor) -> Tensor:
-            return F.pad(x, (0, 0, 0, fill)).unflatten(2, (-1, size)) if fill else x.unflatten(2, (-1, size))
+            padded = F.pad(x, (0, 0, 0, fill)) if fill else x
+            return padded.reshape(*x.shape[:2], -1, size, x.shape[3])
 
         if patches == 0:
             return queries @ (k.transpose(-2, -1) @ v)
@@ -437,10 +438,9 @@ def register_backend(name: str, *, replace: bool = False) -> Callable[[_Implemen
         if isinstance(implementation, type):
             if not issubclass(implementation, Backend):
                 raise TypeError(f"backend: expected a function or a subclass of Backend, got {implementation}")
-            given, first = implementation.__init__, ["self", "place"]
+            parameters = _parameters(name, implementation.__init__, ["self", "place"])
         else:
-            given, first = implementation, ["q", "k", "v"]
-        parameters = _parameters(name, given, first)
+            parameters = _parameters(name, implementation, ["q", "k", "v"])
         about = (inspect.getdoc(implementation) or "").partition("\n")[0]
         _core.register_backend(name, about, [json.dumps(parameter) for parameter in parameters], replace)
         _IMPLEMENTATIONS[name] = implementation
@@ -493,7 +493,7 @@ def _json_types(hint: object) -> list[str]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [_json_types(member) for member in typing.get_args(hint)]
         return [kind for member in members for kind in member] if all(members) else []
-    kind = _JSON_TYPES.get(typing.get_origin(hint) or hint)  # type: ignore[call-overload]
+    kind = _JSON_TYPES.get(typing.cast(type, typing.get_origin(hint) or hint))
     return [] if kind is None else [kind]
 
 
@@ -534,8 +534,9 @@ def build_backend(layer_mask: LayerMask | Mask, head_dim: int, dropout: float, l
     kwargs = json.loads(config.to_json())["backend_kwargs"]
     implementation = _implementation(config.backend)
     with torch.device(like.device):
+        backend: Backend
         if isinstance(implementation, type):
-            backend = implementation(place, **kwargs)  # type: ignore[arg-type]
+            backend = implementation(place, **kwargs)
         else:
             backend = FunctionBackend(place, config.backend, kwargs)
     backend.name, backend.kwargs = config.backend, kwargs
@@ -544,4 +545,6 @@ def build_backend(layer_mask: LayerMask | Mask, head_dim: int, dropout: float, l
         raise ValueError(f"dropout: expected 0, because the backend `{backend.name}` drops no weights; got {dropout}")
     if place.scale is not None and "scale" not in honoured:
         raise config_error(f"scale: the backend `{backend.name}` has none; got {place.scale}", key="scale")
-    return backend.to(like.dtype) if like.is_floating_point() else backend
+    if like.is_floating_point():
+        backend.to(like.dtype)
+    return backend

@@ -287,7 +287,7 @@ def run_masks(parsed: argparse.Namespace) -> int:
         return 0
     for name, value in (("FILE", parsed.file), ("--tokens", parsed.tokens), ("--heads", parsed.heads)):
         if value is None:
-            raise UsageError(f"masks: {name} is required, unless --list is given")
+            raise UsageError(f"masks: the following arguments are required: {name} (unless --list is given)")
     config = load_config(parsed.file)
     try:
         mask = Mask.from_config(

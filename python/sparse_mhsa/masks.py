@@ -116,6 +116,7 @@ class LayerMask:
         """The edges for ``num_tokens`` tokens as the operators take them."""
         return EdgeSource(self.spec, None, None)
 
+    @property
     def is_sparse(self) -> bool:
         """Attention is softmax over the edges of a mask that may drop some."""
         return self.config.uses_edges and not self.is_dense
