@@ -528,14 +528,12 @@ fn a_backend_of_the_user_is_a_name_with_checked_parameters() {
 
 /// Documents that can be honoured, over every key.
 fn documents() -> impl Strategy<Value = Value> {
-    let kwargs = |mask: &str| match mask {
-        "local" => json!({"window": 3}),
-        _ => json!({}),
-    };
-    let names: Vec<&'static str> = registry::names();
-    let mask = proptest::sample::select(names).prop_map(
-        move |name| json!({"mask": name, "mask_kwargs": kwargs(registry::find(name).unwrap().name)}),
-    );
+    let mask = proptest::sample::select(registry::MASKS).prop_flat_map(|mask| {
+        let kwargs = REQUIRED.iter().find(|(name, _)| *name == mask.name).map_or("{}", |(_, kwargs)| kwargs);
+        let kwargs: Value = serde_yaml::from_str(kwargs).unwrap();
+        let names: Vec<_> = std::iter::once(mask.name).chain(mask.aliases.iter().copied()).collect();
+        proptest::sample::select(names).prop_map(move |name| json!({ "mask": name, "mask_kwargs": kwargs }))
+    });
     let backend = prop_oneof![
         Just(json!({"backend": "efficient", "mask": "none"})),
         (1..99i64, any::<bool>()).prop_map(|(size, global)| {
