@@ -15,7 +15,7 @@ MATURIN := maturin develop --release --quiet --skip-install
 INSTALL := python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help check-tools build demo bench test lint test-rust test-python test-slow format clean
+.PHONY: help check-tools build demo bench test docs lint test-rust test-python test-slow format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,7 +52,11 @@ $(VENV)/.test-ready: pyproject.toml | $(VENV)/.ready
 	$(INSTALL) ".[test]"
 	@touch $@
 
-lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs
+docs: $(VENV)/.test-ready ## Regenerate the table of masks in README.md and the gallery in docs/
+	$(MATURIN)
+	python docs/gallery.py
+
+lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs, stale documentation
 	rustfmt --check $(RUST_FILES)
 	cargo clippy --release --all-targets --no-default-features -- -D warnings
 	cargo clippy --release --lib -- -D warnings
@@ -61,6 +65,7 @@ lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs
 	ruff format --check .
 	mypy
 	python -m mypy.stubtest sparse_mhsa._core
+	python docs/gallery.py --check
 
 test-rust: ## Patterns, plans and kernels, without torch
 	cargo test --release --no-default-features

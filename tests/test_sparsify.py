@@ -518,7 +518,7 @@ class TestVerify:
         assert [module.training for module in model.modules()] == modes
         assert torch.equal(torch.get_rng_state(), state)
         added = [set(m.__dict__) - before for m, before in zip(model.blocks[0].attn.modules(), attributes, strict=True)]
-        assert added[0] == {"layer_mask", "dense_class"}
+        assert added[0] == {"layer_mask", "backend", "dense_class"}
         assert not any(added[1:])
 
     def test_forms_of_the_sample(self):

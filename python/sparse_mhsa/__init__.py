@@ -13,6 +13,7 @@ check_torch()
 from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
+from .backends import Backend, register_backend  # noqa: E402
 from .config import configs, load_config  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
@@ -22,6 +23,7 @@ from .register import MaskContext, register_mask  # noqa: E402
 
 __all__ = [
     "AttentionConfig",
+    "Backend",
     "ConfigError",
     "Mask",
     "MaskContext",
@@ -33,6 +35,7 @@ __all__ = [
     "densify",
     "load_config",
     "masks",
+    "register_backend",
     "register_mask",
     "set_epoch",
     "sparse_attention",

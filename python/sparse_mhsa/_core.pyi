@@ -19,10 +19,12 @@ __all__ = [
     "__version__",
     "backward",
     "backward_edges",
+    "config_schema",
     "dropout_keep",
     "edge_index",
     "forward",
     "forward_edges",
+    "register_backend",
     "register_mask",
     "registered_masks",
 ]
@@ -47,6 +49,12 @@ class AttentionConfig:
         """Parse YAML (or JSON) text. ``source`` names the file in error messages."""
     @property
     def backend(self) -> str: ...
+    @property
+    def uses_edges(self) -> bool:
+        """Attention is softmax over the edges of the mask; otherwise ``backend`` brings its own."""
+    @property
+    def layers(self) -> list[str]:
+        """The regular expressions of the ``layers`` overrides, in order."""
     @property
     def mask(self) -> str: ...
     @property
@@ -76,6 +84,8 @@ class AttentionConfig:
         """The same as YAML text that ``parse`` reads back to an equal configuration."""
     def for_layer(self, name: str) -> AttentionConfig:
         """The configuration of the layer whose module name is ``name``: ``layers`` overrides applied."""
+    def unmatched_layers(self, names: list[str]) -> list[str]:
+        """The ``layers`` expressions that match none of these module names."""
     def spec(
         self,
         num_heads: int,
@@ -148,7 +158,15 @@ class Edges:
         """(s, s), s = min(size, N): the share of kept entries in each cell of the mask, in O(edges)."""
 
 def registered_masks() -> list[dict[str, Any]]:
-    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs)."""
+    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``default_prefix`` (None if
+    it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
+
+def config_schema() -> str:
+    """JSON Schema (draft 2020-12) of a configuration document, as text."""
+
+def register_backend(name: str, about: str, parameters: list[str], replace: bool = False) -> None:
+    """Make a backend known to configurations. Each parameter is a JSON mapping ``{name, types, default}``; without
+    ``default`` it is required."""
 
 def register_mask(
     name: str,

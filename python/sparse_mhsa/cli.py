@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configur
 """
 
 import argparse
+import json
 import logging
 import shlex
 import sys
@@ -128,10 +129,13 @@ def build_parser() -> Parser:
         command("demo", run_demo, "Train the same model dense and sparse and write a report that compares them."),
         DEMO_DEFAULTS,
     )
-    masks = command("masks", run_masks, "Count and draw the edges of an attention configuration.")
-    masks.add_argument("file", type=Path, help="attention configuration (YAML)")
-    masks.add_argument("--tokens", type=positive, required=True, help="tokens of the sequence, prefix included")
-    masks.add_argument("--heads", type=positive, required=True, help="attention heads")
+    masks = command("masks", run_masks, "List all masks, or count and draw the edges of an attention configuration.")
+    masks.add_argument("file", type=Path, nargs="?", help="attention configuration (YAML)")
+    masks.add_argument("--list", action="store_true", help="print a table of all masks and their parameters")
+    masks.add_argument("--markdown", action="store_true", help="with --list: as a Markdown table")
+    masks.add_argument("--tokens", type=positive, help="tokens of the sequence, prefix included")
+    masks.add_argument("--heads", type=positive, help="attention heads")
+    masks.add_argument("--module", metavar="NAME", help="name of the layer, for configurations with `layers`")
     masks.add_argument("--layer", type=natural, default=0, help="index of the layer (default: 0)")
     masks.add_argument("--num-layers", type=positive, help="layers of the model, for masks that depend on it")
     masks.add_argument("--epoch", type=natural, default=0, help="epoch, for masks that change with it (default: 0)")
@@ -156,6 +160,8 @@ def build_parser() -> Parser:
     check.set_defaults(run=run_config_check)
     listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
     listing.set_defaults(run=run_config_list)
+    schema = actions.add_parser("schema", help="Print the JSON Schema of a configuration.", allow_abbrev=False)
+    schema.set_defaults(run=run_config_schema)
     return parser
 
 
@@ -272,11 +278,20 @@ def run_bench_kernels(parsed: argparse.Namespace) -> int:
 
 def run_masks(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa masks``."""
-    from . import Mask
+    from . import Mask, load_config
 
+    if parsed.list:
+        from .catalogue import table
+
+        print(table(parsed.markdown), end="")  # noqa: T201
+        return 0
+    for name, value in (("FILE", parsed.file), ("--tokens", parsed.tokens), ("--heads", parsed.heads)):
+        if value is None:
+            raise UsageError(f"masks: the following arguments are required: {name} (unless --list is given)")
+    config = load_config(parsed.file)
     try:
         mask = Mask.from_config(
-            parsed.file,
+            config if parsed.module is None else config.for_layer(parsed.module),
             parsed.tokens,
             parsed.heads,
             layer=parsed.layer,
@@ -345,6 +360,14 @@ def run_config_list(_: argparse.Namespace) -> int:
     """``sparse-mhsa config list``."""
     for path in configs().values():
         print(path)  # noqa: T201
+    return 0
+
+
+def run_config_schema(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa config schema``."""
+    from ._core import config_schema
+
+    print(json.dumps(json.loads(config_schema()), indent=2))  # noqa: T201
     return 0
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import viz
 from ._core import AttentionConfig, Edges, registered_masks
-from .config import ConfigLike, load_config
+from .config import ConfigLike, config_error, load_config
 from .converters import (
     Array,
     RowFunction,
@@ -66,7 +66,7 @@ class LayerMask:
     spec: str = field(init=False, repr=False)
     """Canonical text of the mask: what the operators take."""
     name: str = field(init=False, repr=False)
-    """Registered name of the mask."""
+    """Registered name of the mask, or of a backend that brings attention of its own."""
     scale: float | None = field(init=False, repr=False)
     """Factor of the scores, None for 1 / sqrt(head_dim)."""
     on_empty_row: str = field(init=False, repr=False)
@@ -77,6 +77,12 @@ class LayerMask:
             # Drawn once: from here on the mask, its copies and its pickles are the same.
             object.__setattr__(self, "config", self.config.with_seed(_draw_seed()))
         config, grid = self.config, None if self.grid is None else list(self.grid)
+        if config.layers:
+            raise config_error(
+                f"layers: {config.layers} are regular expressions on names of modules, and there is no model here; "
+                "give the configuration to sparsify, or take one layer's with config.for_layer(name)",
+                key="layers",
+            )
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens"):
             number = getattr(self, name)
             if number is not None and number < 0:
@@ -89,7 +95,7 @@ class LayerMask:
             )
         derived = {
             "spec": config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens),
-            "name": config.mask,
+            "name": config.mask if config.uses_edges else config.backend,
             "scale": config.scale,
             "on_empty_row": config.on_empty_row,
         }
@@ -109,6 +115,11 @@ class LayerMask:
     def source(self, num_tokens: int) -> EdgeSource:
         """The edges for ``num_tokens`` tokens as the operators take them."""
         return EdgeSource(self.spec, None, None)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Attention is softmax over the edges of a mask that may drop some."""
+        return self.config.uses_edges and not self.is_dense
 
     @property
     def num_tokens(self) -> int | None:
@@ -171,6 +182,8 @@ class Mask:
     def __init__(self, layer_mask: LayerMask, num_tokens: int, head_dim: int | None = None) -> None:
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+        if not layer_mask.config.uses_edges:
+            raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no mask", key="backend")
         options = _Options(head_dim, layer_mask.scale, layer_mask.on_empty_row)
         self._set(Edges.from_spec(layer_mask.spec, num_tokens), layer_mask.name, options, layer_mask)
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ConfigLike, load_config
+from .backends import Backend
+from .config import ConfigLike, config_error, load_config
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
 from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
@@ -176,7 +177,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         for key, hook in list(self._forward_pre_hooks.items()):
             if hook is stay_off_fast_path:
                 del self._forward_pre_hooks[key]
-        del self.layer_mask
+        del self.layer_mask, self.backend
         dense.__class__ = nn.MultiheadAttention
         return dense
 
@@ -188,7 +189,12 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             raise ValueError(
                 f"dropout: expected 0 with `masked_logits: zero`, which has no meaning with dropout; got {self.dropout}"
             )
-        self.layer_mask = layer_mask
+        without_edges = layer_mask.config is not None and not layer_mask.config.uses_edges
+        if without_edges and (self.bias_k is not None or self.add_zero_attn):
+            raise config_error(
+                f"backend: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn", key="backend"
+            )
+        self._set_mechanism(layer_mask, self.head_dim, self.dropout, self.out_proj.weight)
         if stay_off_fast_path not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(stay_off_fast_path)
 
@@ -234,6 +240,12 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             query, key, value = _unsqueeze_alike(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
+        if self.backend is not None:
+            context, weights = self._run(self.backend, q, k, v, key_padding_mask, attn_mask, need_weights)
+            out = self._merge(context, batch_first)
+            if weights is not None and average_attn_weights:
+                weights = weights.mean(1)
+            return (out, weights) if batched else (out.squeeze(0), None if weights is None else weights.squeeze(0))
         causal = is_causal and key_padding_mask is None and not need_weights
         key_mask, bias = self._masks(q, k, key_padding_mask, None if causal else attn_mask)
         k, v, key_mask, bias, edges = self._append_keys(q, k, v, key_mask, bias)
@@ -257,8 +269,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             seed=seed,
             needs_lse=need_weights,
         )
-        merged = context.permute(0, 2, 1, 3) if batch_first else context.permute(2, 0, 1, 3)
-        out = F.linear(merged.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self._merge(context, batch_first)
         weights = None
         if need_weights:
             if k.shape[2] > _MANY_TOKENS:
@@ -351,6 +362,35 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         inputs = (query, key, value)
         return tuple(heads(F.linear(x, w, b)) for x, w, b in zip(inputs, weights, biases, strict=True))
 
+    def _merge(self, context: Tensor, batch_first: bool) -> Tensor:
+        """The output projection of (B, H, L, Dv)."""
+        merged = context.permute(0, 2, 1, 3) if batch_first else context.permute(2, 0, 1, 3)
+        return F.linear(merged.flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+    def _run(
+        self,
+        backend: Backend,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        needs_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention without edges: context (B, H, L, Dv), and weights (B, H, L, S) or None."""
+        if needs_weights and k.shape[2] > _MANY_TOKENS:
+            _warn_of_dense_weights(k.shape[2])
+        q, k, v = autocast(q, k, v)
+        return backend.attend(
+            q,
+            k,
+            v,
+            key_mask=None if key_padding_mask is None else _keys_kept(key_padding_mask, backend),
+            bias=attn_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            needs_weights=needs_weights,
+        )
+
     def _masks(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -440,6 +480,19 @@ def _check_key_padding_mask(key_padding_mask: Tensor, batch: int, keys: int) -> 
             raise AssertionError(
                 f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
             )
+
+
+def _keys_kept(key_padding_mask: Tensor, backend: Backend) -> Tensor:
+    """The parent's padding mask as a keep-mask; torch's own layers turn a bool one into 0 and -inf."""
+    if key_padding_mask.dtype == torch.bool:
+        return ~key_padding_mask
+    either = ((key_padding_mask == 0) | (key_padding_mask == -torch.inf)).all()
+    message = f"key_padding_mask: the backend `{backend.name}` has no scores: expected bool, or 0 and -inf only"
+    if torch.compiler.is_compiling():
+        torch._assert_async(either, message)
+    elif not either:
+        raise ValueError(message)
+    return key_padding_mask == 0
 
 
 def _unsqueeze_alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

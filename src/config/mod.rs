@@ -1,36 +1,41 @@
 //! The attention configuration: YAML text in, typed and range-checked values out. Nothing is guessed and nothing is replaced:
 //! what cannot be honoured is an error that names file, line, key and what is allowed.
 
+mod backend;
 mod document;
+mod schema;
 mod spec;
 mod tree;
 
 use serde_json::{Map, Value, json};
 
-use document::{Broken, Document, MAX_HEADS, SOFTMAX_BACKENDS, check_shape, resolve_mask, type_name};
+pub use backend::{Parameter, UserBackend, register_backend};
+use document::{Broken, Document, MAX_HEADS, Mechanism, check_shape, resolve, type_name};
 pub use document::{MaskedLogits, OnEmptyRow};
+pub use schema::{json_schema, mask_schema};
 pub use spec::{MaskEdges, Spec};
 pub use tree::{MAX_BYTES, MAX_DEPTH, MAX_NODES};
 
 use crate::error::{ConfigError, Error, Result};
 use crate::pattern::AnyPattern;
 pub use crate::pattern::grid::TokenOrder;
-use crate::pattern::registry::Registered;
+
+/// Keys that an entry of `layers` cannot replace.
+const FIXED_FOR_ALL_LAYERS: &[&str] = &["layers", "embed_dim", "num_heads"];
 
 /// A configuration that can be honoured.
 #[derive(Debug, Clone)]
 pub struct AttentionConfig {
     document: Document,
-    mask: &'static Registered,
-    /// Parameters of the mask with every default filled in.
-    mask_kwargs: Value,
+    mechanism: Mechanism,
     /// The mapping as it was written, to which layer overrides apply.
     written: Map<String, Value>,
 }
 
 impl PartialEq for AttentionConfig {
     fn eq(&self, other: &Self) -> bool {
-        self.canonical() == other.canonical()
+        // As text, because the order of `layers` has a meaning that maps do not compare.
+        self.canonical().to_string() == other.canonical().to_string()
     }
 }
 
@@ -52,9 +57,16 @@ impl AttentionConfig {
             Ok(root) => root,
             Err((message, position)) => return fail(String::new(), message, position),
         };
-        match Self::from_root(root) {
+        let hint = |path: &[String]| match tree::at(&root, path) {
+            Some(Value::String(text)) if text == "None" => " (`None` is a YAML string; write `null`)",
+            _ => "",
+        };
+        match Self::from_root(root.clone()) {
             Ok(config) => Ok(config),
-            Err(broken) => fail(broken.path.join("."), broken.message, tree::locate(text, &broken.path)),
+            Err(broken) => {
+                let message = format!("{}{}", broken.message, hint(&broken.path));
+                fail(broken.path.join("."), message, tree::locate(text, &broken.path))
+            }
         }
     }
 
@@ -96,9 +108,9 @@ impl AttentionConfig {
                     format!("expected a mapping of keys to replace, got {}", type_name(keys)),
                 ));
             };
-            for fixed in ["layers", "embed_dim", "num_heads"] {
-                if keys.contains_key(fixed) {
-                    return Err(Broken::at([at[0], at[1], fixed], "cannot be replaced for single layers"));
+            for fixed in FIXED_FOR_ALL_LAYERS {
+                if keys.contains_key(*fixed) {
+                    return Err(Broken::at([at[0], at[1], *fixed], "cannot be replaced for single layers"));
                 }
             }
             let layer =
@@ -115,8 +127,8 @@ impl AttentionConfig {
 
     fn without_layers(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
         let document = Document::read(written)?;
-        let (mask, mask_kwargs) = resolve_mask(&document)?;
-        let config = AttentionConfig { document, mask, mask_kwargs, written: written.clone() };
+        let mechanism = resolve(&document)?;
+        let config = AttentionConfig { document, mechanism, written: written.clone() };
         config.check_grid()?;
         Ok(config)
     }
@@ -163,14 +175,22 @@ impl AttentionConfig {
         })
     }
 
+    /// The `layers` expressions that match none of these module names.
+    pub fn unmatched_layers(&self, names: &[String]) -> Vec<&str> {
+        let matches_any = |pattern: &&str| {
+            regex::Regex::new(pattern).is_ok_and(|regex| names.iter().any(|name| regex.is_match(name)))
+        };
+        self.layers().filter(|pattern| !matches_any(pattern)).collect()
+    }
+
     /// Every key with defaults filled in and names canonical; equal configurations give equal values.
     pub fn canonical(&self) -> Value {
         let document = &self.document;
         json!({
-            "backend": "vit",
-            "backend_kwargs": {},
-            "mask": self.mask.name,
-            "mask_kwargs": self.mask_kwargs,
+            "backend": self.mechanism.backend,
+            "backend_kwargs": self.mechanism.backend_kwargs,
+            "mask": self.mask(),
+            "mask_kwargs": self.mechanism.mask_kwargs,
             "scale": document.scale,
             "masked_logits": document.masked_logits,
             "num_prefix_tokens": document.num_prefix_tokens,
@@ -208,13 +228,14 @@ impl AttentionConfig {
             return Err(Error::Value(format!("num_heads: expected 1 to {MAX_HEADS}, got {num_heads}")));
         }
         let document = &self.document;
+        let Mechanism { mask, mask_kwargs, .. } = &self.mechanism;
         let pattern = self.pattern();
         let (by_layer, by_epoch) = (pattern.uses_layer(), pattern.uses_epoch());
         let prefix =
             document.num_prefix_tokens.or(pattern.forced_prefix().map(|p| p as u64)).or(num_prefix_tokens);
         let spec = Spec {
-            mask: self.mask.name.to_owned(),
-            mask_kwargs: self.mask_kwargs.clone(),
+            mask: mask.name.to_owned(),
+            mask_kwargs: mask_kwargs.clone(),
             masked_logits: document.masked_logits,
             heads: num_heads,
             // What a mask does not depend on is left out of its text, so that layers share plans and graphs do not recompile.
@@ -231,11 +252,19 @@ impl AttentionConfig {
 
     /// Canonical name of the mask.
     pub fn mask(&self) -> &'static str {
-        self.mask.name
+        self.mechanism.mask.name
     }
     /// Canonical name of the backend.
-    pub fn backend(&self) -> &'static str {
-        SOFTMAX_BACKENDS[0]
+    pub fn backend(&self) -> &str {
+        &self.mechanism.backend
+    }
+    /// Whether attention is softmax over the edges of the mask; otherwise the backend brings its own.
+    pub fn uses_edges(&self) -> bool {
+        self.backend() == backend::SOFTMAX[0]
+    }
+    /// The regular expressions of the `layers` overrides, in order.
+    pub fn layers(&self) -> impl Iterator<Item = &str> {
+        self.document.layers.iter().flat_map(|layers| layers.keys()).map(String::as_str)
     }
     /// Factor on q.k, if not 1 / sqrt(head_dim).
     pub fn scale(&self) -> Option<f64> {
@@ -272,13 +301,16 @@ impl AttentionConfig {
         }
         missing.into_iter().zip(0..).for_each(|(missing, index)| *missing = Some(seed.wrapping_add(index)));
         let mut config = self.clone();
-        config.mask_kwargs = pattern.kwargs();
+        config.mechanism.mask_kwargs = pattern.kwargs();
         config.written.insert("mask_kwargs".to_owned(), pattern.kwargs());
         config
     }
 
     fn pattern(&self) -> Box<dyn AnyPattern> {
-        self.mask.read(&self.mask_kwargs).expect("parameters were checked when the configuration was read")
+        self.mechanism
+            .mask
+            .read(&self.mechanism.mask_kwargs)
+            .expect("parameters were checked when the configuration was read")
     }
     /// What a row without keys gives.
     pub fn on_empty_row(&self) -> OnEmptyRow {

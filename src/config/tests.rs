@@ -52,7 +52,7 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("attention: {mask: none}\nmodel: vit", "unknown key `model` beside `attention`"),
         ("mask: fibotention", "did you mean `fibottention`?"),
         ("mask: [local]", "expected a string"),
-        ("backend: linformer\nmask: none", "unknown backend `linformer`"),
+        ("backend: linformr\nmask: none", "did you mean `linformer`?"),
         ("mask: local\nmask: none", "the key `mask` is given twice"),
         ("mask: local\nmask_kwargs: {window: many}", "mask_kwargs.window: invalid type"),
         ("mask: local\nmask_kwargs: {window: -1}", "mask_kwargs.window: expected 0 to"),
@@ -83,7 +83,7 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("mask: none\nlayers: {'(': {mask: local}}", "not a regular expression"),
         ("mask: none\nlayers: {'0': {mask: locl}}", "layers.0.mask: unknown mask `locl`"),
         ("mask: none\nlayers: {'0': {num_heads: 3}}", "cannot be replaced for single layers"),
-        ("backend: fibottention_sparse\nmask: local", "brings its own mask"),
+        ("backend: fibottention_sparse\nmask: local", "cannot apply the mask `local`"),
         ("mask: none\nmask_kwargs: {window: 3}", "unknown key `window`"),
         ("mask: strided", "mask_kwargs: missing field `stride`"),
         ("mask: strided\nmask_kwargs: {stride: 0}", "mask_kwargs.stride: expected at least 1, got 0"),
@@ -202,6 +202,8 @@ fn hostile_text_is_refused_quickly() {
 fn overrides_by_layer_replace_keys_in_order() {
     let text = "mask: local\nmask_kwargs: {window: 1}\nlayers:\n  blocks: {mask: fibo}\n  'blocks\\.0\\.': {mask: none}\n";
     let config = AttentionConfig::parse(text, None).unwrap();
+    assert_eq!(config.layers().collect::<Vec<_>>(), ["blocks", "blocks\\.0\\."]);
+    assert_eq!(config.unmatched_layers(&["blocks.3.attn".into()]), ["blocks\\.0\\."]);
     assert_eq!(config.for_layer("head").unwrap().mask(), "local");
     assert_eq!(config.for_layer("blocks.3.attn").unwrap().mask(), "fibottention");
     assert_eq!(config.for_layer("blocks.0.attn").unwrap().mask(), "none");
@@ -383,5 +385,192 @@ proptest! {
         value in "(\\{[a-z_]{0,9}: [-0-9a-z.]{0,9}\\}|[-0-9a-z.~]{0,20}|\\[[-0-9,]{0,9}\\])",
     ) {
         let _ = AttentionConfig::parse(&format!("mask: longformer\n{key}: {value}"), None);
+    }
+}
+
+#[test]
+fn a_repeated_key_is_reported_where_it_is_repeated() {
+    let error =
+        error("attention:\n  mask: local\n  mask_kwargs:\n    window: 1\n    dilation: 1\n    window: 2\n");
+    assert_eq!(
+        (error.position, error.message.as_str()),
+        (Some((6, 5)), "attention.mask_kwargs: the key `window` is given twice")
+    );
+}
+
+#[test]
+fn python_s_none_is_explained() {
+    let hint = "(`None` is a YAML string; write `null`)";
+    for text in [
+        "mask: local\nmask_kwargs: {window: None}",
+        "mask: none\nscale: None",
+        "mask: none\nmask_kwargs: None",
+    ] {
+        assert!(error(text).to_string().ends_with(hint), "{}", error(text));
+    }
+    assert!(!error("mask: none\nscale: Nome").to_string().contains("null"));
+}
+
+#[test]
+fn keys_of_the_reference_without_effect_are_accepted() {
+    for text in [
+        "mask: longformer\nmask_kwargs: {seed: 3, reseed_each_epoch: true, plot_once: true}",
+        "backend: efficient_local\nbackend_kwargs: {plot_once: false}",
+        "backend: vit_qchunk\nbackend_kwargs: {query_chunk_size: 64}",
+    ] {
+        let plain = text.split_inclusive('\n').next().unwrap();
+        assert_eq!(
+            AttentionConfig::parse(text, None).unwrap(),
+            AttentionConfig::parse(plain, None).unwrap(),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn backends_with_attention_of_their_own_fill_in_their_parameters() {
+    let parsed = |text: &str| AttentionConfig::parse(text, None).unwrap();
+    let linformer = parsed("backend: Linformer\nbackend_kwargs: {projector: {max_seq_len: 197, r: 4}}");
+    assert_eq!((linformer.backend(), linformer.mask(), linformer.uses_edges()), ("linformer", "none", false));
+    let expected = json!({"projector": {
+        "max_seq_len": 197, "r": 4, "num_heads": null, "shared_heads": true, "share_kv": true, "separate_cls": true,
+    }});
+    assert_eq!(linformer.canonical()["backend_kwargs"], expected);
+    let local = parsed("backend: efficient_local");
+    let expected = json!({"block_size": 4, "keep_cls_global": true, "normalize": "reference"});
+    assert_eq!(local.canonical()["backend_kwargs"], expected);
+    assert!(parsed("mask: fibo").uses_edges());
+}
+
+#[test]
+fn what_a_backend_cannot_honour_is_an_error_that_names_the_key() {
+    for (text, expected) in [
+        (
+            "backend: efficient\nmask: fibottention",
+            "a.yaml:2:1: mask: the backend `efficient` cannot apply the mask `fibottention`",
+        ),
+        (
+            "backend: efficient\nmask_kwargs: {window: 1}",
+            "mask_kwargs: the backend `efficient` applies no mask",
+        ),
+        ("backend: efficient\nmasked_logits: zero", "masked_logits: the backend `efficient` has no edges"),
+        ("backend: efficient\non_empty_row: error", "on_empty_row: the backend"),
+        ("backend: efficient\nprefix_dense: false", "prefix_dense: the backend"),
+        ("backend: efficient\nbackend_kwargs: {r: 3}", "backend_kwargs.r: unknown key `r`"),
+        ("backend: efficent", "backend: unknown backend `efficent`: did you mean `efficient`?"),
+        (
+            "backend: efficient_local\nbackend_kwargs: {block_size: 0}",
+            "backend_kwargs.block_size: expected at least 1, got 0",
+        ),
+        (
+            "backend: efficient_local\nbackend_kwargs: {normalize: rows}",
+            "backend_kwargs.normalize: unknown variant `rows`",
+        ),
+        ("backend: linformer", "backend_kwargs: missing field `projector`"),
+        ("backend: linformer\nbackend_kwargs: {projector: {max_seq_len: 9}}", "missing field `r`"),
+        (
+            "backend: linformer\nbackend_kwargs: {projector: {max_seq_len: 9, r: 0}}",
+            "projector.r: expected 1 to",
+        ),
+        (
+            "backend: linformer\nbackend_kwargs: {projector: {max_seq_len: 9, r: 1, rank: 2}}",
+            "unknown field `rank`",
+        ),
+        (
+            "mask: fibo\nlayers: {'0': {backend: efficient}}",
+            "layers.0.mask: the backend `efficient` cannot apply",
+        ),
+    ] {
+        let message = error(text).to_string();
+        assert!(message.contains(expected), "{text:?} gave {message:?}");
+    }
+}
+
+#[test]
+fn a_backend_of_the_user_is_a_name_with_checked_parameters() {
+    let parameter = |text: &str| serde_json::from_str::<Parameter>(text).unwrap();
+    let mine = UserBackend {
+        name: "mine".into(),
+        about: "a test".into(),
+        parameters: vec![
+            parameter(r#"{"name": "width", "types": ["integer"]}"#),
+            parameter(r#"{"name": "factor", "types": ["number", "null"], "default": null}"#),
+        ],
+    };
+    register_backend(mine.clone(), false).unwrap();
+    let config = AttentionConfig::parse("backend: mine\nbackend_kwargs: {width: 3}", None).unwrap();
+    assert_eq!(config.canonical()["backend_kwargs"], json!({"width": 3, "factor": null}));
+    assert_eq!(AttentionConfig::parse(&config.to_yaml(), None).unwrap(), config);
+    for (text, expected) in [
+        ("backend: mine", "backend_kwargs: missing key `width`"),
+        (
+            "backend: mine\nbackend_kwargs: {width: 1.5}",
+            "backend_kwargs.width: expected integer, got a number",
+        ),
+        ("backend: mine\nbackend_kwargs: {width: 1, wide: 2}", "unknown key `wide`"),
+        (
+            "backend: mine\nbackend_kwargs: {width: 1}\nmask: fibo",
+            "the backend `mine` cannot apply the mask `fibo`",
+        ),
+    ] {
+        assert!(error(text).to_string().contains(expected), "{}", error(text));
+    }
+    assert!(register_backend(mine.clone(), false).unwrap_err().to_string().contains("registered already"));
+    register_backend(mine.clone(), true).unwrap();
+    for taken in ["efficient", "vit", "fibottention_sparse", "Upper", ""] {
+        assert!(
+            register_backend(UserBackend { name: taken.into(), ..mine.clone() }, true).is_err(),
+            "{taken}"
+        );
+    }
+    assert!(json_schema().to_string().contains("backend_mine"));
+}
+
+/// Documents that can be honoured, over every key.
+fn documents() -> impl Strategy<Value = Value> {
+    let mask = proptest::sample::select(registry::MASKS).prop_flat_map(|mask| {
+        let kwargs = REQUIRED.iter().find(|(name, _)| *name == mask.name).map_or("{}", |(_, kwargs)| kwargs);
+        let kwargs: Value = serde_yaml::from_str(kwargs).unwrap();
+        let names: Vec<_> = std::iter::once(mask.name).chain(mask.aliases.iter().copied()).collect();
+        proptest::sample::select(names).prop_map(move |name| json!({ "mask": name, "mask_kwargs": kwargs }))
+    });
+    let backend = prop_oneof![
+        Just(json!({"backend": "efficient", "mask": "none"})),
+        (1..99i64, any::<bool>()).prop_map(|(size, global)| {
+            json!({"backend": "efficient_local", "backend_kwargs": {"block_size": size, "keep_cls_global": global}})
+        }),
+        (1..999i64, 1..99i64).prop_map(|(length, r)| {
+            json!({"backend": "linformer", "backend_kwargs": {"projector": {"max_seq_len": length, "r": r}}})
+        }),
+    ];
+    let scale =
+        proptest::option::of(prop_oneof![any::<f64>().prop_filter("finite", |x| x.is_finite()), -9e9..9e9]);
+    let sizes =
+        (proptest::option::of(0..9u64), proptest::option::of(1..99u64), proptest::option::of(1..99u64));
+    let pattern = "[a-z.*\\\\#: '\"0-9\u{e9}]{0,9}"
+        .prop_filter("a regular expression", |text| regex::Regex::new(text).is_ok());
+    let layers = proptest::collection::btree_map(pattern, Just(json!({"scale": 0.5})), 0..3);
+    (prop_oneof![3 => mask, 1 => backend], scale, sizes, layers, any::<bool>()).prop_map(
+        |(mut document, scale, (prefix, width, heads), layers, wrapped)| {
+            let map = document.as_object_mut().unwrap();
+            map.insert("scale".into(), json!(scale));
+            map.insert("num_prefix_tokens".into(), json!(prefix));
+            map.insert("embed_dim".into(), json!(width));
+            map.insert("num_heads".into(), json!(heads));
+            map.insert("layers".into(), json!(layers));
+            if wrapped { json!({ "attention": document }) } else { document }
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn every_document_round_trips_through_yaml_and_json(document in documents()) {
+        let config = AttentionConfig::parse(&document.to_string(), None).unwrap();
+        for text in [config.to_yaml(), config.canonical().to_string(), serde_yaml::to_string(&document).unwrap()] {
+            prop_assert_eq!(&AttentionConfig::parse(&text, None).unwrap(), &config, "{}", text);
+        }
+        let hash = |config: &AttentionConfig| config.canonical().to_string();
+        prop_assert_eq!(hash(&AttentionConfig::parse(&config.to_yaml(), None).unwrap()), hash(&config));
     }
 }

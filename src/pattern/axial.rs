@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -10,7 +11,7 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Query and key agree on all axes but one: row and column of an image, or row, column and time of a video.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Axial {
     grid: Option<Vec<usize>>,

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::{Builder, EdgeSet};
@@ -17,7 +18,7 @@ use crate::rng::{HeadDraws, Sampler};
 /// global, or (with `keep_cls_dense`) a prefix token. Besides, each query keeps `num_random` distinct keys, every subset of
 /// those that are neither kept already nor the query itself equally likely; all of them where there are fewer. `symmetric`
 /// adds the transpose. The draws depend on (seed, layer, head, epoch) and the query alone.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct BigBird {
     window: i64,

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, from_value};
@@ -13,7 +14,7 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::{Error, Result, unknown_name};
 
 /// Query patch i keeps key patch j if `layout` keeps (i // block_size, j // block_size). The last block may be shorter.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Block {
     block_size: i64,
     #[serde(default)]
@@ -21,7 +22,7 @@ pub struct Block {
 }
 
 /// Which blocks see which.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 enum Layout {
     /// `diagonal` (each its own) or `full` (all).

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::algebra::Operation;
@@ -21,8 +22,9 @@ pub trait Combine: Debug + Send + Sync + 'static {
 }
 
 /// The set operation `C` over the patch-to-patch edges of `masks`; prefix rows and columns stay dense.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(bound = "")]
+#[schemars(rename = "Combination", bound = "")]
 pub struct Combination<C> {
     masks: Vec<Part>,
     #[serde(skip)]

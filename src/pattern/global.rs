@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 ///
 /// Global are the first `num_global` tokens (1 if neither parameter is given) or those of `global_indices`, where a negative
 /// index counts from the end.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Global {
     num_global: Option<i64>,

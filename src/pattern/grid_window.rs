@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 ///
 /// Shifted windows that are cut by a border stay cut: opposite borders are not joined, just as shifted-window attention masks
 /// them apart after its cyclic shift.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct GridWindow {
     window_size: OneOrList<i64>,
     #[serde(default = "unshifted")]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 ///
 /// With `causal` also j <= i; i = j only with `include_self`. Exactly one of `window` (half width), `window_size` (odd total
 /// width) and `window_schedule` (half width by layer) is given.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Local {
     window: Option<i64>,
@@ -38,7 +39,7 @@ impl Default for Local {
 }
 
 /// Half width as a function of the layer.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 enum WindowSchedule {
     /// One half width per layer.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// Over all token indices, CLS included: query i keeps key j if |i - j| = k * dilation for a k in 1..=window (from 0 with
 /// `include_self`), or if i or j is global, or (with `keep_cls_dense`) a prefix token.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Longformer {
     window: Option<i64>,

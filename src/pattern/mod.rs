@@ -18,6 +18,7 @@ pub mod user;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -83,8 +84,9 @@ pub enum Domain {
 /// The edges of every head: one set shared by all, or one per head.
 pub type HeadEdges = Vec<Arc<EdgeSet>>;
 
-/// One registered mask. Its fields are the `mask_kwargs` of a configuration.
-pub trait Pattern: Serialize + DeserializeOwned + Debug + Send + Sync + 'static {
+/// One registered mask. Its fields are the `mask_kwargs` of a configuration; their comments and that of the type itself are the
+/// definition that the JSON Schema and the gallery show.
+pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sync + 'static {
     /// The name in a configuration, lower case.
     const NAME: &'static str;
     /// Other names for the same mask.

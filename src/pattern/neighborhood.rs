@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -18,7 +19,7 @@ use crate::error::{Error, Result};
 /// counted 0..G, the query a stands for its group's leader l = min(a // s * s + s // 2, G - 1), and its window of k members starts
 /// at min(max(l - k // 2, 0), G - k). On a causal axis the leader is the group's last member, l = min(a // s * s + s - 1, G - 1),
 /// and the window is l - k + 1 ..= a: with s = 1 the k members that end at a. This is what NATTEN computes.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Neighborhood {
     kernel_size: OneOrList<i64>,
     #[serde(default = "one")]

@@ -1,5 +1,6 @@
 //! A parameter that is one value or a list of them.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error as _};
 use serde_json::{Value, from_value};
@@ -7,7 +8,7 @@ use serde_json::{Value, from_value};
 use crate::error::{Error, Result};
 
 /// One value or a list.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(super) enum OneOrList<T> {
     /// One value.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -11,7 +12,7 @@ use super::{AnyPattern, Context, Domain, HeadEdges, below, head_edges, registry,
 use crate::error::{Error, Result, unknown_name};
 
 /// One of `masks`: what it is called, its parameters, and (for `per_head`) the heads that take it.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Part {
     mask: String,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::one_or_list::OneOrList;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 ///
 /// `heads` of a mask is a list of head indices, or how many heads take it: then it gets the lowest ones that no list names and no
 /// mask before it took. One mask may leave it out and takes all heads that are left. Every head must take exactly one mask.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PerHead {
     masks: Vec<Part>,
 }

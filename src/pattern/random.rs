@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +18,7 @@ use crate::rng::{HeadDraws, Sampler};
 /// Exactly one of `k`, `keep_ratio` (r) and `mask_ratio` (1 - r) is given; a ratio means k = max(1, round(r * allowed)) for the
 /// query's number of allowed keys, halves rounded to even. `symmetric` adds the transpose; with `keep_cls_dense` the prefix is
 /// dense last of all. The draws depend on (seed, layer, head, epoch) and the query alone.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Random {
     k: Option<i64>,
@@ -28,6 +29,7 @@ pub struct Random {
     keep_cls_dense: bool,
     per_head_same: bool,
     #[serde(deserialize_with = "seed_or_none")]
+    #[schemars(extend("type" = ["integer", "string", "null"]))]
     seed: Option<i64>,
     reseed_each_epoch: bool,
 }

@@ -1,5 +1,6 @@
 //! Every mask, one line each. A new mask is a file beside this one, a line here, and a YAML in `configs/attention/`.
 
+use schemars::{Schema, SchemaGenerator};
 use serde::de::{Deserializer, Visitor, value::Error as NoData};
 use serde_json::{Map, Value};
 
@@ -74,6 +75,10 @@ pub enum Origin {
     BuiltIn {
         /// The names of its fields.
         keys: fn() -> &'static [&'static str],
+        /// JSON Schema of `mask_kwargs` from the types and comments of the fields; ranges are the loader's.
+        schema: fn(&mut SchemaGenerator) -> Schema,
+        /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters without a default.
+        default_prefix: fn() -> Option<usize>,
         /// The pattern with given parameters.
         read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
     },
@@ -104,6 +109,12 @@ impl Registered {
             ignored: P::IGNORED,
             origin: Origin::BuiltIn {
                 keys: field_names::<P>,
+                schema: P::json_schema,
+                default_prefix: || {
+                    let mut pattern = P::deserialize(Value::Object(Map::new())).ok()?;
+                    pattern.resolve().ok()?;
+                    Some(pattern.default_prefix())
+                },
                 read: |value| {
                     let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
                         ReadError::Type { path: e.path().to_string(), message: e.inner().to_string() }
@@ -120,6 +131,30 @@ impl Registered {
         match &self.origin {
             Origin::BuiltIn { keys, .. } => keys(),
             Origin::User(mask) => mask.keys,
+        }
+    }
+
+    /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters that have no default.
+    pub fn default_prefix(&self) -> Option<usize> {
+        match &self.origin {
+            Origin::BuiltIn { default_prefix, .. } => default_prefix(),
+            Origin::User(_) => Some(0),
+        }
+    }
+
+    /// JSON Schema of the `mask_kwargs`; ranges are the loader's.
+    pub fn schema(&self, generator: &mut SchemaGenerator) -> Value {
+        match &self.origin {
+            Origin::BuiltIn { schema, .. } => schema(generator).to_value(),
+            Origin::User(mask) => {
+                let properties: Map<String, Value> =
+                    mask.keys.iter().map(|key| ((*key).to_owned(), Value::Object(Map::new()))).collect();
+                let mut schema = serde_json::json!({ "type": "object", "properties": properties });
+                if !mask.required.is_empty() {
+                    schema["required"] = mask.required.clone().into();
+                }
+                schema
+            }
         }
     }
 
@@ -216,7 +251,7 @@ impl<'de> Deserializer<'de> for FieldNames<'_> {
 }
 
 /// Require `value` to lie in `range`, or say what is allowed.
-pub(super) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive<i64>) -> Result<()> {
+pub(crate) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive<i64>) -> Result<()> {
     if range.contains(&value) {
         return Ok(());
     }

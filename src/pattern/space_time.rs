@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -17,7 +18,7 @@ use crate::error::{Error, Result};
 /// - divided: either of the two;
 /// - joint: always;
 /// - tube: |h - h'| <= `radius` and |w - w'| <= `radius`, at any time.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SpaceTime {
     kind: Kind,
     #[serde(default)]
@@ -26,7 +27,7 @@ pub struct SpaceTime {
     grid: Option<Vec<usize>>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
     Space,

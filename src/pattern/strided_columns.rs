@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -10,7 +11,7 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Query patch i keeps key patch j if j mod `stride` = `offset`; with `causal` also j <= i.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StridedColumns {
     stride: i64,
     #[serde(default)]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// Query patch i keeps key patch j if j is in `vertical`, or |i - j| is in `slash`, or |i - j| <= `window`; with `causal` also
 /// j <= i.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerticalSlash {
     vertical: Vec<i64>,

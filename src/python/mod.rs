@@ -12,6 +12,7 @@ mod user_mask;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
+use crate::config::mask_schema;
 use crate::pattern::registry::MASKS;
 
 /// The torch release that torch-sys links.
@@ -27,6 +28,8 @@ fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         entry.set_item("aliases", mask.aliases)?;
         entry.set_item("about", mask.about)?;
         entry.set_item("keys", mask.keys())?;
+        entry.set_item("default_prefix", mask.default_prefix())?;
+        entry.set_item("schema", mask_schema(mask).to_string())?;
         masks.append(entry)?;
     }
     Ok(masks)
@@ -42,6 +45,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<config::PyAttentionConfig>()?;
     module.add_class::<edges::PyEdges>()?;
     module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
+    module.add_function(wrap_pyfunction!(config::register_backend, module)?)?;
+    module.add_function(wrap_pyfunction!(config::config_schema, module)?)?;
     module.add_function(wrap_pyfunction!(user_mask::register_mask, module)?)?;
     module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from .._core import AttentionConfig
+from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
 from ..masks import LayerMask
 from . import timm, torch_nn
@@ -78,7 +79,7 @@ def sparsify(
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     sites = find_attention(model)
     if strict:
-        _refuse_idle_overrides(overrides, sites)
+        _refuse_idle_patterns(overrides, parsed, sites)
     plan: list[tuple[Site, LayerMask]] = []
     rows = []
     for site in sites:
@@ -157,8 +158,9 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         grid=site.grid,
         num_prefix_tokens=site.num_prefix_tokens,
     )
+    check_backend(layer_mask, site.adapter.heads(site.module)[1], site.adapter.dropout(site.module), site.num_tokens)
     density = nnz = None
-    if site.num_tokens is not None:
+    if site.num_tokens is not None and layer_mask.config.uses_edges:
         mask = layer_mask.at(site.num_tokens)
         density, nnz = mask.density, mask.nnz
     row = Row(
@@ -185,11 +187,13 @@ def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str
     return load_config(document)
 
 
-def _refuse_idle_overrides(overrides: Mapping[str, Mapping[str, object]] | None, sites: Sequence[Site]) -> None:
+def _refuse_idle_patterns(
+    overrides: Mapping[str, Mapping[str, object]] | None, config: AttentionConfig, sites: Sequence[Site]
+) -> None:
     names = [site.name for site in sites]
-    for pattern in overrides or ():
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"overrides: `{pattern}` matches none of the attention layers {names}")
+    for pattern in config.unmatched_layers(names):
+        key = "overrides" if pattern in (overrides or ()) else "layers"
+        raise config_error(f"{key}: `{pattern}` matches none of the attention layers {names}", key=key)
 
 
 def _verify(
@@ -203,7 +207,7 @@ def _verify(
         raise ValueError(
             f"sample: expected an input for {type(model).__name__}, which does not tell its size; got None"
         )
-    watched = {site.name: site.module for site, layer_mask in plan if not layer_mask.is_dense}
+    watched = {site.name: site.module for site, layer_mask in plan if layer_mask.is_sparse}
     idle = [name for name, calls in sparse_calls(model, watched, sample).items() if calls == 0]
     if idle:
         raise RuntimeError(f"verify: stayed dense, no sparse operator was called in: {', '.join(idle)}")

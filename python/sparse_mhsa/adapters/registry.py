@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..backends import Backend
 from ..layer import SparseLayer
 from ..masks import LayerMask, Mask
 
@@ -32,6 +33,10 @@ class Adapter(ABC):
     @abstractmethod
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap ``module`` in place, or give an already swapped one another mask."""
+
+    def dropout(self, module: nn.Module) -> float:
+        """Probability that ``module`` drops an attention weight in training."""
+        return 0.0
 
     @abstractmethod
     def densify(self, module: nn.Module) -> None:
@@ -87,6 +92,11 @@ class Site:
     def layer_mask(self) -> LayerMask | Mask | None:
         """The mask of an already swapped layer."""
         return self.module.layer_mask if isinstance(self.module, SparseLayer) else None
+
+    @property
+    def backend(self) -> Backend | None:
+        """The backend of an already swapped layer, if it is not softmax over edges."""
+        return self.module.backend if isinstance(self.module, SparseLayer) else None
 
 
 @dataclass(frozen=True)

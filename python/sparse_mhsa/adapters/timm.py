@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._core import AttentionConfig
 from ..config import ConfigLike, load_config
-from ..functional import additive_bias, attend, causal_bias, check_qkv, dense_mask
+from ..functional import additive_bias, attend, autocast, causal_bias, check_qkv, dense_mask
 from ..layer import SparseLayer
 from ..masks import LayerMask, Mask
 from .registry import Adapter, Layout, random_image, register_adapter
@@ -56,16 +56,20 @@ class SparseAttention(SparseLayer):
         check_qkv(q, k, v)
         if is_causal:
             attn_mask = causal_bias(q, k)
-        scale = self.layer_mask.scale
-        out, _ = attend(
-            q,
-            k,
-            v,
-            self.layer_mask,
-            bias=additive_bias(attn_mask, q, k),
-            dropout_p=self._dropout(),
-            scale=getattr(self, "scale", None) if scale is None else scale,
-        )
+        bias = additive_bias(attn_mask, q, k)
+        if self.backend is not None:
+            out, _ = self.backend.attend(*autocast(q, k, v), bias=bias, dropout_p=self._dropout())
+        else:
+            scale = self.layer_mask.scale
+            out, _ = attend(
+                q,
+                k,
+                v,
+                self.layer_mask,
+                bias=bias,
+                dropout_p=self._dropout(),
+                scale=getattr(self, "scale", None) if scale is None else scale,
+            )
         out = self._optional("norm", out.transpose(1, 2).reshape(batch, tokens, -1))
         if gate is not None:
             out = out * gate
@@ -76,11 +80,14 @@ class SparseAttention(SparseLayer):
         result: Tensor = x if module is None else module(x)
         return result
 
+    def install(self, layer_mask: LayerMask | Mask) -> None:
+        """Attend by ``layer_mask`` from now on."""
+        weight = self.get_parameter("qkv.weight")
+        head_dim = weight.shape[0] // (3 * self.num_heads)
+        self._set_mechanism(layer_mask, head_dim, _dropout_probability(self), weight)
+
     def _dropout(self) -> float:
-        dropout = getattr(self, "attn_drop", None)
-        if dropout is None or not self.training:
-            return 0.0
-        return float(getattr(dropout, "p", dropout))
+        return _dropout_probability(self) if self.training else 0.0
 
     def extra_repr(self) -> str:
         """Heads and mask."""
@@ -120,7 +127,7 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
         self.__dict__.update(Attention(dim, num_heads, *args, **kwargs).__dict__)  # type: ignore[arg-type]
         self.dense_class = Attention
         self.unplaced = _depends_on_place(self.config, num_heads)
-        self.layer_mask = dense_mask(num_heads) if self.unplaced else LayerMask(self.config, num_heads)
+        self.install(dense_mask(num_heads) if self.unplaced else LayerMask(self.config, num_heads))
         # The class of the configuration has done its work.
         self.__class__ = SparseTimmAttention
 
@@ -198,14 +205,18 @@ class TimmAdapter(Adapter):
             assert isinstance(module, SparseAttention)
             module.dense_class = dense_class
         module.__dict__.pop("unplaced", None)
-        module.layer_mask = layer_mask
+        module.install(layer_mask)
+
+    def dropout(self, module: nn.Module) -> float:
+        """Of ``attn_drop``."""
+        return _dropout_probability(module)
 
     def densify(self, module: nn.Module) -> None:
         """Swap back in place."""
         assert isinstance(module, SparseAttention)
         dense_class = module.dense_class
         module.__dict__.pop("unplaced", None)
-        del module.layer_mask, module.dense_class
+        del module.layer_mask, module.backend, module.dense_class
         dense: nn.Module = module
         dense.__class__ = dense_class
 
@@ -245,6 +256,11 @@ def _prefix(module: nn.Module) -> int | None:
     if isinstance(getattr(module, "cls_token", None), Tensor):
         return 2 if isinstance(getattr(module, "dist_token", None), Tensor) else 1
     return None
+
+
+def _dropout_probability(module: nn.Module) -> float:
+    dropout = getattr(module, "attn_drop", None)
+    return 0.0 if dropout is None else float(getattr(dropout, "p", dropout))
 
 
 def _has_the_structure(module: nn.Module) -> bool:

@@ -30,6 +30,11 @@ class TorchAdapter(Adapter):
         assert isinstance(module, nn.MultiheadAttention)
         SparseMHSA.convert(module, layer_mask)
 
+    def dropout(self, module: nn.Module) -> float:
+        """Of the attention weights."""
+        assert isinstance(module, nn.MultiheadAttention)
+        return float(module.dropout)
+
     def densify(self, module: nn.Module) -> None:
         """Swap back in place."""
         assert isinstance(module, SparseMHSA)
