@@ -14,6 +14,7 @@ from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .config import configs, load_config  # noqa: E402
+from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
 from .masks import Mask  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "configs",
     "densify",
+    "engine",
     "load_config",
     "masks",
     "register_mask",
