@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from . import _core
-from .engine import engine_for
 from .edges import EdgeAttention, EdgeSource
+from .engine import engine_for
 
 _LIBRARY = torch.library.Library("sparse_mhsa", "DEF")  # type: ignore[no-untyped-call]
 # Devices whose tensors the operators take, as torch dispatches them. All but the CPU share one implementation.
@@ -106,9 +106,7 @@ def _fake_edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor
     return row_ptr, torch.empty(edges, dtype=torch.int64)
 
 
-def _dropout_keep(
-    row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float
-) -> Tensor:
+def _dropout_keep(row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float) -> Tensor:
     factors = _core.dropout_keep(row_ptr.cpu(), col.cpu(), batch, num_heads, seed, dropout_p)
     return factors if col.device.type == "cpu" else factors.to(col.device)
 

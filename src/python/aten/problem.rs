@@ -162,7 +162,7 @@ impl<'a> Problem<'a> {
     fn edges_per_chunk(&self) -> usize {
         let samples = if self.shared { self.sizes.batch } else { 1 };
         let bytes = if self.accumulator == Kind::Double { 8 } else { 4 };
-        (CHUNK_BYTES / (bytes * samples * self.sizes.dim.max(self.sizes.value_dim))).max(1)
+        (CHUNK_BYTES / (bytes * samples.max(1) * self.sizes.dim.max(self.sizes.value_dim))).max(1)
     }
 
     fn upload(&self, entries: &Entries, width: i64) -> Result<Edges> {
