@@ -50,7 +50,12 @@ impl Shapes {
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::Value`] naming the argument that does not fit.
-    pub fn check(&self, plan: &Plan, dropout: Option<&Dropout>, masked_logits: MaskedLogits) -> Result<Sizes> {
+    pub fn check(
+        &self,
+        plan: &Plan,
+        dropout: Option<&Dropout>,
+        masked_logits: MaskedLogits,
+    ) -> Result<Sizes> {
         let [batch, heads, queries, dim] = self.q;
         let [_, kv_heads, keys, _] = self.k;
         let value_dim = self.v[3];
