@@ -31,6 +31,9 @@ pub enum Error {
         /// The largest size accepted.
         limit: u128,
     },
+    /// What libtorch reports: that memory ran out, or that a device lacks an operator.
+    #[error("{0}")]
+    Torch(String),
     /// Stopped on request (Ctrl-C) before the result was complete.
     #[error("interrupted")]
     Interrupted,

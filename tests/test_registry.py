@@ -167,6 +167,7 @@ def test_counts_lists_and_pictures_agree_with_the_dense_mask(name, num_tokens):
     assert torch.equal(rebuilt, dense)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("num_tokens", [1, 6, 65])
 def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
@@ -183,6 +184,7 @@ def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_derivatives_of_first_and_second_order_are_right(name):
     mask = mask_at(name, 6, layer=1)
@@ -191,6 +193,7 @@ def test_derivatives_of_first_and_second_order_are_right(name):
     assert torch.autograd.gradgradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), inputs)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_the_operator_contract_holds(name):
     mask = mask_at(name, 9)
@@ -201,6 +204,7 @@ def test_the_operator_contract_holds(name):
     torch.library.opcheck(torch.ops.sparse_mhsa.backward, (torch.randn_like(out), q, k, v, out, lse, *arguments[3:]))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
@@ -224,6 +228,7 @@ def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
         assert (got.double() - ref).abs().max() <= allowed
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_results_are_the_same_bit_for_bit_on_any_number_of_threads(name):
     mask = mask_at(name, 300, layer=1)

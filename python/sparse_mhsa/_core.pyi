@@ -5,7 +5,7 @@ Everything here is private; `sparse_mhsa` wraps it. Keep this file in step with 
 """
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,6 +188,7 @@ def dropout_keep(row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed:
     (H, N + 1) as `edge_index` returns it."""
 
 def forward(
+    engine: Literal["cpu", "aten"],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -200,12 +201,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out.
 
+    ``engine`` is ``cpu`` (kernels for CPU tensors) or ``aten`` (ATen operators, tensors of any device).
     ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores;
     ``seed`` is an int64 scalar tensor. k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64
     for float64, else float32.
     """
 
 def backward(
+    engine: Literal["cpu", "aten"],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -222,6 +225,7 @@ def backward(
     """``dq``, ``dk``, ``dv`` in the dtypes and shapes of q, k, v, contiguous."""
 
 def forward_edges(
+    engine: Literal["cpu", "aten"],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -237,6 +241,7 @@ def forward_edges(
     int64, P = 1 (shared), H (per head) or B * H (per batch and head). Columns ascend strictly within a row."""
 
 def backward_edges(
+    engine: Literal["cpu", "aten"],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,

@@ -13,6 +13,7 @@ from ._core import AttentionConfig
 from .edges import EdgeSource
 from .masks import LayerMask, Mask
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -216,8 +217,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             "Expected query, key, and value to have the same device type, but got "
             f"query.device: {q.device} key.device: {k.device} and value.device: {v.device} instead."
         )
-    if q.device.type not in ("cpu", "meta"):
-        raise ValueError(f"query: this version has kernels for CPU tensors only, got a tensor on {q.device}")
+    if q.device.type not in _DEVICES:
+        raise ValueError(f"query: expected a tensor on one of the devices {', '.join(_DEVICES)}, got {q.device}")
     if q.dim() != 4:
         raise ValueError(f"query: expected shape (B, H, N, D), got {tuple(q.shape)}")
     batch, heads, _, dim = q.shape

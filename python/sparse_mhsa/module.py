@@ -439,7 +439,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         if layer_mask.masked_logits == "zero":
             raise ValueError("masked_logits: `zero` cannot be combined with add_bias_kv or add_zero_attn")
         check_square(layer_mask, queries, keys)
-        ((_, row_ptr, col),) = layer_mask.source(queries).per_head(batch, self.num_heads, queries, keys)
+        ((_, row_ptr, col),) = layer_mask.source(queries).per_head(batch, self.num_heads, queries, keys, k.device)
         return k, v, key_mask, bias, append_visible_keys(row_ptr, col, keys, len(extra))
 
     def extra_repr(self) -> str:

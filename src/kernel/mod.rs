@@ -22,6 +22,7 @@ mod tests;
 
 pub use dropout::Dropout;
 pub use element::{Element, Real};
+pub use shape::{Shapes, Sizes};
 pub use simd::Isa;
 pub use view::{View, View2, View4};
 

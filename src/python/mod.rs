@@ -1,5 +1,6 @@
 //! The Python extension `sparse_mhsa._core`: thin, typed, and the only place that knows PyO3, numpy and torch.
 
+mod aten;
 mod config;
 mod edge_lists;
 mod edges;
