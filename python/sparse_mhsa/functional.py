@@ -122,6 +122,7 @@ def attend(
     seed: Tensor | None = None,
     scale: float | None = None,
     needs_lse: bool = False,
+    embeddings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `sparse_attention` and the modules share once shapes are checked.
 
@@ -137,6 +138,7 @@ def attend(
         seed: of the dropout; drawn here if None.
         scale: factor of the scores; None for that of ``layer_mask``, else 1 / sqrt(D).
         needs_lse: the caller reads ``lse``; without it, ``lse`` may be an empty tensor.
+        embeddings: (B, S, E) input of the layer, for masks that choose keys by its norms.
 
     Returns:
         out (B, H, N, Dv) and lse (B, H, N).
@@ -150,7 +152,6 @@ def attend(
     whole = layer_mask.is_dense and edges is None
     if edges is None:
         check_square(layer_mask, q.shape[2], k.shape[2])
-        edges = layer_mask.source(q.shape[2])
     q, k, v = autocast(q, k, v)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -162,10 +163,52 @@ def attend(
         seed = draw_seed()
     if bias is not None:
         bias = bias.to(q.dtype)
+    if edges is None:
+        edges = edges_of(q, k, layer_mask, key_mask=key_mask, bias=bias, scale=scale, embeddings=embeddings)
     out, lse = ops.attention(q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale)
     if layer_mask.on_empty_row == "error":
         _refuse_empty_rows(lse)
     return out, lse
+
+
+def edges_of(
+    q: Tensor,
+    k: Tensor,
+    layer_mask: LayerMask | Mask,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    embeddings: Tensor | None = None,
+) -> EdgeSource:
+    """The edges of a mask as the operators take them; chosen here and now where they depend on content.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, Hkv, N, D).
+        layer_mask: the mask.
+        key_mask: (B, N) bool, True = keep; other keys are not chosen.
+        bias: as in `attend`; part of the score.
+        scale: factor of the scores; None for that of ``layer_mask``, else 1 / sqrt(D).
+        embeddings: (B, N, E) input of the layer, for masks that choose keys by its norms.
+
+    Returns:
+        The edges, without gradient.
+
+    Raises:
+        ValueError: the mask needs ``embeddings`` and there are none.
+    """
+    if not layer_mask.by_content:
+        return layer_mask.source(q.shape[2])
+    importance = None
+    if layer_mask.needs_embeddings and embeddings is not None:
+        importance = embeddings.detach().to(q.dtype).norm(dim=-1)
+    scale = layer_mask.scale if scale is None else scale
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    bias = None if bias is None else bias.detach()
+    arguments = (layer_mask.spec, key_mask, bias, importance, scale)
+    row_ptr, col = torch.ops.sparse_mhsa.select_edges.default(q.detach(), k.detach(), *arguments)
+    return EdgeSource(None, row_ptr, col)
 
 
 def check_square(layer_mask: LayerMask | Mask, num_queries: int, num_keys: int) -> None:
