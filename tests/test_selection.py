@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_mhsa as sm
-from sparse_mhsa.functional import edges_of
+from sparse_mhsa.content import edges_of
 from sparse_mhsa.masks import LayerMask
 from sparse_mhsa.reference import dense_attention
 
@@ -264,3 +264,22 @@ def test_embedding_norms_need_the_layer():
     q = torch.randn(1, 2, 8, 4)
     with pytest.raises(ValueError, match="embedding_norm"):
         edges_of(q, q, layer_mask("importance", heads=2, score="embedding_norm", k=2))
+
+
+def test_what_was_chosen_is_a_mask_to_look_at_and_to_reuse():
+    q, k, v = (torch.randn(2, 4, 20, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    config = {"mask": "topk", "mask_kwargs": {"k": 2}}
+    first, second = sm.choose_masks(config, q, k)
+    assert first != second
+    assert first.num_prefix_tokens == 1
+    mask = layer_mask("topk", heads=4, k=2)
+    expected, _ = sm.functional.attend(q, k, v, mask)
+    got = torch.cat([sm.sparse_attention(q[:1], k[:1], v[:1], first), sm.sparse_attention(q[1:], k[1:], v[1:], second)])
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="does not choose keys by content"):
+        sm.choose_masks("mask: none", q, k)
+
+
+def test_masked_logits_of_zero_are_refused():
+    with pytest.raises(ValueError, match="masked_logits: expected neg_inf"):
+        sm.SparseMHSA(8, 2, config={"mask": "topk", "masked_logits": "zero"})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from ._core import AttentionConfig
+from .content import edges_of
 from .edges import EdgeSource
 from .masks import LayerMask, Mask
 
@@ -169,46 +170,6 @@ def attend(
     if layer_mask.on_empty_row == "error":
         _refuse_empty_rows(lse)
     return out, lse
-
-
-def edges_of(
-    q: Tensor,
-    k: Tensor,
-    layer_mask: LayerMask | Mask,
-    *,
-    key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    embeddings: Tensor | None = None,
-) -> EdgeSource:
-    """The edges of a mask as the operators take them; chosen here and now where they depend on content.
-
-    Args:
-        q: (B, H, N, D).
-        k: (B, Hkv, N, D).
-        layer_mask: the mask.
-        key_mask: (B, N) bool, True = keep; other keys are not chosen.
-        bias: as in `attend`; part of the score.
-        scale: factor of the scores; None for that of ``layer_mask``, else 1 / sqrt(D).
-        embeddings: (B, N, E) input of the layer, for masks that choose keys by its norms.
-
-    Returns:
-        The edges, without gradient.
-
-    Raises:
-        ValueError: the mask needs ``embeddings`` and there are none.
-    """
-    if not layer_mask.by_content:
-        return layer_mask.source(q.shape[2])
-    importance = None
-    if layer_mask.needs_embeddings and embeddings is not None:
-        importance = embeddings.detach().to(q.dtype).norm(dim=-1)
-    scale = layer_mask.scale if scale is None else scale
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    bias = None if bias is None else bias.detach()
-    arguments = (layer_mask.spec, key_mask, bias, importance, scale)
-    row_ptr, col = torch.ops.sparse_mhsa.select_edges.default(q.detach(), k.detach(), *arguments)
-    return EdgeSource(None, row_ptr, col)
 
 
 def check_square(layer_mask: LayerMask | Mask, num_queries: int, num_keys: int) -> None:

@@ -10,6 +10,7 @@ import difflib
 import html
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,11 @@ class LayerMask:
     def masked_logits(self) -> str:
         """``neg_inf`` or ``zero``."""
         return self.config.masked_logits
+
+    @property
+    def num_prefix_tokens_used(self) -> int:
+        """Leading tokens off the grid, as configuration, model and mask settled it."""
+        return int(json.loads(self.spec)["num_prefix_tokens"])
 
     def source(self, num_tokens: int) -> EdgeSource:
         """The edges for ``num_tokens`` tokens as the operators take them."""

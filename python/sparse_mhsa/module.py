@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .backends import Backend
 from .config import ConfigLike, config_error, load_config
+from .content import edges_of
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
-from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed, edges_of
+from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
 from .masks import LayerMask, Mask
 from .ops import has_background
