@@ -256,7 +256,7 @@ impl AttentionConfig {
     }
     /// Whether the mask chooses keys by the content of queries and keys, so that it has no edges without them.
     pub fn by_content(&self) -> bool {
-        self.mask.read(&self.mask_kwargs).is_ok_and(|pattern| pattern.choice(0).is_some())
+        self.mechanism.mask.read(&self.mechanism.mask_kwargs).is_ok_and(|pattern| pattern.choice(0).is_some())
     }
     /// Canonical name of the backend.
     pub fn backend(&self) -> &str {

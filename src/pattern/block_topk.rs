@@ -1,5 +1,6 @@
 //! Block top-k: blocks of keys are chosen by the scores of their pooled vectors, at a cost of (N / block)^2.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::choice::{Choice, Pool};
@@ -12,7 +13,7 @@ use crate::error::Result;
 ///
 /// All pairs inside a chosen block are kept. `causal` chooses among past blocks and the block itself, and keeps only j <= i. The
 /// choice is made per sample and head, and no gradient passes through it. Source: block selection as in InfLLM and MInference.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct BlockTopK {
     k: i64,

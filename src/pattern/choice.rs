@@ -1,6 +1,7 @@
 //! Choices of keys that depend on the content of queries and keys. A pattern only says how to choose; the choice itself is made
 //! where the tensors are, and gives an edge list per (batch, head).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Which keys to keep, given queries and keys.
@@ -38,7 +39,7 @@ pub enum Choice {
 }
 
 /// How the vectors of a block become one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Pool {
     /// Their mean.

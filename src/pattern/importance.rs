@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::choice::{Choice, Importance as By};
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 /// Importance is the L2 norm of the key (`key_norm`), the L2 norm of the token's embedding, the input of the layer
 /// (`embedding_norm`), or the attention that the key would receive from all queries without a mask (`attention`). `first` keeps
 /// the first k patches and `list` those in `indices`, whatever the input. Source: the taxonomy of fixed and dynamic importance.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Importance {
     score: Score,
@@ -24,7 +25,7 @@ pub struct Importance {
 }
 
 /// What makes a key important.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Score {
     #[default]

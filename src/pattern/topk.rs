@@ -1,5 +1,6 @@
 //! Top-k: every query keeps the keys with the highest scores.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::choice::Choice;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 /// where there are fewer. `symmetric` adds the pair (j, i) for every chosen (i, j). `keep_cls_dense` keeps the prefix dense: its
 /// keys for every query and, unless `cls_row_dense` is false, every key for its queries (with `causal`: every past one).
 /// `k_schedule` replaces k by a number that changes with the epoch. Source: the vision benchmark's Top-K baseline.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TopK {
     k: i64,
@@ -38,7 +39,7 @@ impl Default for TopK {
 }
 
 /// k as a function of the epoch: `k_start` at epoch 0, `k_end` from the last of `epochs` epochs on, monotone between.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Schedule {
     kind: Kind,
@@ -48,7 +49,7 @@ struct Schedule {
 }
 
 /// How k goes from its start to its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
     /// In equal steps, rounded.
