@@ -5,9 +5,13 @@
 the compression library.
 """
 
+import math
 import re
 import sys
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 import sparse_mhsa as sm
 from sparse_mhsa import viz
@@ -66,8 +70,20 @@ def section(mask: Registered) -> str:
 def picture(mask: Registered) -> bytes:
     """Every head of the mask's YAML at the size of a ViT, or at its own grid."""
     config = sm.load_config(CONFIGS / f"{mask.name}.yaml")
+    if config.by_content:
+        return viz.png(sm.choose_masks(config, *queries_and_keys())[0])
     layer_mask = sm.masks.LayerMask(config, HEADS, num_layers=LAYERS)
     return viz.png(layer_mask.at(layer_mask.num_tokens or VIT_TOKENS))
+
+
+def queries_and_keys() -> tuple[Tensor, Tensor]:
+    """Something to choose from, as a trained model might have it: vectors that depend on the place of a patch."""
+    generator = torch.Generator().manual_seed(0)
+    side = math.isqrt(VIT_TOKENS)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / side
+    waves = places @ torch.randn(HEADS, 2, 8, generator=generator) * 4
+    features = torch.nn.functional.pad(torch.cat([waves.sin(), waves.cos()], -1), (0, 0, 1, 0))
+    return features[None], features[None] + 0.1 * torch.randn(features.shape, generator=generator)
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
 //! From the text of a mask to the plan of its edges: where configuration, patterns and plans meet, and what the Python layer calls.
 
+pub mod selection;
+
 use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_128;
@@ -112,9 +114,11 @@ pub fn edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_keys: us
             _ => Arc::new(set),
         });
     }
-    if next != col.len() as i64 {
+    // Lists whose length depends on content have room for the longest, and -1 in what is left of it.
+    if let Some(unused) = col[next as usize..].iter().find(|&&column| column != -1) {
         return Err(Error::Value(format!(
-            "row_ptr: expected to end at {}, the number of columns, got {next}",
+            "row_ptr: expected to end at {}, the number of columns, got {next} (column {unused} belongs to no row; only -1 may \
+             stand after the last)",
             col.len()
         )));
     }

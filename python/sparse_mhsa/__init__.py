@@ -15,6 +15,7 @@ from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
 from .config import configs, load_config  # noqa: E402
+from .content import choose_masks  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "SparseMHSA",
     "SparseTimmAttention",
     "__version__",
+    "choose_masks",
     "configs",
     "densify",
     "engine",

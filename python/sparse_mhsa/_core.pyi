@@ -27,6 +27,8 @@ __all__ = [
     "register_backend",
     "register_mask",
     "registered_masks",
+    "select_edges",
+    "selection_room",
 ]
 
 __version__: str
@@ -57,6 +59,9 @@ class AttentionConfig:
         """The regular expressions of the ``layers`` overrides, in order."""
     @property
     def mask(self) -> str: ...
+    @property
+    def by_content(self) -> bool:
+        """The mask chooses keys by the content of queries and keys, so that it has no edges without them."""
     @property
     def scale(self) -> float | None: ...
     @property
@@ -179,6 +184,21 @@ def register_mask(
 ) -> None:
     """Make a mask known to configurations, or replace one of the same name. ``edges`` takes the context and the
     ``mask_kwargs`` as JSON text and returns the edges over the patches, of one head or of all."""
+
+def selection_room(spec: str) -> tuple[int, int] | None:
+    """``(a, b)`` such that a head of N tokens has at most ``N * (min(a, N) + b)`` edges, or None for a mask that
+    does not choose by content."""
+
+def select_edges(
+    q: Tensor,
+    k: Tensor,
+    spec: str,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    importance: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``row_ptr`` (B * H, N + 1) and ``col``, whose end is -1 where fewer edges were chosen than there is room for."""
 
 def edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
     """``row_ptr`` (H, num_queries + 1) int64 with absolute offsets into ``col`` (nnz of all heads,) int64."""

@@ -39,6 +39,8 @@ class EdgeSource(NamedTuple):
         if self.row_ptr is None or self.col is None:
             raise ValueError("edges: expected a spec, or both row_ptr and col")
         row_ptr, col = self.row_ptr.to(device), self.col.to(device)
+        # Lists chosen by content have room to spare, which holds no edges.
+        col = col[: int(row_ptr[-1, -1])] if row_ptr.numel() else col
         if row_ptr.shape[0] == num_heads:
             return [(everyone, row_ptr, col)]
         if row_ptr.shape[0] == 1:

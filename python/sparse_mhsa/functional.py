@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from ._core import AttentionConfig
+from .content import edges_of
 from .edges import EdgeSource
 from .masks import LayerMask, Mask
 
@@ -122,6 +123,7 @@ def attend(
     seed: Tensor | None = None,
     scale: float | None = None,
     needs_lse: bool = False,
+    embeddings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `sparse_attention` and the modules share once shapes are checked.
 
@@ -137,6 +139,7 @@ def attend(
         seed: of the dropout; drawn here if None.
         scale: factor of the scores; None for that of ``layer_mask``, else 1 / sqrt(D).
         needs_lse: the caller reads ``lse``; without it, ``lse`` may be an empty tensor.
+        embeddings: (B, S, E) input of the layer, for masks that choose keys by its norms.
 
     Returns:
         out (B, H, N, Dv) and lse (B, H, N).
@@ -150,7 +153,6 @@ def attend(
     whole = layer_mask.is_dense and edges is None
     if edges is None:
         check_square(layer_mask, q.shape[2], k.shape[2])
-        edges = layer_mask.source(q.shape[2])
     q, k, v = autocast(q, k, v)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -162,6 +164,8 @@ def attend(
         seed = draw_seed()
     if bias is not None:
         bias = bias.to(q.dtype)
+    if edges is None:
+        edges = edges_of(q, k, layer_mask, key_mask=key_mask, bias=bias, scale=scale, embeddings=embeddings)
     out, lse = ops.attention(q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale)
     if layer_mask.on_empty_row == "error":
         _refuse_empty_rows(lse)

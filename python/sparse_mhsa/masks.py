@@ -10,6 +10,7 @@ import difflib
 import html
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,10 @@ class LayerMask:
     """Factor of the scores, None for 1 / sqrt(head_dim)."""
     on_empty_row: str = field(init=False, repr=False)
     """``zero`` or ``error``."""
+    by_content: bool = field(init=False, repr=False)
+    """Keys are chosen by the content of queries and keys: there are no edges before attention sees them."""
+    needs_embeddings: bool = field(init=False, repr=False)
+    """Keys are chosen by the norms of the layer's input."""
 
     def __post_init__(self) -> None:
         if None in self.config.seeds:
@@ -98,7 +103,13 @@ class LayerMask:
             "name": config.mask if config.uses_edges else config.backend,
             "scale": config.scale,
             "on_empty_row": config.on_empty_row,
+            "by_content": config.by_content,
         }
+        if config.by_content and config.masked_logits == "zero":
+            raise ValueError(
+                f"masked_logits: expected neg_inf, because `{config.mask}` chooses keys by content; got zero"
+            )
+        derived["needs_embeddings"] = config.by_content and '"score":"embedding_norm"' in derived["spec"]
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
 
@@ -111,6 +122,11 @@ class LayerMask:
     def masked_logits(self) -> str:
         """``neg_inf`` or ``zero``."""
         return self.config.masked_logits
+
+    @property
+    def num_prefix_tokens_used(self) -> int:
+        """Leading tokens off the grid, as configuration, model and mask settled it."""
+        return int(json.loads(self.spec)["num_prefix_tokens"])
 
     def source(self, num_tokens: int) -> EdgeSource:
         """The edges for ``num_tokens`` tokens as the operators take them."""
@@ -407,6 +423,16 @@ class Mask:
     def masked_logits(self) -> str:
         """``neg_inf`` or ``zero``."""
         return "neg_inf" if self._layer_mask is None else self._layer_mask.masked_logits
+
+    @property
+    def by_content(self) -> bool:
+        """Never: a `Mask` has edges."""
+        return False
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Never."""
+        return False
 
     @property
     def is_dense(self) -> bool:

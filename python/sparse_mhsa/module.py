@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backends import Backend
 from .config import ConfigLike, config_error, load_config
+from .content import edges_of
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
 from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
@@ -257,6 +258,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         dropout_p = self.dropout if self.training else 0.0
         seed = draw_seed() if dropout_p > 0.0 else None
         bias = None if bias is None else bias.to(q.dtype)
+        if edges is None and self.layer_mask.by_content:
+            check_square(self.layer_mask, q.shape[2], k.shape[2])
+            embeddings = query if batch_first else query.transpose(0, 1)
+            edges = edges_of(q, k, self.layer_mask, key_mask=key_mask, bias=bias, embeddings=embeddings)
         context, lse = attend(
             q,
             k,
@@ -436,6 +441,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         layer_mask = self.layer_mask
         if layer_mask.is_dense:
             return k, v, key_mask, bias, None
+        if layer_mask.by_content:
+            raise ValueError(f"mask: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn")
         if layer_mask.masked_logits == "zero":
             raise ValueError("masked_logits: `zero` cannot be combined with add_bias_kv or add_zero_attn")
         check_square(layer_mask, queries, keys)

@@ -117,6 +117,34 @@ def _fake_dropout_keep(
     return col.new_empty(batch, col.shape[0], dtype=torch.float64)
 
 
+def _fake_select_edges(
+    q: Tensor,
+    k: Tensor,
+    spec: str,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    importance: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    # Room for the longest lists, so that their shapes depend on sizes alone.
+    chosen, dense = _core.selection_room(spec) or (0, 0)
+    room = (torch.sym_min(chosen, queries) + dense) * batch * heads * queries
+    row_ptr = q.new_empty((batch * heads, queries + 1), dtype=torch.int64)
+    return row_ptr, q.new_empty((room,), dtype=torch.int64)
+
+
+def _define_selection() -> None:
+    """The choice of edges by content. Its outputs are integers, so nothing is differentiated."""
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        "select_edges(Tensor q, Tensor k, str spec, Tensor? key_mask, Tensor? bias, Tensor? importance, float scale)"
+        " -> (Tensor row_ptr, Tensor col)",
+        tags=_TAGS,
+    )
+    _LIBRARY.impl("select_edges", _core.select_edges, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("sparse_mhsa::select_edges", _fake_select_edges, lib=_LIBRARY)
+
+
 def _define_edge_lists() -> None:
     """What `EdgeAttention` asks of the core: as operators, because plain calls fail inside torch.func transforms."""
     _LIBRARY.define(  # type: ignore[no-untyped-call]
@@ -151,6 +179,7 @@ def _define_bias_gradient() -> None:
 _define_kernels()
 _define_edge_lists()
 _define_bias_gradient()
+_define_selection()
 _ops = torch.ops.sparse_mhsa
 
 _Dims: TypeAlias = tuple[int | None, ...]

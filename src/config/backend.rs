@@ -14,8 +14,24 @@ use crate::pattern::registry::{check_keys, check_range, field_names};
 
 /// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
 pub(super) const SOFTMAX: &[&str] = &["vit", "softmax", "sparse", "vit_qchunk"];
-/// The reference's gather backend: the mask `fibottention` with `backend_kwargs` as its parameters.
-pub(super) const FIBOTTENTION: &str = "fibottention_sparse";
+/// Backends of the reference that are softmax over a mask of their own, whose parameters are the `backend_kwargs`.
+pub(super) const MASKS: &[OwnMask] = &[
+    OwnMask { name: "fibottention_sparse", mask: "fibottention", defaults: &[], ignored: &[] },
+    OwnMask { name: "vit_topk", mask: "topk", defaults: &[("k", 32)], ignored: &[CHUNK_SIZE] },
+];
+
+/// A name for softmax over one mask.
+#[derive(Debug)]
+pub(super) struct OwnMask {
+    /// Of the backend.
+    pub name: &'static str,
+    /// The mask it stands for.
+    pub mask: &'static str,
+    /// Parameters whose defaults are not those of the mask.
+    pub defaults: &'static [(&'static str, i64)],
+    /// Keys without effect.
+    pub ignored: &'static [&'static str],
+}
 /// The key that `vit_qchunk` takes without effect: chunking is an implementation detail here.
 pub(super) const CHUNK_SIZE: &str = "query_chunk_size";
 
@@ -212,7 +228,13 @@ pub fn register_backend(backend: UserBackend, replace: bool) -> Result<()> {
         )));
     }
     let built_in = BUILT_IN.iter().map(|backend| backend.name);
-    if SOFTMAX.iter().copied().chain([FIBOTTENTION]).chain(built_in).any(|taken| taken == name) {
+    if SOFTMAX
+        .iter()
+        .copied()
+        .chain(MASKS.iter().map(|backend| backend.name))
+        .chain(built_in)
+        .any(|taken| taken == name)
+    {
         return Err(Error::Value(format!("backend: the name `{name}` belongs to a built-in backend")));
     }
     let mut users = USERS.write().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -231,7 +253,12 @@ pub fn register_backend(backend: UserBackend, replace: bool) -> Result<()> {
 /// Every name that `backend` may have.
 pub(super) fn names() -> Vec<String> {
     let built_in = BUILT_IN.iter().map(|backend| backend.name);
-    let fixed = SOFTMAX.iter().copied().chain([FIBOTTENTION]).chain(built_in).map(str::to_owned);
+    let fixed = SOFTMAX
+        .iter()
+        .copied()
+        .chain(MASKS.iter().map(|backend| backend.name))
+        .chain(built_in)
+        .map(str::to_owned);
     fixed.chain(users().into_iter().map(|user| user.name)).collect()
 }
 

@@ -170,9 +170,13 @@ pub(super) fn resolve(document: &Document) -> std::result::Result<Mechanism, Bro
         mask,
         mask_kwargs,
     };
-    if name == backend::FIBOTTENTION {
+    if let Some(own) = backend::MASKS.iter().find(|own| own.name == name) {
         refuse_mask(document, &name)?;
-        let mask = registry::find("fibottention").expect("registered");
+        backend::drop_ignored(&mut parameters, own.ignored, &name);
+        for (key, value) in own.defaults {
+            parameters.entry(*key).or_insert(Value::from(*value));
+        }
+        let mask = registry::find(own.mask).expect("registered");
         return Ok(softmax(mask, read_kwargs(mask, "backend_kwargs", parameters)?));
     }
     if backend::SOFTMAX.contains(&name.as_str()) {

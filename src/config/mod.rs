@@ -255,6 +255,10 @@ impl AttentionConfig {
     pub fn mask(&self) -> &'static str {
         self.mechanism.mask.name
     }
+    /// Whether the mask chooses keys by the content of queries and keys, so that it has no edges without them.
+    pub fn by_content(&self) -> bool {
+        self.mechanism.mask.read(&self.mechanism.mask_kwargs).is_ok_and(|pattern| pattern.choice(0).is_some())
+    }
     /// Canonical name of the backend.
     pub fn backend(&self) -> &str {
         &self.mechanism.backend

@@ -8,7 +8,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::backend::{self, BUILT_IN, CHUNK_SIZE, FIBOTTENTION, SOFTMAX, UserBackend};
+use super::backend::{self, BUILT_IN, CHUNK_SIZE, SOFTMAX, UserBackend};
 use super::document::Document;
 use crate::pattern::registry::{self, MASKS, Registered};
 use crate::pattern::user;
@@ -141,8 +141,12 @@ fn backend_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<Str
     let (chunked, plain): (Vec<&str>, Vec<&str>) = SOFTMAX.iter().partition(|name| **name == "vit_qchunk");
     add(&plain, closed(json!({}), &[]), false);
     add(&chunked, closed(json!({}), &[CHUNK_SIZE]), false);
-    let fibottention = registry::find("fibottention").expect("registered");
-    add(&[FIBOTTENTION], mask_kwargs(fibottention, generator), true);
+    for own in backend::MASKS {
+        let mask = registry::find(own.mask).expect("registered");
+        let ignored: Vec<_> = mask.ignored.iter().chain(own.ignored).copied().collect();
+        let parameters = closed(mask.schema(generator), &ignored);
+        add(&[own.name], parameters, true);
+    }
     for backend in BUILT_IN {
         let mut parameters = closed((backend.schema)(generator).to_value(), backend.ignored);
         parameters["title"] = backend.about.into();

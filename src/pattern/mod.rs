@@ -4,6 +4,7 @@
 //! knows nothing of prefixes, batches, kernels or devices: [`head_edges`] removes the prefix before and adds it back after.
 
 pub mod algebra;
+pub mod choice;
 mod combination;
 pub mod edges;
 pub mod grid;
@@ -23,6 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+use choice::Choice;
 use edges::EdgeSet;
 use grid::{Grid, TokenOrder};
 
@@ -152,10 +154,22 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         Vec::new()
     }
 
+    /// Whether prefix tokens are dense; a pattern over all tokens may be told not to.
+    fn keeps_prefix_dense(&self) -> bool {
+        true
+    }
+
+    /// How keys are chosen in training epoch `epoch`, where that depends on the content of queries and keys. Such a pattern has no
+    /// edges of its own.
+    fn choice(&self, _epoch: u64) -> Option<Choice> {
+        None
+    }
+
     /// The edges over the pattern's own tokens: one set for all heads, or one per head.
     ///
     /// # Errors
-    /// [`Error::Config`] when the parameters do not fit the context (for example a list with the wrong number of heads).
+    /// [`Error::Config`] when the parameters do not fit the context (for example a list with the wrong number of heads);
+    /// [`Error::Value`] where keys are chosen by content.
     fn edges(&self, context: &Context) -> Result<HeadEdges>;
 }
 
@@ -186,6 +200,14 @@ pub trait AnyPattern: Debug + Send + Sync {
     /// [`Pattern::seeds`].
     fn seeds(&mut self) -> Vec<&mut Option<i64>> {
         Vec::new()
+    }
+    /// [`Pattern::keeps_prefix_dense`].
+    fn keeps_prefix_dense(&self) -> bool {
+        true
+    }
+    /// [`Pattern::choice`].
+    fn choice(&self, _epoch: u64) -> Option<Choice> {
+        None
     }
     /// [`Pattern::edges`].
     ///
@@ -224,6 +246,12 @@ impl<P: Pattern> AnyPattern for P {
     }
     fn seeds(&mut self) -> Vec<&mut Option<i64>> {
         Pattern::seeds(self)
+    }
+    fn keeps_prefix_dense(&self) -> bool {
+        Pattern::keeps_prefix_dense(self)
+    }
+    fn choice(&self, epoch: u64) -> Option<Choice> {
+        Pattern::choice(self, epoch)
     }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         Pattern::edges(self, context)
@@ -300,6 +328,13 @@ fn share(sets: &HeadEdges, change: impl Fn(&Arc<EdgeSet>) -> Result<Arc<EdgeSet>
         });
     }
     Ok(changed)
+}
+
+/// What a mask answers that is asked for its edges and has none before it sees queries and keys.
+fn by_content(name: &str) -> Result<HeadEdges> {
+    Err(Error::Value(format!(
+        "the mask `{name}` chooses keys by the content of queries and keys, so its edges exist only inside attention"
+    )))
 }
 
 /// Log, once per process and message, that a parameter was clamped as the reference system does.

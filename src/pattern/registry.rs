@@ -33,6 +33,9 @@ macro_rules! masks {
             intersection::Intersection,
             difference::Difference,
             per_head::PerHead,
+            topk::TopK,
+            block_topk::BlockTopK,
+            importance::Importance,
         }
     };
 }

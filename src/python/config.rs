@@ -74,6 +74,11 @@ impl PyAttentionConfig {
     }
 
     #[getter]
+    fn by_content(&self) -> bool {
+        self.0.by_content()
+    }
+
+    #[getter]
     fn scale(&self) -> Option<f64> {
         self.0.scale()
     }

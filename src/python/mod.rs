@@ -7,6 +7,7 @@ mod edges;
 mod enter;
 mod error;
 mod ops;
+mod selection;
 mod tensor;
 mod user_mask;
 
@@ -51,6 +52,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(user_mask::register_mask, module)?)?;
     module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
+    module.add_function(wrap_pyfunction!(selection::selection_room, module)?)?;
+    module.add_function(wrap_pyfunction!(selection::select_edges, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::backward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward_edges, module)?)?;

@@ -247,11 +247,11 @@ impl<'a> Call<'a> {
 }
 
 /// As many threads as torch would use here: one inside a DataLoader worker, for example.
-fn pool() -> Pool {
+pub(super) fn pool() -> Pool {
     Pool::of(usize::try_from(tch::get_num_threads()).unwrap_or(1))
 }
 
-fn isa(py: Python<'_>) -> PyResult<Isa> {
+pub(super) fn isa(py: Python<'_>) -> PyResult<Isa> {
     Isa::selected().map_err(|error| to_python(py, error))
 }
 

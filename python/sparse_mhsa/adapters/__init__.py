@@ -160,7 +160,7 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     )
     check_backend(layer_mask, site.adapter.heads(site.module)[1], site.adapter.dropout(site.module), site.num_tokens)
     density = nnz = None
-    if site.num_tokens is not None and layer_mask.config.uses_edges:
+    if site.num_tokens is not None and layer_mask.config.uses_edges and not layer_mask.by_content:
         mask = layer_mask.at(site.num_tokens)
         density, nnz = mask.density, mask.nnz
     row = Row(

@@ -69,6 +69,7 @@ class SparseAttention(SparseLayer):
                 bias=bias,
                 dropout_p=self._dropout(),
                 scale=getattr(self, "scale", None) if scale is None else scale,
+                embeddings=x,
             )
         out = self._optional("norm", out.transpose(1, 2).reshape(batch, tokens, -1))
         if gate is not None:

@@ -12,8 +12,10 @@ mod by_query;
 mod forward;
 mod gather;
 mod matrix;
+mod select;
 mod tasks;
 mod tile;
 
 pub(super) use backward::backward;
 pub(super) use forward::forward;
+pub(super) use select::select;

@@ -5,6 +5,7 @@ mod determinism;
 mod dropout;
 mod layout;
 mod rejected;
+mod selection;
 mod semantics;
 
 use std::sync::Arc;
