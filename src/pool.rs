@@ -128,6 +128,11 @@ impl Pool {
         Pool { used: self.used.min(threads.max(1)), ..self }
     }
 
+    /// The number of threads that work takes part on, the calling one among them.
+    pub fn threads(self) -> usize {
+        self.used
+    }
+
     /// Run `task(scratch, index)` for every index below `tasks`, in any order, on any thread, each exactly once.
     ///
     /// Every thread that takes part makes one scratch. Threads take runs of neighbouring tasks, long ones first, so that what

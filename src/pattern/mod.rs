@@ -6,7 +6,7 @@
 pub mod edges;
 pub mod image;
 pub mod registry;
-mod segments;
+pub(crate) mod segments;
 
 use std::fmt::Debug;
 use std::sync::Arc;

@@ -9,6 +9,7 @@ use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
 use super::gather::{GROUP, add_scaled, add_weighted, dots, write_scaled};
 use super::matrix::{Column, Matrix, padded};
+use super::panel;
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -23,6 +24,7 @@ use crate::pattern::edges::EdgeSet;
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
+    panels: &panel::Heads,
     delta: &[T::Acc],
     background: Option<Share<T::Acc>>,
     dk: &Output<T>,
@@ -36,7 +38,10 @@ pub(super) fn run<T: Element>(
         sizes.batch * sizes.heads,
         || (),
         |(), index| {
-            plan.head(index / sizes.heads, index % sizes.heads, sizes.heads).by_key();
+            let (batch, head) = (index / sizes.heads, index % sizes.heads);
+            if !panels.take(batch, head) {
+                plan.head(batch, head, sizes.heads).by_key();
+            }
         },
         run.interrupt,
     )?;
@@ -47,6 +52,9 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, kv_head, rows) = tasks.get(index);
+            if panels.take_keys(batch, kv_head) {
+                return;
+            }
             let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };
             // SAFETY: every index is one task, and tasks do not share rows.
             unsafe { isa.run::<T>(task) };

@@ -7,6 +7,7 @@ use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
 use super::gather::{GROUP, add_scaled, add_weighted, dots, scale, write_scaled};
 use super::matrix::padded;
+use super::panel;
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -28,6 +29,11 @@ pub(in crate::kernel) fn forward<T: Element>(
     let sizes = call.sizes;
     let out = Output::new("out", out, &[sizes.batch, sizes.heads, sizes.queries, sizes.value_dim])?;
     let lse = Output::new("lse", lse, &[sizes.batch, sizes.heads, sizes.queries, 1])?;
+    let panels = panel::Heads::of(&call);
+    panel::forward(&call, &panels, &out, &lse, run)?;
+    if panels.take_all() {
+        return Ok(());
+    }
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 2, run);
     let background = call.has_background().then(|| Background::of_values(&call, run)).transpose()?;
     let isa = run.isa;
@@ -36,6 +42,9 @@ pub(in crate::kernel) fn forward<T: Element>(
         || Scratch::new(&call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
+            if panels.take(batch, head) {
+                return;
+            }
             let task = Task {
                 edges: call.problem.plan.head(batch, head, sizes.heads).by_query(),
                 tensors: call.head(batch, head),

@@ -54,6 +54,12 @@ impl<'a, T: Element> Matrix<'a, T> {
         self.width
     }
 
+    /// Number of rows.
+    #[inline(always)]
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// The element at `(row, column)`.
     ///
     /// # Safety

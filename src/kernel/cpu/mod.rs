@@ -12,6 +12,7 @@ mod by_query;
 mod forward;
 mod gather;
 mod matrix;
+mod panel;
 mod tasks;
 mod tile;
 

@@ -52,6 +52,16 @@ register! {
         }
 
         #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+                let kept = _mm256_and_si256(_mm256_set1_epi32(bits as _), lanes);
+                Self(_mm256_blendv_ps(filler.0, self.0, _mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, lanes))))
+            }
+        }
+
+        #[inline(always)]
         fn sum(self) -> f32 {
             // SAFETY: as above.
             unsafe {
@@ -142,6 +152,16 @@ register! {
         fn first_or(self, count: usize, filler: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm256_blendv_pd(filler.0, self.0, _mm256_castsi256_pd(first_mask(2 * count)))) }
+        }
+
+        #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let lanes = _mm256_setr_epi64x(1, 2, 4, 8);
+                let kept = _mm256_and_si256(_mm256_set1_epi64x(bits as _), lanes);
+                Self(_mm256_blendv_pd(filler.0, self.0, _mm256_castsi256_pd(_mm256_cmpeq_epi64(kept, lanes))))
+            }
         }
 
         #[inline(always)]

@@ -50,6 +50,12 @@ register! {
         }
 
         #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm512_mask_mov_ps(filler.0, bits as __mmask16, self.0)) }
+        }
+
+        #[inline(always)]
         fn sum(self) -> f32 {
             let [low, high] = self.halves();
             (low + high).sum()
@@ -107,6 +113,12 @@ register! {
         fn first_or(self, count: usize, filler: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm512_mask_mov_pd(filler.0, ((1u32 << count) - 1) as __mmask8, self.0)) }
+        }
+
+        #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm512_mask_mov_pd(filler.0, bits as __mmask8, self.0)) }
         }
 
         #[inline(always)]

@@ -52,6 +52,8 @@ pub trait Vector:
     fn or_zero_below(self, x: Self, bound: Self) -> Self;
     /// The first `count <= LANES` lanes of `self`, the others of `filler`.
     fn first_or(self, count: usize, filler: Self) -> Self;
+    /// The lanes of `self` whose bit is set in `bits`, the others of `filler`.
+    fn keep(self, bits: u32, filler: Self) -> Self;
     /// Sum of the lanes.
     fn sum(self) -> Self::Lane;
     /// The largest lane; NaN may or may not be noticed.

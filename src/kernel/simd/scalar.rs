@@ -102,6 +102,14 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
     }
 
     #[inline(always)]
+    fn keep(mut self, bits: u32, filler: Self) -> Self {
+        for lane in 0..N {
+            self.0[lane] = if bits >> lane & 1 != 0 { self.0[lane] } else { filler.0[lane] };
+        }
+        self
+    }
+
+    #[inline(always)]
     fn sum(self) -> R {
         // Halves onto halves, as the wide registers do: more precise than one after the other, and not a chain of additions.
         let mut lanes = self.0;

@@ -65,6 +65,8 @@ impl<R: Real> Kernel<R> for Arithmetic {
                 for count in 0..=V::LANES {
                     assert!(lanes(va.first_or(count, vb))[lane] == if lane < count { x } else { y });
                 }
+                let bits = random.bits() as u32;
+                assert!(lanes(va.keep(bits, vb))[lane] == if bits >> lane & 1 == 1 { x } else { y });
             }
             for (list, sum) in [&a, &b, &c, &d].into_iter().zip(sums) {
                 let expected = R::from_f64(list.iter().map(|x| x.to_f64()).sum());
