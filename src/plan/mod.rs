@@ -68,7 +68,11 @@ impl Plan {
             let shared = sets[..index].iter().position(|earlier| Arc::ptr_eq(earlier, set));
             heads.push(match shared {
                 Some(earlier) => Arc::clone(&heads[earlier]),
-                None => Arc::new(HeadPlan { by_query: Arc::clone(set), by_key: OnceLock::new(), in_panels: OnceLock::new() }),
+                None => Arc::new(HeadPlan {
+                    by_query: Arc::clone(set),
+                    by_key: OnceLock::new(),
+                    in_panels: OnceLock::new(),
+                }),
             });
         }
         Ok(Plan { num_queries, num_keys, sets: heads })

@@ -49,7 +49,8 @@ impl Band {
         // Likewise at the end: first the last row limits, then the last column.
         let cols_end = self.cols.end.max(rows.end + offset);
         let was_limited_by_row = self.last.end == self.rows.end;
-        if cols_end > self.cols.end && !was_limited_by_row || rows.end != self.rows.end.min(cols_end - offset) {
+        if cols_end > self.cols.end && !was_limited_by_row || rows.end != self.rows.end.min(cols_end - offset)
+        {
             return false;
         }
         self.rows.start = rows_start;
@@ -261,6 +262,9 @@ impl Coverage {
                 kept += square.bits.iter().map(|bits| bits.count_ones() as usize).sum::<usize>();
             }
         }
-        Coverage { pairs: (pairs as u128 * tiles as u128 / seen.max(1) as u128) as usize, pays: pairs <= kept * PAIRS_PER_EDGE }
+        Coverage {
+            pairs: (pairs as u128 * tiles as u128 / seen.max(1) as u128) as usize,
+            pays: pairs <= kept * PAIRS_PER_EDGE,
+        }
     }
 }

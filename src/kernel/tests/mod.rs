@@ -4,6 +4,7 @@ mod accuracy;
 mod determinism;
 mod dropout;
 mod layout;
+mod panels;
 mod rejected;
 mod semantics;
 

@@ -59,7 +59,8 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     let panels = sizes.keys.div_ceil(PANEL);
     let isa = run.isa;
     let run_tasks = |rows: usize, panels_per_task: usize, wants: Wants| {
-        let (by_rows, by_panels) = (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
+        let (by_rows, by_panels) =
+            (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
         let per_unit = by_rows * by_panels;
         pool.run(
             units.len() * per_unit,
@@ -150,7 +151,9 @@ impl<R: Real> Scratch<R> {
         let (width, value_width) = (padded(dim), padded(value_dim));
         // Three layouts of keys and values, and the sums of dk and dv.
         let slots = slots::<R>(3 * width + 2 * value_width);
-        let sums = |wanted: bool, tokens: usize, width: usize| Buffer::zeros(if wanted { tokens * width } else { 0 });
+        let sums = |wanted: bool, tokens: usize, width: usize| {
+            Buffer::unset(if wanted { tokens * width } else { 0 })
+        };
         Scratch {
             squares: Vec::new(),
             slots: Vec::new(),
@@ -160,14 +163,14 @@ impl<R: Real> Scratch<R> {
             ),
             queries: Panels::new(dim, 1, Order::Both),
             grad_out: Panels::new(value_dim, 1, Order::Both),
-            weights: Buffer::zeros(GROUP * SQUARE),
-            grads: Buffer::zeros(GROUP * SQUARE),
+            weights: Buffer::unset(GROUP * SQUARE),
+            grads: Buffer::unset(GROUP * SQUARE),
             shifts: [R::ZERO; PANEL],
             deltas: [R::ZERO; PANEL],
             dq: sums(wants.queries, rows.next_multiple_of(PANEL), width),
             dk: sums(wants.keys, panels * PANEL, width),
             dv: sums(wants.keys, panels * PANEL, value_width),
-            token: Buffer::zeros(2 * width.max(value_width)),
+            token: Buffer::unset(2 * width.max(value_width)),
         }
     }
 }
@@ -205,7 +208,9 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 let first = (batch * sizes.heads + head) * sizes.queries;
                 for (row, sum) in self.rows.clone().zip(self.scratch.dq.chunks_exact(width)) {
                     // SAFETY: the row belongs to this task.
-                    unsafe { write_scaled::<V, T>(sum, self.call.scale, self.outputs.dq.row_mut(first + row)) };
+                    unsafe {
+                        write_scaled::<V, T>(sum, self.call.scale, self.outputs.dq.row_mut(first + row))
+                    };
                 }
             }
         }
@@ -260,7 +265,12 @@ impl<T: Element> Task<'_, T> {
 
     /// Fill the tile of queries.
     #[inline(always)]
-    unsafe fn load<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, head: &Queries<T>, start: usize, count: usize) {
+    unsafe fn load<V: Vector<Lane = T::Acc> + Memory<T>>(
+        &mut self,
+        head: &Queries<T>,
+        start: usize,
+        count: usize,
+    ) {
         let Scratch { queries, grad_out, shifts, deltas, token, .. } = &mut *self.scratch;
         let (scale, log2_e) = (self.call.scale, T::Acc::from_f64(std::f64::consts::LOG2_E));
         let bits = u16::MAX >> (PANEL - count);
@@ -349,7 +359,8 @@ impl<T: Element> Task<'_, T> {
     where
         V: Vector<Lane = T::Acc> + Memory<T>,
     {
-        let Scratch { slots, keys, queries, grad_out, weights, grads, dk, dv, token, .. } = &mut *self.scratch;
+        let Scratch { slots, keys, queries, grad_out, weights, grads, dk, dv, token, .. } =
+            &mut *self.scratch;
         for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
             let square_of = index * SQUARE..(index + 1) * SQUARE;
             let kept = square.bits.map(|bits| bits & keys.allowed[slot]);

@@ -109,11 +109,11 @@ impl<R: Real> Scratch<R> {
                 Panels::new(value_dim, slots, Order::Rows),
             ),
             queries: Panels::new(dim, 1, Order::Columns),
-            weights: Buffer::zeros(GROUP * SQUARE),
-            largest: Buffer::zeros(ROWS),
-            totals: Buffer::zeros(ROWS),
-            sums: Buffer::zeros(ROWS * padded(value_dim)),
-            value: Buffer::zeros(padded(value_dim)),
+            weights: Buffer::unset(GROUP * SQUARE),
+            largest: Buffer::unset(ROWS),
+            totals: Buffer::unset(ROWS),
+            sums: Buffer::unset(ROWS * padded(value_dim)),
+            value: Buffer::unset(padded(value_dim)),
         }
     }
 }

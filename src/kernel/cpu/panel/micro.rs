@@ -29,7 +29,9 @@ impl<R: Real> Kernel<R> for Scores<'_, R> {
         let Scores { tile, panels, width, dim, squares, slots, scores } = self;
         let size = width * PANEL;
         assert!(squares.len() == slots.len() && scores.len() >= squares.len() * SQUARE);
-        assert!(dim <= width && tile.len() >= size && slots.iter().all(|slot| (slot + 1) * size <= panels.len()));
+        assert!(
+            dim <= width && tile.len() >= size && slots.iter().all(|slot| (slot + 1) * size <= panels.len())
+        );
         // Three panels of one register and eight rows are 24 sums, with room for their factors in 32 registers.
         let whole = V::LANES == PANEL && V::REGISTERS >= 32;
         for (group, part) in squares.chunks(3).enumerate() {

@@ -47,7 +47,11 @@ impl Heads {
             let mut heads = kv_head * group..(kv_head + 1) * group;
             heads.all(|head| plan.head(batch, head, sizes.heads).in_panels().pays)
         };
-        Heads { taken: (0..sizes.batch * kv_heads).map(|unit| is_plain && suits(unit)).collect(), kv_heads, group }
+        Heads {
+            taken: (0..sizes.batch * kv_heads).map(|unit| is_plain && suits(unit)).collect(),
+            kv_heads,
+            group,
+        }
     }
 
     /// Whether head `head` of q is computed here.

@@ -34,7 +34,8 @@ pub(super) struct Panels<R> {
 impl<R: Real> Panels<R> {
     pub fn new(width: usize, slots: usize, order: Order) -> Self {
         let width = padded(width);
-        let slots_of = |kept: bool, least: usize| Buffer::zeros(width * PANEL * if kept { slots } else { least });
+        let slots_of =
+            |kept: bool, least: usize| Buffer::unset(width * PANEL * if kept { slots } else { least });
         Panels {
             width,
             columns: slots_of(order != Order::Rows, 0),
