@@ -128,8 +128,8 @@ impl Pool {
         Pool { used: self.used.min(threads.max(1)), ..self }
     }
 
-    /// The number of threads that work takes part on, the calling one among them.
-    pub fn threads(self) -> usize {
+    /// How many tasks may run at the same time.
+    pub fn parallelism(self) -> usize {
         self.used
     }
 

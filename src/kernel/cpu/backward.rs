@@ -57,17 +57,16 @@ pub(in crate::kernel) fn backward<T: Element>(
     let saved = Saved { grad_out, out, lse };
     let queries = sizes.batch * sizes.heads * sizes.queries;
 
-    let panels = panel::Heads::of(&call);
-    panel::backward(&call, &saved, &panels, panel::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
-    if panels.take_all() {
+    panel::backward(&call, &saved, panel::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
+    if call.panels.take_all() {
         return Ok(());
     }
     let mut delta = vec![T::Acc::ZERO; queries];
     let mut weights = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
-    by_query::run(&call, &saved, &panels, &dq, &mut delta, &mut weights, run)?;
+    by_query::run(&call, &saved, &dq, &mut delta, &mut weights, run)?;
 
     let sums =
         call.has_background().then(|| Background::of_grad_out(&saved.grad_out, &weights, run)).transpose()?;
     let background = sums.as_ref().map(|sums| Share { weights: &weights, sums });
-    by_key::run(&call, &saved, &panels, &delta, background, &dk, &dv, run)
+    by_key::run(&call, &saved, &delta, background, &dk, &dv, run)
 }

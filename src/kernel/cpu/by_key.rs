@@ -9,7 +9,6 @@ use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
 use super::gather::{GROUP, add_scaled, add_weighted, dots, write_scaled};
 use super::matrix::{Column, Matrix, padded};
-use super::panel;
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -24,7 +23,6 @@ use crate::pattern::edges::EdgeSet;
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
-    panels: &panel::Heads,
     delta: &[T::Acc],
     background: Option<Share<T::Acc>>,
     dk: &Output<T>,
@@ -39,7 +37,7 @@ pub(super) fn run<T: Element>(
         || (),
         |(), index| {
             let (batch, head) = (index / sizes.heads, index % sizes.heads);
-            if !panels.take(batch, head) {
+            if !call.panels.take(batch, head) {
                 plan.head(batch, head, sizes.heads).by_key();
             }
         },
@@ -52,7 +50,7 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, kv_head, rows) = tasks.get(index);
-            if panels.take_keys(batch, kv_head) {
+            if call.panels.take_keys(batch, kv_head) {
                 return;
             }
             let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };

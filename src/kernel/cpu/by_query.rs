@@ -8,7 +8,6 @@ use super::batch::{Batch, Cursor, EDGES, Lists};
 use super::buffer::Buffer;
 use super::gather::{GROUP, add_weighted, dot, dots, write_scaled};
 use super::matrix::{Column, Matrix, padded};
-use super::panel;
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -23,7 +22,6 @@ use crate::pattern::edges::EdgeSet;
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
-    panels: &panel::Heads,
     dq: &Output<T>,
     delta: &mut [T::Acc],
     background: &mut [T::Acc],
@@ -41,7 +39,7 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
-            if panels.take(batch, head) {
+            if call.panels.take(batch, head) {
                 return;
             }
             let task = Task {

@@ -29,9 +29,8 @@ pub(in crate::kernel) fn forward<T: Element>(
     let sizes = call.sizes;
     let out = Output::new("out", out, &[sizes.batch, sizes.heads, sizes.queries, sizes.value_dim])?;
     let lse = Output::new("lse", lse, &[sizes.batch, sizes.heads, sizes.queries, 1])?;
-    let panels = panel::Heads::of(&call);
-    panel::forward(&call, &panels, &out, &lse, run)?;
-    if panels.take_all() {
+    panel::forward(&call, &out, &lse, run)?;
+    if call.panels.take_all() {
         return Ok(());
     }
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 2, run);
@@ -42,7 +41,7 @@ pub(in crate::kernel) fn forward<T: Element>(
         || Scratch::new(&call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
-            if panels.take(batch, head) {
+            if call.panels.take(batch, head) {
                 return;
             }
             let task = Task {

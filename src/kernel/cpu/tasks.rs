@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::batch::Allowed;
 use super::matrix::{Column, Matrix};
+use super::panel;
 use crate::error::Result;
 use crate::kernel::dropout::HeadDraws;
 use crate::kernel::element::{Element, Real};
@@ -25,6 +26,8 @@ pub(super) struct Call<'a, T: Element> {
     pub scale: T::Acc,
     /// Allowed keys per batch element, where those that are not edges keep a score of 0.
     background_keys: Option<Vec<usize>>,
+    /// The heads that the panel kernel computes.
+    pub panels: panel::Heads,
 }
 
 /// One head of a problem, and what the call allows in it.
@@ -49,7 +52,8 @@ impl<'a, T: Element> Call<'a, T> {
         };
         let background_keys = (problem.masked_logits == MaskedLogits::Zero)
             .then(|| (0..sizes.batch).map(allowed_keys).collect());
-        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys })
+        let panels = panel::Heads::of(problem, &sizes);
+        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys, panels })
     }
 
     pub(super) fn head(&self, batch: usize, head: usize) -> Head<'a, T> {

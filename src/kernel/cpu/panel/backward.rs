@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::micro::{SQUARE, Scores, SumOfKeys, SumOfQueries};
 use super::packed::{Keys, Order, Panels, add_wild, set_bits};
-use super::{GROUP, Heads, WORTH_A_THREAD, slots};
+use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::cpu::backward::{Saved, shift};
@@ -39,15 +39,14 @@ pub(in crate::kernel::cpu) struct Outputs<'a, T> {
     pub dv: &'a Output<'a, T>,
 }
 
-/// Write the gradients of the heads in `heads`.
+/// Write the gradients of the heads in `call.panels`.
 pub(in crate::kernel::cpu) fn backward<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
-    heads: &Heads,
     outputs: Outputs<T>,
     run: &Run,
 ) -> Result<()> {
-    let (sizes, units) = (call.sizes, heads.units());
+    let (sizes, units) = (call.sizes, call.panels.units());
     let plan = call.problem.plan;
     let work_of = |&unit: &usize| {
         let head = unit % sizes.kv_heads * sizes.group();
@@ -85,7 +84,7 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     };
     let (all_rows, all_panels) = (sizes.queries.max(1), panels.max(1));
     // Together they are 7 products, apart 3 + 4 + 2 that are computed again.
-    let rounds = units.len().div_ceil(pool.threads()) * pool.threads();
+    let rounds = units.len().div_ceil(pool.parallelism()) * pool.parallelism();
     if rounds * 7 <= units.len() * 9 && longest < TOO_LONG {
         return run_tasks(all_rows, all_panels, Wants { queries: true, keys: true });
     }

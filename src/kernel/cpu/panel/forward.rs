@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::micro::{SQUARE, Scores, SumOfKeys};
 use super::packed::{Keys, Order, Panels, add_wild, set_bits};
-use super::{GROUP, Heads, WORTH_A_THREAD, slots};
+use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::cpu::buffer::Buffer;
@@ -21,15 +21,14 @@ use crate::plan::panels::{PANEL, Square, Squares};
 /// Queries per task.
 const ROWS: usize = 8 * PANEL;
 
-/// Write `out` and `lse` of the heads in `heads`.
+/// Write `out` and `lse` of the heads in `call.panels`.
 pub(in crate::kernel::cpu) fn forward<T: Element>(
     call: &Call<T>,
-    heads: &Heads,
     out: &Output<T>,
     lse: &Output<T::Acc>,
     run: &Run,
 ) -> Result<()> {
-    let (sizes, units) = (call.sizes, heads.units());
+    let (sizes, units) = (call.sizes, call.panels.units());
     let per_head = sizes.queries.div_ceil(ROWS);
     let per_unit = per_head * sizes.group();
     let plan = call.problem.plan;

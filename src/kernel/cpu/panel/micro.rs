@@ -144,9 +144,8 @@ impl<R: Real> Kernel<R> for SumOfKeys<'_, R> {
             let terms = || {
                 let all = squares.iter().zip(slots).enumerate();
                 all.filter(move |(_, (square, _))| square.halves[half]).map(|(index, (_, slot))| Term {
-                    // SAFETY: every square has its weights, and the slot was found inside the panels.
-                    weights: unsafe { weights.as_ptr().add(index * SQUARE + half * SQUARE / 2) },
-                    rows: unsafe { panels.as_ptr().add(slot * size) },
+                    weights: weights[index * SQUARE + half * SQUARE / 2..].as_ptr(),
+                    rows: panels[slot * size..].as_ptr(),
                 })
             };
             // SAFETY: `out` has PANEL rows.
@@ -182,9 +181,8 @@ impl<R: Real> Kernel<R> for SumOfQueries<'_, R> {
         for half in 0..2 {
             let terms = || {
                 std::iter::once(Term {
-                    // SAFETY: all inside the square and the tile.
-                    weights: unsafe { weights.as_ptr().add(first * PANEL + half * PANEL / 2) },
-                    rows: unsafe { tile.as_ptr().add(first * width) },
+                    weights: weights[first * PANEL + half * PANEL / 2..].as_ptr(),
+                    rows: tile[first * width..].as_ptr(),
                 })
             };
             // SAFETY: `out` has PANEL rows.

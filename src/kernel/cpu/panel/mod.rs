@@ -12,8 +12,9 @@ mod packed;
 pub(super) use backward::{Outputs, backward};
 pub(super) use forward::forward;
 
-use super::tasks::Call;
 use crate::kernel::element::Element;
+use crate::kernel::shape::Sizes;
+use crate::kernel::{Attention, MaskedLogits};
 use crate::plan::panels::PANEL;
 
 /// Bytes of packed keys and values per thread, about: with the scores, less than the second cache.
@@ -35,13 +36,12 @@ pub(super) struct Heads {
 
 impl Heads {
     /// Heads whose edges fill enough of their squares. Dropout, biases and backgrounds are left to the general kernels.
-    pub fn of<T: Element>(call: &Call<T>) -> Self {
-        let sizes = call.sizes;
+    pub fn of<T: Element>(problem: &Attention<T>, sizes: &Sizes) -> Self {
         let (kv_heads, group) = (sizes.kv_heads, sizes.group());
-        let plan = call.problem.plan;
-        let is_plain = call.problem.bias.is_none()
-            && call.problem.dropout.is_none_or(|dropout| dropout.p == 0.0)
-            && !call.has_background();
+        let plan = problem.plan;
+        let is_plain = problem.bias.is_none()
+            && problem.dropout.is_none_or(|dropout| dropout.p == 0.0)
+            && problem.masked_logits == MaskedLogits::NegInf;
         let suits = |unit: usize| {
             let (batch, kv_head) = (unit / kv_heads, unit % kv_heads);
             let mut heads = kv_head * group..(kv_head + 1) * group;
