@@ -11,8 +11,10 @@ mod by_key;
 mod by_query;
 mod forward;
 mod gather;
+mod long;
 mod matrix;
 mod panel;
+mod row;
 mod tasks;
 mod tile;
 
