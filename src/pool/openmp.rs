@@ -131,7 +131,7 @@ mod tests {
         for (threads, others) in [(1, 0), (2, 1), (5, 2), (3, 7)] {
             let (calls, helped) = (std::cell::Cell::new(0), AtomicUsize::new(0));
             let on_caller = || calls.set(calls.get() + 1);
-            let on_others = || drop(helped.fetch_add(1, Ordering::Relaxed));
+            let on_others = || _ = helped.fetch_add(1, Ordering::Relaxed);
             Team(parallel).run(threads, others, &on_caller, &on_others);
             assert_eq!(calls.get(), 1);
             assert_eq!(helped.into_inner(), others.min(threads - 1));

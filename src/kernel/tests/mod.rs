@@ -7,6 +7,7 @@ mod layout;
 mod panels;
 mod rejected;
 mod semantics;
+mod strips;
 
 use std::sync::Arc;
 
