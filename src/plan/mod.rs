@@ -1,11 +1,13 @@
 //! `Plan`: what kernels read. The edges of every head by query (forward, dq) and, once a backward asks for it, by key (dk, dv).
 
 mod cache;
+mod cost;
 pub mod panels;
 
 use std::sync::{Arc, OnceLock};
 
 pub use cache::PlanCache;
+pub use cost::{Cost, Kernel};
 
 use self::panels::Coverage;
 use crate::error::{Error, Result};

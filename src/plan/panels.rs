@@ -233,7 +233,7 @@ impl<'a> Squares<'a> {
 }
 
 /// How many pairs of the panel kernel cost as much as one edge of the kernels that look at single edges.
-const PAIRS_PER_EDGE: usize = 3;
+pub(super) const PAIRS_PER_EDGE: usize = 3;
 /// Tiles to judge an edge set by.
 const TILES: usize = 64;
 

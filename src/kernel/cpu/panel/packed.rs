@@ -106,9 +106,9 @@ impl<R: Real> Panels<R> {
     pub unsafe fn scale<V: Vector<Lane = R>>(&mut self, columns: R, rows: R) {
         // SAFETY: the caller's promise.
         unsafe {
-            crate::kernel::cpu::gather::scale::<V>(&mut self.columns, columns);
+            crate::kernel::cpu::row::scale::<V>(&mut self.columns, columns);
             if self.order != Order::Columns {
-                crate::kernel::cpu::gather::scale::<V>(&mut self.rows, rows);
+                crate::kernel::cpu::row::scale::<V>(&mut self.rows, rows);
             }
         }
     }
