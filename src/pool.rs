@@ -1,6 +1,9 @@
 //! Threads: values that survive `fork` by being made anew, and one way to run independent tasks on a pool.
 #![allow(unsafe_code)]
 
+mod openmp;
+
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
@@ -107,8 +110,9 @@ impl<F: Fn() -> bool> Interrupt for F {
     }
 }
 
-/// The right to use so many threads, the calling one among them. Only a number: the threads themselves are shared by every `Pool`
-/// of the same size in this process, and start with the first work that needs them.
+/// The right to use so many threads, the calling one among them. Only a number: the threads themselves are those of the OpenMP
+/// runtime that torch computes with, or where there is none are shared by every `Pool` of the same size in this process, and start
+/// with the first work that needs them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pool {
     threads: usize,
@@ -126,6 +130,11 @@ impl Pool {
     #[must_use]
     pub fn at_most(self, threads: usize) -> Self {
         Pool { used: self.used.min(threads.max(1)), ..self }
+    }
+
+    /// How many tasks may run at the same time.
+    pub fn parallelism(self) -> usize {
+        self.used
     }
 
     /// Run `task(scratch, index)` for every index below `tasks`, in any order, on any thread, each exactly once.
@@ -146,24 +155,31 @@ impl Pool {
         task: impl Fn(&mut S, usize) + Sync,
         interrupt: &dyn Interrupt,
     ) -> Result<()> {
-        let threads = self.used.min(tasks);
+        let threads = self.used.min(tasks).max(1);
         let queue = Queue { next: AtomicUsize::new(0), end: tasks, threads, stopped: AtomicBool::new(false) };
-        let workers = if threads > 1 { workers(self.threads) } else { None };
-        let mut last_poll = Instant::now();
-        let should_stop = || {
-            last_poll.elapsed() >= POLL_EVERY && {
-                last_poll = Instant::now();
-                interrupt.poll()
-            }
-        };
-        match workers {
-            None => queue.work(&make_scratch, &task, should_stop),
-            Some(workers) => workers.in_place_scope(|scope| {
-                for _ in 1..threads {
-                    scope.spawn(|_| queue.work(&make_scratch, &task, || false));
+        let last_poll = Cell::new(Instant::now());
+        let on_this_thread = || {
+            queue.work(&make_scratch, &task, || {
+                last_poll.get().elapsed() >= POLL_EVERY && {
+                    last_poll.set(Instant::now());
+                    interrupt.poll()
                 }
-                queue.work(&make_scratch, &task, should_stop);
-            }),
+            });
+        };
+        let on_others = || queue.work(&make_scratch, &task, || false);
+        if threads == 1 {
+            on_this_thread();
+        } else if let Some(team) = openmp::team() {
+            team.run(self.threads, threads - 1, &on_this_thread, &on_others);
+        } else if let Some(workers) = workers(self.threads) {
+            workers.in_place_scope(|scope| {
+                for _ in 1..threads {
+                    scope.spawn(|_| on_others());
+                }
+                on_this_thread();
+            });
+        } else {
+            on_this_thread();
         }
         if queue.stopped.into_inner() { Err(Error::Interrupted) } else { Ok(()) }
     }

@@ -125,7 +125,7 @@ macro_rules! real {
 }
 
 real!(f32, Exp::F32, scalar::Portable<f32, 4>, avx2::F32x8, avx512::F32x16);
-real!(f64, Exp::F64, scalar::Portable<f64, 2>, avx2::F64x4, avx512::F64x8);
+real!(f64, Exp::F64, scalar::Portable<f64, 4>, avx2::F64x4, avx512::F64x8);
 
 macro_rules! half {
     ($type:ident) => {

@@ -1,7 +1,7 @@
 //! The exponential function on vectors, and softmax that can be continued.
 
 use super::element::Real;
-use super::simd::Vector;
+use super::simd::{MAX_LANES, Vector};
 
 /// Constants of `exp`, after Cody and Waite: `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `|r| <= ln 2 / 2`.
 #[derive(Debug, Clone, Copy)]
@@ -16,6 +16,10 @@ pub struct Exp<R: 'static> {
     largest_exponent: R,
     /// Of `r^2` and up, highest power first.
     coefficients: &'static [R],
+    /// `2^x` would be denormal below this.
+    smallest_exponent: R,
+    /// Of `2^r`, `|r| <= 1/2`, from the highest power down to `r`.
+    base_2: &'static [R],
 }
 
 impl Exp<f32> {
@@ -26,6 +30,9 @@ impl Exp<f32> {
         largest: 89.0,
         largest_exponent: 127.0,
         coefficients: &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5],
+        smallest_exponent: -126.0,
+        // Least relative error, 2e-9, among polynomials that are exact at 0.
+        base_2: &[1.535_336_2e-4, 1.339_887_4e-3, 9.618_437e-3, 5.550_332_4e-2, 2.402_264_8e-1, 6.931_472e-1],
     };
 }
 
@@ -50,6 +57,23 @@ impl Exp<f64> {
             1.0 / 24.0,
             1.0 / 6.0,
             0.5,
+        ],
+        smallest_exponent: -1022.0,
+        // ln(2)^k / k!
+        base_2: &[
+            1.3691488853904124e-12,
+            2.5678435993488196e-11,
+            4.44553827187081e-10,
+            7.054911620801121e-09,
+            1.0178086009239696e-07,
+            1.3215486790144305e-06,
+            1.5252733804059838e-05,
+            0.00015403530393381606,
+            0.0013333558146428441,
+            0.009618129107628477,
+            0.055504108664821576,
+            0.2402265069591007,
+            std::f64::consts::LN_2,
         ],
     };
 }
@@ -76,6 +100,26 @@ pub(super) unsafe fn exp<V: Vector>(x: V) -> V {
         }
         let fraction = series.mul_add(r * r, r) + V::splat(V::Lane::ONE);
         (fraction * n.power_of_two()).or_zero_below(x, V::splat(constants.smallest))
+    }
+}
+
+/// `2^x` of every lane for x of at most 127, as precise as [`exp`]; exactly zero instead of a denormal number; NaN as usual.
+///
+/// # Safety
+/// The instructions of `V` are available.
+#[inline(always)]
+pub(super) unsafe fn exp2<V: Vector>(x: V) -> V {
+    let constants = &V::Lane::EXP;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let n = x.round();
+        let r = x - n;
+        let mut series = V::splat(constants.base_2[0]);
+        for &coefficient in &constants.base_2[1..] {
+            series = series.mul_add(r, V::splat(coefficient));
+        }
+        let fraction = series.mul_add(r, V::splat(V::Lane::ONE));
+        (fraction * n.power_of_two()).or_zero_below(x, V::splat(constants.smallest_exponent))
     }
 }
 
@@ -158,6 +202,111 @@ impl<R: Real> Running<R> {
             return (R::ZERO, R::NEG_INFINITY);
         }
         (R::ONE / total, self.largest + total.ln())
+    }
+}
+
+/// The softmax of four rows beside each other: blocks of four scores of each row, the scores of one row after those of another.
+///
+/// `background` is as in [`Running`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Beside<R> {
+    /// What to multiply the weighted sums by; 0 for a row without keys.
+    pub factors: [R; 4],
+    /// The log of the sum of the exponentials; minus infinity for a row without keys.
+    pub lse: [R; 4],
+    /// What a key of the background weighs.
+    pub background_weights: [R; 4],
+}
+
+impl<R: Real> Beside<R> {
+    /// Replace the `blocks` blocks of dots from `data` on by weights, less that of the background. Row `i` has `lens[i]` of them;
+    /// what lies behind a row's own is left as anything.
+    ///
+    /// # Safety
+    /// The instructions of `V` are available, and `blocks` blocks of 16 numbers can be read and written at `data`.
+    #[inline(always)]
+    pub(super) unsafe fn weigh<V: Vector<Lane = R>>(
+        data: *mut R,
+        blocks: usize,
+        lens: [u32; 4],
+        scale: R,
+        background: [usize; 4],
+    ) -> Self {
+        const BLOCK: usize = 16;
+        // Lanes of a group of four, and the lengths of the four rows, as numbers.
+        let mut order = [R::ZERO; MAX_LANES];
+        for (lane, place) in order.iter_mut().enumerate() {
+            *place = R::from_f64((lane % 4) as f64);
+        }
+        let (mut own, mut behind) = ([R::ZERO; 4], [R::ZERO; 4]);
+        let mut whole_blocks = blocks;
+        for row in 0..4 {
+            own[row] = R::from_f64(f64::from(lens[row]));
+            behind[row] = R::from_f64(background[row] as f64);
+            whole_blocks = whole_blocks.min(lens[row] as usize / 4);
+        }
+        let has_background = background != [0; 4];
+        let mut largest = [R::ZERO; 4];
+        let mut sums = [R::ZERO; 4];
+        let mut weights = [R::ZERO; 4];
+        let rows_per_part = V::LANES / 4;
+        // SAFETY: parts of blocks are whole registers; every part has a number for each of its rows.
+        unsafe {
+            let (nothing, zero) = (V::splat(R::NEG_INFINITY), V::splat(R::ZERO));
+            let factor = V::splat(scale);
+            let order = V::load(order.as_ptr());
+            for part in 0..BLOCK / V::LANES {
+                let data = data.add(part * V::LANES);
+                let first = part * rows_per_part;
+                let mut most = nothing;
+                for block in 0..whole_blocks {
+                    let scores = V::load(data.add(block * BLOCK)) * factor;
+                    scores.store(data.add(block * BLOCK));
+                    most = most.max(scores);
+                }
+                let len = V::spread(own.as_ptr().add(first));
+                for block in whole_blocks..blocks {
+                    let place = order + V::splat(R::from_f64((block * 4) as f64));
+                    let scores = (V::load(data.add(block * BLOCK)) * factor).where_below(place, len, nothing);
+                    scores.store(data.add(block * BLOCK));
+                    most = most.max(scores);
+                }
+                most = most.max_of_four();
+                let background = V::spread(behind.as_ptr().add(first));
+                if has_background {
+                    most = most.max(zero).where_below(zero, background, most);
+                }
+                let shift = most.where_below(nothing, most, zero);
+                let light =
+                    if has_background { exp(zero - shift).where_below(zero, background, zero) } else { zero };
+                let mut sum = zero;
+                for block in 0..blocks {
+                    let place = data.add(block * BLOCK);
+                    let weight = exp(V::load(place) - shift);
+                    sum = sum + weight;
+                    (weight - light).store(place);
+                }
+                let sum = background.mul_add(light, sum.sum_of_four());
+                let mut lanes = [[R::ZERO; MAX_LANES]; 3];
+                most.store(lanes[0].as_mut_ptr());
+                sum.store(lanes[1].as_mut_ptr());
+                light.store(lanes[2].as_mut_ptr());
+                for i in 0..rows_per_part {
+                    largest[first + i] = lanes[0][4 * i];
+                    sums[first + i] = lanes[1][4 * i];
+                    weights[first + i] = lanes[2][4 * i];
+                }
+            }
+        }
+        let mut rows =
+            Beside { factors: [R::ZERO; 4], lse: [R::NEG_INFINITY; 4], background_weights: weights };
+        for row in 0..4 {
+            if sums[row] != R::ZERO {
+                rows.factors[row] = R::ONE / sums[row];
+                rows.lse[row] = largest[row] + sums[row].ln();
+            }
+        }
+        rows
     }
 }
 

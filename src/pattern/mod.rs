@@ -13,7 +13,7 @@ mod one_or_list;
 mod part;
 pub mod registry;
 mod regular;
-mod segments;
+pub(crate) mod segments;
 pub mod user;
 
 use std::fmt::Debug;

@@ -161,7 +161,7 @@ impl Segment {
 }
 
 /// Sort, drop empty ranges, and join those that overlap or touch.
-pub(super) fn merge_ranges(ranges: &mut Vec<Range<usize>>) {
+pub(crate) fn merge_ranges(ranges: &mut Vec<Range<usize>>) {
     ranges.retain(|range| !range.is_empty());
     ranges.sort_unstable_by_key(|range| range.start);
     ranges.dedup_by(|next, kept| {

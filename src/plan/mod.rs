@@ -1,11 +1,15 @@
 //! `Plan`: what kernels read. The edges of every head by query (forward, dq) and, once a backward asks for it, by key (dk, dv).
 
 mod cache;
+mod cost;
+pub mod panels;
 
 use std::sync::{Arc, OnceLock};
 
 pub use cache::PlanCache;
+pub use cost::{Cost, Kernel};
 
+use self::panels::Coverage;
 use crate::error::{Error, Result};
 use crate::pattern::edges::EdgeSet;
 
@@ -14,12 +18,18 @@ use crate::pattern::edges::EdgeSet;
 pub struct HeadPlan {
     by_query: Arc<EdgeSet>,
     by_key: OnceLock<Arc<EdgeSet>>,
+    in_panels: OnceLock<Coverage>,
 }
 
 impl HeadPlan {
     /// Rows are queries, columns are keys.
     pub fn by_query(&self) -> &EdgeSet {
         &self.by_query
+    }
+
+    /// What the panel kernel would make of this head.
+    pub fn in_panels(&self) -> Coverage {
+        *self.in_panels.get_or_init(|| Coverage::of(&self.by_query))
     }
 
     /// Rows are keys, columns are queries. Built on first use: inference never pays for it. A symmetric mask is stored once.
@@ -60,7 +70,11 @@ impl Plan {
             let shared = sets[..index].iter().position(|earlier| Arc::ptr_eq(earlier, set));
             heads.push(match shared {
                 Some(earlier) => Arc::clone(&heads[earlier]),
-                None => Arc::new(HeadPlan { by_query: Arc::clone(set), by_key: OnceLock::new() }),
+                None => Arc::new(HeadPlan {
+                    by_query: Arc::clone(set),
+                    by_key: OnceLock::new(),
+                    in_panels: OnceLock::new(),
+                }),
             });
         }
         Ok(Plan { num_queries, num_keys, sets: heads })

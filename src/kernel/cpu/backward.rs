@@ -1,9 +1,9 @@
 //! Gradients, in two passes that both gather: dq (and what the second pass needs of every query) by query, then dk and dv by key.
 
 use super::background::{Background, Share};
-use super::matrix::{Column, Matrix};
+use super::matrix::{Column, Matrix, pack, pack_rows};
 use super::tasks::Call;
-use super::{by_key, by_query};
+use super::{by_key, by_query, panel};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::view::Output;
@@ -46,17 +46,24 @@ pub(in crate::kernel) fn backward<T: Element>(
     gradients: Gradients<T>,
     run: &Run,
 ) -> Result<()> {
-    let call = Call::new(problem)?;
-    let sizes = call.sizes;
+    let sizes = problem.check()?;
     sizes.check_out("grad_out", &grad_out)?;
     sizes.check_out("out", &out)?;
     sizes.check_lse(&lse)?;
+    let (mut copies, mut copy) = Default::default();
+    let problem = &pack_rows(problem, &mut copies);
+    let grad_out = pack(grad_out, &mut copy);
+    let call = Call::new(problem)?;
     let dq = Output::new("dq", gradients.dq, &[sizes.batch, sizes.heads, sizes.queries, sizes.dim])?;
     let dk = Output::new("dk", gradients.dk, &[sizes.batch, sizes.kv_heads, sizes.keys, sizes.dim])?;
     let dv = Output::new("dv", gradients.dv, &[sizes.batch, sizes.kv_heads, sizes.keys, sizes.value_dim])?;
     let saved = Saved { grad_out, out, lse };
     let queries = sizes.batch * sizes.heads * sizes.queries;
 
+    panel::backward(&call, &saved, panel::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
+    if call.panels.take_all() {
+        return Ok(());
+    }
     let mut delta = vec![T::Acc::ZERO; queries];
     let mut weights = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
     by_query::run(&call, &saved, &dq, &mut delta, &mut weights, run)?;

@@ -1,71 +1,86 @@
-//! The edges of a few rows as flat lists, cut so that everything computed from them stays in the innermost cache.
+//! The edges of a few rows as lists, four rows beside each other, cut so that everything computed from them stays in the innermost
+//! caches.
 
 use std::ops::Range;
 
-use super::matrix::{Column, Matrix, padded};
+use super::matrix::{Column, Matrix};
 use crate::kernel::element::{Element, Real};
 use crate::pattern::edges::{Diagonal, EdgeSet};
 
+/// Rows per strip.
+pub(super) const STRIP: usize = 4;
+/// Edges of a row per block.
+pub(super) const GROUP: usize = 4;
+/// Places per block: [`GROUP`] edges of each of [`STRIP`] rows, the edges of one row after those of another.
+pub(super) const BLOCK: usize = STRIP * GROUP;
 /// Rows per batch: enough to keep the arithmetic units busy while single rows wait for their own results.
 pub(super) const ROWS: usize = 16;
-/// Edges per batch, and per piece of a row that is longer.
-pub(super) const EDGES: usize = 2048;
+/// Places per batch.
+pub(super) const PLACES: usize = 2048;
+/// A row with more edges is long: it is worked on alone, a piece at a time.
+const LONG: usize = PLACES / STRIP;
+/// Edges per piece of a long row.
+pub(super) const PIECE: usize = 2048;
 
-/// Some edges of one row.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece {
+/// Up to [`STRIP`] neighbouring rows, whose edges lie in the same blocks.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Strip {
+    /// The first row.
     pub row: usize,
-    /// Where its edges start in the batch: a multiple of every register's length.
+    /// How many rows there are.
+    pub rows: usize,
+    /// Edges of each row; 0 for those that are not there.
+    pub lens: [u32; STRIP],
+    /// Where the blocks begin in the batch.
     pub start: usize,
-    /// Number of edges.
-    pub len: usize,
-    /// Whether no earlier piece belongs to the row.
-    pub first: bool,
-    /// Whether no later piece belongs to the row.
-    pub last: bool,
+    /// Number of blocks.
+    pub blocks: usize,
 }
 
-impl Piece {
-    pub fn edges(&self) -> Range<usize> {
-        self.start..self.start + self.len
+impl Strip {
+    /// How many edges every row of a whole strip has; 0 where it is not whole.
+    #[inline(always)]
+    pub(super) fn common(&self) -> usize {
+        let [a, b, c, d] = self.lens;
+        a.min(b).min(c.min(d)) as usize
     }
 
-    /// The edges and the padding behind them.
-    pub fn padded_edges(&self) -> Range<usize> {
-        self.start..self.start + padded(self.len)
+    /// Places of all edges.
+    #[inline(always)]
+    pub(super) fn places(&self) -> Range<usize> {
+        self.start..self.start + self.blocks * BLOCK
+    }
+
+    /// The place of edge `edge` of the strip's row `slot`.
+    #[inline(always)]
+    pub(super) fn place(&self, slot: usize, edge: usize) -> usize {
+        self.start + edge / GROUP * BLOCK + slot * GROUP + edge % GROUP
     }
 }
 
-/// Pieces of rows: any number of whole rows (empty ones too), or one piece of a long row.
+/// Some strips and the columns of their edges.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    pub pieces: Vec<Piece>,
-    /// The columns of all edges. Padding repeats a column of its row, so that reading a few more than asked for stays in bounds.
+    pub strips: Vec<Strip>,
+    /// The column at every place. Places beyond a row's edges repeat a column of the row, so that reading them reads nothing else;
+    /// those of a row without edges name any column.
     pub columns: Vec<u32>,
+    /// How far the columns of a strip move from one strip to the next.
+    steps: Vec<u32>,
 }
 
 impl Batch {
-    fn clear(&mut self) {
-        self.pieces.clear();
-        self.columns.clear();
-    }
-
-    /// Make a piece of the columns appended since `start`, as far as `allowed` lets them.
-    fn close<T: Element>(&mut self, row: usize, start: usize, ends: (bool, bool), allowed: &Allowed<T>) {
-        if allowed.is_restricted() {
-            let mut kept = start;
-            for edge in start..self.columns.len() {
-                let column = self.columns[edge];
-                self.columns[kept] = column;
-                kept += usize::from(allowed.keeps(row, column as usize));
+    /// Call `edit` with the row, the column and the number of every edge.
+    #[inline(always)]
+    pub(super) fn for_each_edge<R>(&self, numbers: &mut [R], mut edit: impl FnMut(usize, usize, &mut R)) {
+        for strip in &self.strips {
+            for slot in 0..strip.rows {
+                for edge in 0..strip.lens[slot] as usize {
+                    let place = strip.place(slot, edge);
+                    edit(strip.row + slot, self.columns[place] as usize, &mut numbers[place]);
+                }
             }
-            self.columns.truncate(kept);
         }
-        let len = self.columns.len() - start;
-        if let Some(&column) = self.columns[start..].last() {
-            self.columns.resize(start + padded(len), column);
-        }
-        self.pieces.push(Piece { row, start, len, first: ends.0, last: ends.1 });
     }
 }
 
@@ -111,22 +126,37 @@ impl<T: Element> Allowed<'_, T> {
             // SAFETY: the bias has an entry per (query, key).
             && self.bias.is_none_or(|bias| unsafe { bias.at(query, key) }.to_acc() != T::Acc::NEG_INFINITY)
     }
+
+    /// Drop the columns of `row` that the call does not allow.
+    fn restrict(&self, row: usize, columns: &mut Vec<u32>) {
+        if self.is_restricted() {
+            columns.retain(|&column| self.keeps(row, column as usize));
+        }
+    }
 }
 
 /// Lists of a cursor, kept from one use to the next.
 #[derive(Debug, Default)]
 pub(super) struct Lists {
-    /// Diagonals that pass through the rows of a unit.
+    /// Diagonals that pass through the rows of a cursor.
     near: Vec<Diagonal>,
-    /// Diagonals that pass through the rows of a batch.
-    active: Vec<Diagonal>,
+    /// The columns of the rows of a strip.
+    rows: [Vec<u32>; STRIP],
     /// What is left of a long row, last run first.
     rest: Vec<Range<usize>>,
-    /// By how much the columns of a row are further than those of the row before it.
-    steps: Vec<u32>,
+    /// The columns of a piece of a long row.
+    piece: Vec<u32>,
 }
 
-/// Walks over the edges of some rows, batch by batch.
+/// What a cursor comes to next.
+pub(super) enum Next {
+    /// The batch holds the next strips.
+    Batch,
+    /// A row too long for a batch; its pieces come from [`Cursor::piece`].
+    LongRow(usize),
+}
+
+/// Walks over the edges of some rows.
 #[derive(Debug)]
 pub(super) struct Cursor<'a, T> {
     edges: &'a EdgeSet,
@@ -135,8 +165,10 @@ pub(super) struct Cursor<'a, T> {
     lists: &'a mut Lists,
     /// Columns that every row keeps.
     dense_cols: usize,
-    /// Whether the first of `rows` is a long row already begun.
-    begun: bool,
+    /// Whether rows between the ends of diagonals are moved copies of each other.
+    is_regular: bool,
+    /// The long row that was announced.
+    long_row: usize,
 }
 
 impl<'a, T: Element> Cursor<'a, T> {
@@ -150,122 +182,162 @@ impl<'a, T: Element> Cursor<'a, T> {
         lists
             .near
             .extend(edges.diagonals().iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
-        lists.rest.clear();
         let dense_cols = edges.dense_cols().iter().map(ExactSizeIterator::len).sum();
-        Cursor { edges, rows, allowed, lists, dense_cols, begun: false }
+        let meets_dense =
+            edges.dense_rows().iter().any(|dense| dense.start < rows.end && rows.start < dense.end);
+        let is_regular = edges.runs().is_empty() && !allowed.is_restricted() && !meets_dense;
+        Cursor { edges, rows, allowed, lists, dense_cols, is_regular, long_row: 0 }
     }
 
-    /// Fill `batch` with the next edges; `false` when there are no rows left.
-    pub(super) fn next(&mut self, batch: &mut Batch) -> bool {
-        batch.clear();
-        let rows = self.rows.start..self.rows.end.min(self.rows.start + ROWS);
-        if self.begun {
-            self.continue_long_row(batch, false);
-            return true;
-        }
-        self.lists.active.clear();
-        self.lists
-            .active
-            .extend(self.lists.near.iter().filter(|d| d.start < rows.end && rows.start < d.end).cloned());
-        let all_through = self.lists.active.iter().all(|d| d.start <= rows.start && rows.end <= d.end);
-        if all_through && self.are_parallel(&rows) {
-            self.fill_with_parallel_rows(rows, batch);
-            return !batch.pieces.is_empty();
-        }
-        for row in rows {
-            let is_dense = self.edges.is_dense_row(row);
-            let most = if is_dense { self.edges.num_cols() } else { self.at_most(row) };
-            if most > EDGES {
-                if batch.pieces.is_empty() {
-                    self.edges.row(row, &mut self.lists.rest);
-                    self.lists.rest.reverse();
-                    self.continue_long_row(batch, true);
+    /// The next strips in `batch`, or the next long row; `None` when there are no rows left.
+    pub(super) fn next(&mut self, batch: &mut Batch) -> Option<Next> {
+        batch.strips.clear();
+        batch.columns.clear();
+        let end = self.rows.end.min(self.rows.start + ROWS);
+        while self.rows.start < end {
+            let row = self.rows.start;
+            let mut rows = (end - row).min(STRIP);
+            let mut longest = 0;
+            for index in 0..rows {
+                let most = self.at_most(row + index);
+                if most > LONG {
+                    rows = index;
+                    break;
                 }
-                return true;
+                longest = longest.max(most);
             }
-            let start = batch.columns.len();
-            if start + padded(most) > EDGES {
-                return true;
+            if rows == 0 {
+                if batch.strips.is_empty() {
+                    self.rows.start += 1;
+                    self.begin_long_row(row);
+                    return Some(Next::LongRow(row));
+                }
+                break;
             }
-            if is_dense {
-                batch.columns.extend(0..self.edges.num_cols() as u32);
-            } else {
-                self.append(row, all_through, &mut batch.columns);
+            if batch.columns.len() + longest.next_multiple_of(GROUP) * STRIP > PLACES {
+                break;
             }
-            batch.close(row, start, (true, true), &self.allowed);
-            self.rows.start += 1;
+            self.append(row, rows, batch);
+            self.rows.start += rows;
+            if rows == STRIP && self.is_regular {
+                self.append_moved_copies(end, batch);
+            }
         }
-        !batch.pieces.is_empty()
+        (!batch.strips.is_empty()).then_some(Next::Batch)
     }
 
-    /// Whether `rows`, which all diagonals near them pass through, keep nothing but these and dense columns, few enough for a batch.
-    fn are_parallel(&self, rows: &Range<usize>) -> bool {
-        self.edges.runs().is_empty()
-            && !self.allowed.is_restricted()
-            && padded(self.dense_cols + self.lists.active.len()) <= EDGES
-            && !self.edges.dense_rows().iter().any(|dense| dense.start < rows.end && rows.start < dense.end)
+    /// The next allowed columns of the long row; `None` when there are no more.
+    pub(super) fn piece(&mut self) -> Option<&[u32]> {
+        let Lists { rest, piece, .. } = &mut *self.lists;
+        while !rest.is_empty() {
+            piece.clear();
+            while piece.len() < PIECE
+                && let Some(run) = rest.last_mut()
+            {
+                let end = run.end.min(run.start + PIECE - piece.len());
+                piece.extend(run.start as u32..end as u32);
+                run.start = end;
+                if run.start == run.end {
+                    rest.pop();
+                }
+            }
+            self.allowed.restrict(self.long_row, piece);
+            if !piece.is_empty() {
+                return Some(piece);
+            }
+        }
+        None
     }
 
-    /// Every row is the one before it, moved along the diagonals: no need to look at the edges again.
-    fn fill_with_parallel_rows(&mut self, rows: Range<usize>, batch: &mut Batch) {
-        if rows.is_empty() {
+    fn begin_long_row(&mut self, row: usize) {
+        self.long_row = row;
+        self.edges.row(row, &mut self.lists.rest);
+        self.lists.rest.reverse();
+    }
+
+    /// No fewer than the columns of `row`.
+    fn at_most(&self, row: usize) -> usize {
+        if !self.is_regular && self.edges.is_dense_row(row) {
+            return self.edges.num_cols();
+        }
+        let runs: usize = self.edges.runs().row(row).map(|run| run.len()).sum();
+        self.dense_cols + self.lists.near.len() + runs
+    }
+
+    /// Append the strip of `rows` rows from `row` on, none of them long.
+    fn append(&mut self, row: usize, rows: usize, batch: &mut Batch) {
+        let mut strip = Strip { row, rows, start: batch.columns.len(), ..Strip::default() };
+        for slot in 0..rows {
+            let list = &mut self.lists.rows[slot];
+            list.clear();
+            if self.edges.is_dense_row(row + slot) {
+                list.extend(0..self.edges.num_cols() as u32);
+            } else {
+                for range in self.edges.dense_cols() {
+                    list.extend(range.start as u32..range.end as u32);
+                }
+                list.extend(
+                    self.lists.near.iter().filter_map(|d| d.column(row + slot)).map(|column| column as u32),
+                );
+                for run in self.edges.runs().row(row + slot) {
+                    list.extend(run.start as u32..run.end as u32);
+                }
+            }
+            self.allowed.restrict(row + slot, list);
+            strip.lens[slot] = list.len() as u32;
+        }
+        strip.blocks = (strip.lens.into_iter().max().unwrap_or(0) as usize).div_ceil(GROUP);
+        batch.columns.resize(strip.start + strip.blocks * BLOCK, 0);
+        let blocks = batch.columns[strip.start..].as_chunks_mut::<BLOCK>().0;
+        for slot in 0..STRIP {
+            let list: &[u32] = if slot < rows { &self.lists.rows[slot] } else { &[] };
+            let mut last = list.last().copied().unwrap_or(0);
+            let mut columns = list.iter();
+            for block in &mut *blocks {
+                for place in &mut block[slot * GROUP..(slot + 1) * GROUP] {
+                    last = columns.next().copied().unwrap_or(last);
+                    *place = last;
+                }
+            }
+        }
+        batch.strips.push(strip);
+    }
+
+    /// After a strip of parallel rows: until a diagonal begins or ends, every strip is the one before it, moved along the diagonals.
+    fn append_moved_copies(&mut self, end: usize, batch: &mut Batch) {
+        let Some(&(mut strip)) = batch.strips.last() else { return };
+        let mut limit = end;
+        for d in &self.lists.near {
+            for edge in [d.start, d.end] {
+                if edge > strip.row {
+                    limit = limit.min(edge);
+                }
+            }
+        }
+        let width = strip.blocks * BLOCK;
+        if limit < strip.row + 2 * STRIP || width == 0 {
             return;
         }
-        self.append(rows.start, true, &mut batch.columns);
-        batch.close(rows.start, 0, (true, true), &self.allowed);
-        let (first, width) = (batch.pieces[0], batch.columns.len());
-        let steps = &mut self.lists.steps;
-        steps.clear();
-        steps.resize(self.dense_cols, 0);
-        steps.resize(first.len, 1);
-        steps.resize(width, steps.last().copied().unwrap_or(0));
-        let count = rows.len().min(EDGES / width.max(1));
-        for row in rows.start + 1..rows.start + count {
-            let start = batch.columns.len();
-            batch.columns.extend_from_within(start - width..);
-            batch.columns[start..].iter_mut().zip(&*steps).for_each(|(column, step)| *column += step);
-            batch.pieces.push(Piece { row, start, ..first });
-        }
-        self.rows.start += count;
-    }
-
-    /// No fewer than the columns of `row`, which is not dense.
-    fn at_most(&self, row: usize) -> usize {
-        let runs: usize = self.edges.runs().row(row).map(|run| run.len()).sum();
-        self.dense_cols + self.lists.active.len() + runs
-    }
-
-    /// Append the columns of `row`, which is not dense.
-    fn append(&self, row: usize, all_through: bool, columns: &mut Vec<u32>) {
-        for range in self.edges.dense_cols() {
-            columns.extend(range.start as u32..range.end as u32);
-        }
-        if all_through {
-            columns.extend(self.lists.active.iter().map(|d| (row as i64 + d.offset) as u32));
-        } else {
-            columns
-                .extend(self.lists.active.iter().filter_map(|d| d.column(row)).map(|column| column as u32));
-        }
-        for run in self.edges.runs().row(row) {
-            columns.extend(run.start as u32..run.end as u32);
-        }
-    }
-
-    /// The next piece of the first row, whose remaining runs are listed.
-    fn continue_long_row(&mut self, batch: &mut Batch, first: bool) {
-        while batch.columns.len() < EDGES
-            && let Some(run) = self.lists.rest.last_mut()
-        {
-            let end = run.end.min(run.start + EDGES - batch.columns.len());
-            batch.columns.extend(run.start as u32..end as u32);
-            run.start = end;
-            if run.start == run.end {
-                self.lists.rest.pop();
+        batch.steps.clear();
+        batch.steps.resize(width, STRIP as u32);
+        let (len, dense) = (strip.lens[0] as usize, self.dense_cols);
+        for edge in 0..dense {
+            for slot in 0..STRIP {
+                batch.steps[edge / GROUP * BLOCK + slot * GROUP + edge % GROUP] = 0;
             }
         }
-        let last = self.lists.rest.is_empty();
-        batch.close(self.rows.start, 0, (first, last), &self.allowed);
-        self.begun = !last;
-        self.rows.start += usize::from(last);
+        // The padding repeats the last column.
+        if len == dense {
+            batch.steps.fill(0);
+        }
+        while self.rows.start + STRIP <= limit && batch.columns.len() + width <= PLACES {
+            let start = batch.columns.len();
+            batch.columns.extend_from_within(start - width..);
+            batch.columns[start..].iter_mut().zip(&batch.steps).for_each(|(column, step)| *column += step);
+            strip.row += STRIP;
+            strip.start = start;
+            batch.strips.push(strip);
+            self.rows.start += STRIP;
+        }
     }
 }

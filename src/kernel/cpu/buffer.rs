@@ -28,6 +28,17 @@ impl<R: Real> Buffer<R> {
     }
 }
 
+impl<R: Real> Buffer<R> {
+    /// Numbers that are written before they are read: NaN in tests, to show when one is not.
+    pub(super) fn unset(len: usize) -> Self {
+        let mut buffer = Self::zeros(len);
+        if cfg!(test) {
+            buffer.fill(R::from_f64(f64::NAN));
+        }
+        buffer
+    }
+}
+
 impl<R: Real> Deref for Buffer<R> {
     type Target = [R];
     #[inline(always)]

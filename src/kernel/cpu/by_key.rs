@@ -5,10 +5,12 @@ use std::ops::Range;
 
 use super::background::Share;
 use super::backward::{Saved, shift};
-use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::batch::{Batch, Cursor, Lists, Next, PIECE, PLACES, STRIP};
 use super::buffer::Buffer;
-use super::gather::{GROUP, add_scaled, add_weighted, dots, write_scaled};
+use super::gather::{Sums, dots, weighted_sums};
+use super::long::{LONG_GROUP, add_long_weighted, long_dots};
 use super::matrix::{Column, Matrix, padded};
+use super::row::{add_scaled, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -36,7 +38,10 @@ pub(super) fn run<T: Element>(
         sizes.batch * sizes.heads,
         || (),
         |(), index| {
-            plan.head(index / sizes.heads, index % sizes.heads, sizes.heads).by_key();
+            let (batch, head) = (index / sizes.heads, index % sizes.heads);
+            if !call.panels.take(batch, head) {
+                plan.head(batch, head, sizes.heads).by_key();
+            }
         },
         run.interrupt,
     )?;
@@ -47,6 +52,9 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, kv_head, rows) = tasks.get(index);
+            if call.panels.take_keys(batch, kv_head) {
+                return;
+            }
             let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };
             // SAFETY: every index is one task, and tasks do not share rows.
             unsafe { isa.run::<T>(task) };
@@ -85,22 +93,26 @@ struct Queries<'a, T: Element> {
 struct Scratch<T: Element> {
     lists: Lists,
     batch: Batch,
-    copies: Vec<T>,
-    /// One row of k, of v.
+    /// The long row of k, of v.
     key: Buffer<T::Acc>,
     value: Buffer<T::Acc>,
-    /// `q . k`, then `dS`, of a batch.
+    /// `q . k`, then `dS`, of a batch or of a piece of a long row.
     scores: Buffer<T::Acc>,
-    /// `dO . v`, then the weight of `dO` in dv, of a batch.
+    /// `dO . v`, then the weight of `dO` in dv, likewise.
     grads: Buffer<T::Acc>,
     terms: QueryTerms<T::Acc>,
     /// [`TILE`] rows of dk, of dv.
     dk: Buffer<T::Acc>,
     dv: Buffer<T::Acc>,
+    /// Ones, per strip of the batch.
+    factors: Vec<[T::Acc; STRIP]>,
     tile: Option<Tile<T::Acc>>,
 }
 
-/// What a key needs to know of the queries it meets, one entry per edge.
+/// Numbers of a batch or of a piece of a long row.
+const NUMBERS: usize = if PLACES > PIECE { PLACES } else { PIECE };
+
+/// What a key needs to know of the queries it meets, one entry per place or edge.
 struct QueryTerms<R> {
     shifts: Buffer<R>,
     deltas: Buffer<R>,
@@ -126,24 +138,24 @@ impl<T: Element> Scratch<T> {
     fn new(call: &Call<T>) -> Self {
         let (dim, value_dim) = (padded(call.sizes.dim), padded(call.sizes.value_dim));
         let zeros = |len: usize| Buffer::zeros(len);
-        let mut ones = zeros(EDGES);
+        let mut ones = zeros(NUMBERS);
         ones.fill(T::Acc::ONE);
         Scratch {
             lists: Lists::default(),
             batch: Batch::default(),
-            copies: Vec::new(),
             key: zeros(dim),
             value: zeros(value_dim),
-            scores: zeros(EDGES),
-            grads: zeros(EDGES),
+            scores: zeros(NUMBERS),
+            grads: zeros(NUMBERS),
             terms: QueryTerms {
-                shifts: zeros(EDGES),
-                deltas: zeros(EDGES),
-                background: zeros(EDGES),
+                shifts: zeros(NUMBERS),
+                deltas: zeros(NUMBERS),
+                background: zeros(NUMBERS),
                 factors: ones,
             },
             dk: zeros(TILE * dim),
             dv: zeros(TILE * value_dim),
+            factors: Vec::new(),
             tile: None,
         }
     }
@@ -167,61 +179,183 @@ impl<R: Real> Tile<R> {
 
 impl<T: Element> Kernel<T> for Task<'_, T> {
     #[inline(always)]
-    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(self) {
-        let sizes = self.call.sizes;
-        let plan = self.call.problem.plan;
-        let scratch = self.scratch;
+    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
+        let group = self.call.sizes.group();
         for start in self.rows.clone().step_by(TILE) {
             let rows = start..self.rows.end.min(start + TILE);
-            scratch.dk.fill(T::Acc::ZERO);
-            scratch.dv.fill(T::Acc::ZERO);
-            for head in self.kv_head * sizes.group()..(self.kv_head + 1) * sizes.group() {
-                let first = (self.batch * sizes.heads + head) * sizes.queries;
-                let queries = Queries {
-                    edges: plan.head(self.batch, head, sizes.heads).by_key(),
-                    tensors: self.call.head(self.batch, head),
-                    grad_out: self.saved.grad_out(self.batch, head),
-                    lse: self.saved.lse(self.batch, head),
-                    delta: &self.delta[first..first + sizes.queries],
-                    background: self.background.map(|share| &share.weights[first..first + sizes.queries]),
-                    scale: self.call.scale,
-                };
-                for (part, is_dense) in runs_of_rows(queries.edges, rows.clone()) {
-                    // SAFETY: the caller's promise; a bias may remove single edges, which tiles cannot leave unread.
-                    unsafe {
-                        if is_dense && part.len() >= WORTH_PACKING && queries.tensors.bias.is_none() {
-                            tile::<V, T>(&queries, part, start, scratch);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if group == 1 && self.background.is_none() {
+                    let queries = self.queries(self.kv_head);
+                    for (part, is_dense) in runs_of_rows(queries.edges, rows) {
+                        if is_dense {
+                            self.clear(part.start - start..part.end - start);
+                            self.gather::<V>(&queries, part.clone(), start, is_dense);
+                            self.write::<V>(part, start);
                         } else {
-                            batches::<V, T>(&queries, part, start, scratch);
+                            self.batches::<V>(&queries, part, start, true);
+                        }
+                    }
+                    continue;
+                }
+                self.clear(0..rows.len());
+                for head in self.kv_head * group..(self.kv_head + 1) * group {
+                    let queries = self.queries(head);
+                    for (part, is_dense) in runs_of_rows(queries.edges, rows.clone()) {
+                        self.gather::<V>(&queries, part, start, is_dense);
+                    }
+                    if let Some(share) = self.background {
+                        let sum = share.sums.of_head(self.batch, head);
+                        for dv in self.scratch.dv.chunks_exact_mut(sum.len()).take(rows.len()) {
+                            add_scaled::<V>(sum, T::Acc::ONE, dv);
                         }
                     }
                 }
-                if let Some(share) = self.background {
-                    let sum = share.sums.of_head(self.batch, head);
-                    for dv in scratch.dv.chunks_exact_mut(sum.len()).take(rows.len()) {
-                        // SAFETY: the caller's promise.
-                        unsafe { add_scaled::<V>(sum, T::Acc::ONE, dv) };
+                self.write::<V>(rows, start);
+            }
+        }
+    }
+}
+
+impl<'a, T: Element> Task<'a, T> {
+    fn queries(&self, head: usize) -> Queries<'a, T> {
+        let sizes = self.call.sizes;
+        let first = (self.batch * sizes.heads + head) * sizes.queries;
+        Queries {
+            edges: self.call.problem.plan.head(self.batch, head, sizes.heads).by_key(),
+            tensors: self.call.head(self.batch, head),
+            grad_out: self.saved.grad_out(self.batch, head),
+            lse: self.saved.lse(self.batch, head),
+            delta: &self.delta[first..first + sizes.queries],
+            background: self.background.map(|share| &share.weights[first..first + sizes.queries]),
+            scale: self.call.scale,
+        }
+    }
+
+    /// Where the first key lies in the outputs.
+    fn first_row(&self) -> usize {
+        (self.batch * self.call.sizes.kv_heads + self.kv_head) * self.call.sizes.keys
+    }
+
+    /// Begin the sums of rows of the scratch.
+    fn clear(&mut self, slots: Range<usize>) {
+        let (stride, value_stride) = (padded(self.call.sizes.dim), padded(self.call.sizes.value_dim));
+        self.scratch.dk[slots.start * stride..slots.end * stride].fill(T::Acc::ZERO);
+        self.scratch.dv[slots.start * value_stride..slots.end * value_stride].fill(T::Acc::ZERO);
+    }
+
+    /// Write the sums of `rows`, those of row `r` from row `r - start` of the scratch.
+    #[inline(always)]
+    unsafe fn write<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>, start: usize) {
+        let (stride, value_stride) = (padded(self.call.sizes.dim), padded(self.call.sizes.value_dim));
+        let first = self.first_row();
+        for row in rows {
+            let slot = row - start;
+            // SAFETY: the row belongs to this task.
+            let (to_dk, to_dv) = unsafe { (self.dk.row_mut(first + row), self.dv.row_mut(first + row)) };
+            if self.call.problem.key_mask.is_some_and(|mask| mask.at([self.batch, row]) == 0) {
+                to_dk.fill(T::from_acc(T::Acc::ZERO));
+                to_dv.fill(T::from_acc(T::Acc::ZERO));
+                continue;
+            }
+            let dk = &self.scratch.dk[slot * stride..(slot + 1) * stride];
+            let dv = &self.scratch.dv[slot * value_stride..(slot + 1) * value_stride];
+            // SAFETY: the caller's promise.
+            unsafe {
+                write_scaled::<V, T>(dk, T::Acc::ONE, to_dk);
+                write_scaled::<V, T>(dv, T::Acc::ONE, to_dv);
+            }
+        }
+    }
+
+    /// Add what `rows` gather from one head to the scratch.
+    #[inline(always)]
+    unsafe fn gather<V: Vector<Lane = T::Acc> + Memory<T>>(
+        &mut self,
+        queries: &Queries<T>,
+        rows: Range<usize>,
+        start: usize,
+        is_dense: bool,
+    ) {
+        // SAFETY: the caller's promise; a bias may remove single edges, which tiles cannot leave unread.
+        unsafe {
+            if is_dense && rows.len() >= WORTH_PACKING && queries.tensors.bias.is_none() {
+                tile::<V, T>(queries, rows, start, self.scratch);
+            } else {
+                self.batches::<V>(queries, rows, start, false);
+            }
+        }
+    }
+
+    /// What keys with their own queries each gather from one head: added to the scratch, or written if it is `all` that they get.
+    #[inline(always)]
+    unsafe fn batches<V: Vector<Lane = T::Acc> + Memory<T>>(
+        &mut self,
+        queries: &Queries<T>,
+        rows: Range<usize>,
+        start: usize,
+        all: bool,
+    ) {
+        let mut lists = std::mem::take(&mut self.scratch.lists);
+        let mut cursor = Cursor::new(queries.edges, rows, queries.tensors.allowed_values(true), &mut lists);
+        // SAFETY: the caller's promise; the cursor names rows of this head only.
+        unsafe {
+            while let Some(next) = cursor.next(&mut self.scratch.batch) {
+                match next {
+                    Next::Batch => self.batch::<V>(queries, start, all),
+                    Next::LongRow(row) => {
+                        if all {
+                            self.clear(row - start..row - start + 1);
+                        }
+                        long_row::<V, T>(queries, row, &mut cursor, start, self.scratch);
+                        if all {
+                            self.write::<V>(row..row + 1, start);
+                        }
                     }
                 }
             }
-            let first = (self.batch * sizes.kv_heads + self.kv_head) * sizes.keys;
-            let (stride, value_stride) = (padded(sizes.dim), padded(sizes.value_dim));
-            for (slot, row) in rows.enumerate() {
-                // SAFETY: the row belongs to this task.
-                let (to_dk, to_dv) = unsafe { (self.dk.row_mut(first + row), self.dv.row_mut(first + row)) };
-                if self.call.problem.key_mask.is_some_and(|mask| mask.at([self.batch, row]) == 0) {
-                    to_dk.fill(T::from_acc(T::Acc::ZERO));
-                    to_dv.fill(T::from_acc(T::Acc::ZERO));
-                    continue;
-                }
-                let dk = &scratch.dk[slot * stride..(slot + 1) * stride];
-                let dv = &scratch.dv[slot * value_stride..(slot + 1) * value_stride];
-                // SAFETY: the caller's promise.
-                unsafe {
-                    write_scaled::<V, T>(dk, T::Acc::ONE, to_dk);
-                    write_scaled::<V, T>(dv, T::Acc::ONE, to_dv);
-                }
+        }
+        self.scratch.lists = lists;
+    }
+
+    /// [`Self::batches`] for the rows of the batch in the scratch.
+    #[inline(always)]
+    unsafe fn batch<V: Vector<Lane = T::Acc> + Memory<T>>(
+        &mut self,
+        queries: &Queries<T>,
+        start: usize,
+        all: bool,
+    ) {
+        let head = queries.tensors;
+        let output = self.first_row();
+        let Scratch { batch, scores, grads, terms, dk, dv, factors, .. } = &mut *self.scratch;
+        // A bias is added to scores that are already scaled.
+        let scale_left = if head.bias.is_some() { T::Acc::ONE } else { queries.scale };
+        let places = batch.columns.len();
+        // SAFETY: the batch names rows and columns of this head only; scratch has room for any batch.
+        unsafe {
+            dots::<V, T>(&head.k, &head.q, batch, scores);
+            dots::<V, T>(&head.v, &queries.grad_out, batch, grads);
+            head.add_bias(queries.scale, true, batch, scores);
+            queries.terms(&batch.columns, 0, terms);
+            if let Some(draws) = &head.draws {
+                batch.for_each_edge(&mut terms.factors, |key, query, factor| {
+                    *factor = T::Acc::from_f64(draws.query(query).factor(key));
+                });
             }
+            terms.apply::<V>(0, &mut scores[..places], &mut grads[..places], scale_left, queries.scale);
+            let (to_dk, to_dv) = if all {
+                factors.clear();
+                factors.resize(batch.strips.len(), [T::Acc::ONE; STRIP]);
+                (
+                    Sums::Written { to: self.dk, first: output, factors },
+                    Sums::Written { to: self.dv, first: output, factors },
+                )
+            } else {
+                (Sums::Added { to: dk, first: start }, Sums::Added { to: dv, first: start })
+            };
+            weighted_sums::<V, T>(scores, &head.q, batch, to_dk);
+            weighted_sums::<V, T>(grads, &queries.grad_out, batch, to_dv);
         }
     }
 }
@@ -265,8 +399,8 @@ impl<R: Real> QueryTerms<R> {
         scale: R,
     ) {
         let len = scores.len();
-        assert!(grads.len() == len && at + len <= EDGES && len.is_multiple_of(V::LANES));
-        // SAFETY: whole registers, as asserted; every list has EDGES entries.
+        assert!(grads.len() == len && at + len <= NUMBERS && len.is_multiple_of(V::LANES));
+        // SAFETY: whole registers, as asserted; every list has NUMBERS entries.
         unsafe {
             let (scale_left, scale) = (V::splat(scale_left), V::splat(scale));
             for i in (0..len).step_by(V::LANES) {
@@ -281,57 +415,46 @@ impl<R: Real> QueryTerms<R> {
     }
 }
 
-/// Add what keys with their own queries each gather from one head. The sums of row `r` are row `r - start` of the scratch.
+/// Add what a key with many queries gathers from one head. The sums of row `r` are row `r - start` of the scratch.
 #[inline(always)]
-unsafe fn batches<V, T>(queries: &Queries<T>, rows: Range<usize>, start: usize, scratch: &mut Scratch<T>)
-where
+unsafe fn long_row<V, T>(
+    queries: &Queries<T>,
+    row: usize,
+    cursor: &mut Cursor<T>,
+    start: usize,
+    scratch: &mut Scratch<T>,
+) where
     T: Element,
     V: Vector<Lane = T::Acc> + Memory<T>,
 {
     let head = queries.tensors;
     let (stride, value_stride) = (padded(head.k.width()), padded(head.v.width()));
-    let Scratch { lists, batch, copies, key, value, scores, grads, terms, dk, dv, .. } = scratch;
-    let mut cursor = Cursor::new(queries.edges, rows, head.allowed_values(true), lists);
-    // A bias is added to scores that are already scaled.
+    let Scratch { key, value, scores, grads, terms, dk, dv, .. } = scratch;
     let scale_left = if head.bias.is_some() { T::Acc::ONE } else { queries.scale };
-    // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.
+    let slot = row - start;
+    let dk = &mut dk[slot * stride..(slot + 1) * stride];
+    let dv = &mut dv[slot * value_stride..(slot + 1) * value_stride];
+    // SAFETY: the cursor names columns of this head only; scratch rows have padded lengths.
     unsafe {
-        while cursor.next(batch) {
-            for piece in &batch.pieces {
-                head.k.stage::<V>(piece.row, key);
-                head.v.stage::<V>(piece.row, value);
-                let groups = piece.start..piece.start + piece.len.next_multiple_of(GROUP);
-                let columns = &batch.columns[groups.clone()];
-                dots::<V, T>(key, &head.q, columns, &mut scores[groups.clone()], copies);
-                dots::<V, T>(value, &queries.grad_out, columns, &mut grads[groups], copies);
-                let columns = &batch.columns[piece.edges()];
-                head.add_bias(queries.scale, piece.row, true, columns, &mut scores[piece.edges()]);
-                queries.terms(columns, piece.start, terms);
-                queries.factors(piece.row, columns, piece.start, terms);
-            }
-            for piece in &batch.pieces {
-                let range = piece.padded_edges();
-                terms.apply::<V>(
-                    range.start,
-                    &mut scores[range.clone()],
-                    &mut grads[range],
-                    scale_left,
-                    queries.scale,
-                );
-            }
-            for piece in &batch.pieces {
-                let (range, columns) = (piece.edges(), &batch.columns[piece.edges()]);
-                let slot = piece.row - start;
-                let dk = &mut dk[slot * stride..(slot + 1) * stride];
-                add_weighted::<V, T>(&scores[range.clone()], &head.q, columns, dk, copies);
-                let dv = &mut dv[slot * value_stride..(slot + 1) * value_stride];
-                add_weighted::<V, T>(&grads[range], &queries.grad_out, columns, dv, copies);
-            }
+        head.k.stage::<V>(row, key);
+        head.v.stage::<V>(row, value);
+        while let Some(columns) = cursor.piece() {
+            let len = columns.len();
+            let groups = len.next_multiple_of(LONG_GROUP);
+            long_dots::<V, T>(key, &head.q, columns, &mut scores[..groups]);
+            long_dots::<V, T>(value, &queries.grad_out, columns, &mut grads[..groups]);
+            head.add_long_bias(queries.scale, row, true, columns, &mut scores[..len]);
+            queries.terms(columns, 0, terms);
+            queries.factors(row, columns, 0, terms);
+            let (scores, grads) = (&mut scores[..padded(len)], &mut grads[..padded(len)]);
+            terms.apply::<V>(0, scores, grads, scale_left, queries.scale);
+            add_long_weighted::<V, T>(&scores[..len], &head.q, columns, dk);
+            add_long_weighted::<V, T>(&grads[..len], &queries.grad_out, columns, dv);
         }
     }
 }
 
-/// [`batches`] for keys that every query keeps.
+/// [`long_row`] for keys that every query keeps.
 #[inline(always)]
 unsafe fn tile<V, T>(queries: &Queries<T>, rows: Range<usize>, start: usize, scratch: &mut Scratch<T>)
 where

@@ -4,10 +4,12 @@
 use std::ops::Range;
 
 use super::backward::{Saved, shift};
-use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::batch::{BLOCK, Batch, Cursor, Lists, Next, PIECE, PLACES, STRIP};
 use super::buffer::Buffer;
-use super::gather::{GROUP, add_weighted, dot, dots, write_scaled};
+use super::gather::{Sums, dots, weighted_sums};
+use super::long::{LONG_GROUP, add_long_weighted, long_dots};
 use super::matrix::{Column, Matrix, padded};
+use super::row::{dot, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
@@ -39,6 +41,9 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
+            if call.panels.take(batch, head) {
+                return;
+            }
             let task = Task {
                 edges: call.problem.plan.head(batch, head, sizes.heads).by_query(),
                 tensors: call.head(batch, head),
@@ -81,16 +86,17 @@ struct Task<'a, T: Element> {
 struct Scratch<T: Element> {
     lists: Lists,
     batch: Batch,
-    copies: Vec<T>,
     /// One row of q, of grad_out, of out.
     query: Buffer<T::Acc>,
     grad_out: Buffer<T::Acc>,
     out: Buffer<T::Acc>,
-    /// `q . k`, then `dS`, of a batch.
+    /// `q . k`, then `dS`, of a batch or of a piece of a long row.
     scores: Buffer<T::Acc>,
-    /// `dO . v` of a batch.
+    /// `dO . v` likewise.
     grads: Buffer<T::Acc>,
-    /// One row of dq.
+    /// Ones, per strip of the batch.
+    factors: Vec<[T::Acc; STRIP]>,
+    /// A long row of dq.
     sum: Buffer<T::Acc>,
     tile: Option<Tile<T::Acc>>,
 }
@@ -117,12 +123,12 @@ impl<T: Element> Scratch<T> {
         Scratch {
             lists: Lists::default(),
             batch: Batch::default(),
-            copies: Vec::new(),
             query: row(dim),
             grad_out: row(value_dim),
             out: row(value_dim),
-            scores: row(EDGES),
-            grads: row(EDGES),
+            scores: Buffer::zeros(PLACES.max(PIECE)),
+            grads: Buffer::zeros(PLACES.max(PIECE)),
+            factors: Vec::new(),
             sum: row(dim),
             tile: None,
         }
@@ -169,59 +175,108 @@ impl<T: Element> Task<'_, T> {
     /// Rows with their own columns each.
     #[inline(always)]
     unsafe fn batches<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>) {
+        let mut lists = std::mem::take(&mut self.scratch.lists);
+        let mut cursor = Cursor::new(self.edges, rows, self.tensors.allowed(), &mut lists);
+        // SAFETY: the caller's promise; the cursor names rows of this head only.
+        unsafe {
+            while let Some(next) = cursor.next(&mut self.scratch.batch) {
+                match next {
+                    Next::Batch => self.batch::<V>(),
+                    Next::LongRow(row) => self.long_row::<V>(row, &mut cursor),
+                }
+            }
+        }
+        self.scratch.lists = lists;
+    }
+
+    /// Write what later passes need of query `row`, whose gradient is staged; returns its delta.
+    #[inline(always)]
+    unsafe fn describe<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, row: usize) -> T::Acc {
+        let Scratch { grad_out, out, .. } = &mut *self.scratch;
+        // SAFETY: the row is one of this task's; scratch rows have padded lengths.
+        unsafe {
+            self.grad_out.stage::<V>(row, grad_out);
+            self.out.stage::<V>(row, out);
+            let delta = dot::<V>(grad_out, out);
+            self.delta.row_mut(self.first_row + row)[0] = delta;
+            if let Some(background) = self.background {
+                let has_keys = self.tensors.background_keys(self.edges, row) > 0;
+                background.row_mut(self.first_row + row)[0] =
+                    if has_keys { exp_or_zero(-self.lse.at(row)) } else { T::Acc::ZERO };
+            }
+            delta
+        }
+    }
+
+    /// The rows of the batch in the scratch.
+    #[inline(always)]
+    unsafe fn batch<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self) {
         let head = self.tensors;
-        let Scratch { lists, batch, copies, query, grad_out, out, scores, grads, sum, .. } =
-            &mut *self.scratch;
-        let mut cursor = Cursor::new(self.edges, rows, head.allowed(), lists);
         // A bias is added to scores that are already scaled.
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
-        // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.
+        // SAFETY: the batch names rows and columns of this head only; scratch has room for any batch.
         unsafe {
-            while cursor.next(batch) {
-                for piece in &batch.pieces {
-                    head.q.stage::<V>(piece.row, query);
-                    self.grad_out.stage::<V>(piece.row, grad_out);
-                    if piece.first {
-                        self.out.stage::<V>(piece.row, out);
-                        self.delta.row_mut(self.first_row + piece.row)[0] = dot::<V>(grad_out, out);
-                        if let Some(background) = self.background {
-                            let has_keys = head.background_keys(self.edges, piece.row) > 0;
-                            background.row_mut(self.first_row + piece.row)[0] =
-                                if has_keys { exp_or_zero(-self.lse.at(piece.row)) } else { T::Acc::ZERO };
-                        }
-                    }
-                    let groups = piece.start..piece.start + piece.len.next_multiple_of(GROUP);
-                    let columns = &batch.columns[groups.clone()];
-                    dots::<V, T>(query, &head.k, columns, &mut scores[groups.clone()], copies);
-                    dots::<V, T>(grad_out, &head.v, columns, &mut grads[groups], copies);
-                    let (edges, columns) = (piece.edges(), &batch.columns[piece.edges()]);
-                    head.add_bias(self.scale, piece.row, false, columns, &mut scores[edges.clone()]);
-                    head.drop_weights(piece.row, columns, &mut grads[edges]);
+            {
+                let Scratch { batch, scores, grads, .. } = &mut *self.scratch;
+                dots::<V, T>(&head.q, &head.k, batch, scores);
+                dots::<V, T>(&self.grad_out, &head.v, batch, grads);
+                head.add_bias(self.scale, false, batch, scores);
+                head.drop_weights(batch, grads);
+            }
+            for index in 0..self.scratch.batch.strips.len() {
+                let strip = self.scratch.batch.strips[index];
+                let (mut shifts, mut deltas) = ([T::Acc::ZERO; STRIP], [T::Acc::ZERO; STRIP]);
+                for slot in 0..strip.rows {
+                    shifts[slot] = shift(self.lse.at(strip.row + slot));
+                    deltas[slot] = self.describe::<V>(strip.row + slot);
                 }
-                for piece in &batch.pieces {
-                    let shift = shift(self.lse.at(piece.row));
-                    let delta = self.delta.row_mut(self.first_row + piece.row)[0];
-                    let edges = piece.padded_edges();
-                    score_gradients::<V>(
-                        &mut scores[edges.clone()],
-                        &grads[edges],
-                        scale_left,
-                        shift,
-                        delta,
-                        self.scale,
-                    );
-                }
-                for piece in &batch.pieces {
-                    if piece.first {
-                        sum.fill(T::Acc::ZERO);
-                    }
-                    let edges = piece.edges();
-                    add_weighted::<V, T>(&scores[edges.clone()], &head.k, &batch.columns[edges], sum, copies);
-                    if piece.last {
-                        write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(self.first_row + piece.row));
+                let Scratch { scores, grads, .. } = &mut *self.scratch;
+                let parts = BLOCK / V::LANES;
+                for part in 0..parts {
+                    let first = part * (STRIP / parts);
+                    let terms = Terms {
+                        scale_left: V::splat(scale_left),
+                        shift: V::spread(shifts.as_ptr().add(first)),
+                        delta: V::spread(deltas.as_ptr().add(first)),
+                        scale: V::splat(self.scale),
+                    };
+                    for place in (strip.places().start + part * V::LANES..strip.places().end).step_by(BLOCK) {
+                        terms.apply(scores.as_mut_ptr().add(place), grads.as_ptr().add(place));
                     }
                 }
             }
+            let Scratch { batch, scores, factors, .. } = &mut *self.scratch;
+            factors.clear();
+            factors.resize(batch.strips.len(), [T::Acc::ONE; STRIP]);
+            let to = Sums::Written { to: self.dq, first: self.first_row, factors };
+            weighted_sums::<V, T>(scores, &head.k, batch, to);
+        }
+    }
+
+    /// A row with many columns.
+    #[inline(always)]
+    unsafe fn long_row<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, row: usize, cursor: &mut Cursor<T>) {
+        let head = self.tensors;
+        let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
+        // SAFETY: the cursor names columns of this head only; scratch rows have padded lengths.
+        unsafe {
+            let delta = self.describe::<V>(row);
+            let Scratch { query, grad_out, scores, grads, sum, .. } = &mut *self.scratch;
+            head.q.stage::<V>(row, query);
+            sum.fill(T::Acc::ZERO);
+            let shift = shift(self.lse.at(row));
+            while let Some(columns) = cursor.piece() {
+                let len = columns.len();
+                let groups = len.next_multiple_of(LONG_GROUP);
+                long_dots::<V, T>(query, &head.k, columns, &mut scores[..groups]);
+                long_dots::<V, T>(grad_out, &head.v, columns, &mut grads[..groups]);
+                head.add_long_bias(self.scale, row, false, columns, &mut scores[..len]);
+                head.drop_long_weights(row, columns, &mut grads[..len]);
+                let (scores, grads) = (&mut scores[..padded(len)], &grads[..padded(len)]);
+                score_gradients::<V>(scores, grads, scale_left, shift, delta, self.scale);
+                add_long_weighted::<V, T>(&scores[..len], &head.k, columns, sum);
+            }
+            write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(self.first_row + row));
         }
     }
 
@@ -272,7 +327,7 @@ impl<T: Element> Task<'_, T> {
                 );
                 for (slot, row) in rows.clone().enumerate() {
                     let (start, end) = (slot * TILE, slot * TILE + padded(count));
-                    head.drop_weights(row, &tile.columns, &mut tile.grads[start..start + count]);
+                    head.drop_long_weights(row, &tile.columns, &mut tile.grads[start..start + count]);
                     let (shift, delta) = (shift(self.lse.at(row)), tile.deltas[slot]);
                     let scores = &mut tile.scores[start..end];
                     score_gradients::<V>(
@@ -313,12 +368,34 @@ unsafe fn score_gradients<V: Vector>(
     debug_assert!(dots.len() == grads.len() && dots.len().is_multiple_of(V::LANES));
     // SAFETY: whole registers, as asserted.
     unsafe {
-        let (scale_left, shift) = (V::splat(scale_left), V::splat(shift));
-        let (delta, scale) = (V::splat(delta), V::splat(scale));
+        let terms = Terms {
+            scale_left: V::splat(scale_left),
+            shift: V::splat(shift),
+            delta: V::splat(delta),
+            scale: V::splat(scale),
+        };
         for i in (0..dots.len()).step_by(V::LANES) {
-            let place = dots.as_mut_ptr().add(i);
-            let p = exp(V::load(place) * scale_left - shift);
-            (p * (V::load(grads.as_ptr().add(i)) - delta) * scale).store(place);
+            terms.apply(dots.as_mut_ptr().add(i), grads.as_ptr().add(i));
+        }
+    }
+}
+
+/// What the gradients of a register of scores are computed from.
+struct Terms<V> {
+    scale_left: V,
+    shift: V,
+    delta: V,
+    scale: V,
+}
+
+impl<V: Vector> Terms<V> {
+    /// Replace the dots at `dots` by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift)`.
+    #[inline(always)]
+    unsafe fn apply(&self, dots: *mut V::Lane, grads: *const V::Lane) {
+        // SAFETY: the caller says that there is a register of both.
+        unsafe {
+            let p = exp(V::load(dots) * self.scale_left - self.shift);
+            (p * (V::load(grads) - self.delta) * self.scale).store(dots);
         }
     }
 }

@@ -3,16 +3,19 @@
 use std::ops::Range;
 
 use super::background::Background;
-use super::batch::{Batch, Cursor, EDGES, Lists};
+use super::batch::{Batch, Cursor, Lists, Next, PIECE, PLACES, ROWS, STRIP};
 use super::buffer::Buffer;
-use super::gather::{GROUP, add_scaled, add_weighted, dots, scale, write_scaled};
-use super::matrix::padded;
+use super::gather::{Sums, dots, weighted_sums};
+use super::long::{LONG_GROUP, add_long_weighted, long_dots};
+use super::matrix::{pack_rows, padded};
+use super::panel;
+use super::row::{add_scaled, scale, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
-use crate::kernel::softmax::Running;
+use crate::kernel::softmax::{Beside, Running};
 use crate::kernel::view::Output;
 use crate::kernel::{Attention, Run};
 use crate::pattern::edges::EdgeSet;
@@ -24,10 +27,17 @@ pub(in crate::kernel) fn forward<T: Element>(
     lse: &mut [T::Acc],
     run: &Run,
 ) -> Result<()> {
+    problem.check()?;
+    let mut copies = Default::default();
+    let problem = &pack_rows(problem, &mut copies);
     let call = Call::new(problem)?;
     let sizes = call.sizes;
     let out = Output::new("out", out, &[sizes.batch, sizes.heads, sizes.queries, sizes.value_dim])?;
     let lse = Output::new("lse", lse, &[sizes.batch, sizes.heads, sizes.queries, 1])?;
+    panel::forward(&call, &out, &lse, run)?;
+    if call.panels.take_all() {
+        return Ok(());
+    }
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 2, run);
     let background = call.has_background().then(|| Background::of_values(&call, run)).transpose()?;
     let isa = run.isa;
@@ -36,6 +46,9 @@ pub(in crate::kernel) fn forward<T: Element>(
         || Scratch::new(&call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
+            if call.panels.take(batch, head) {
+                return;
+            }
             let task = Task {
                 edges: call.problem.plan.head(batch, head, sizes.heads).by_query(),
                 tensors: call.head(batch, head),
@@ -73,14 +86,16 @@ struct Task<'a, T: Element> {
 struct Scratch<T: Element> {
     lists: Lists,
     batch: Batch,
-    copies: Vec<T>,
-    running: Vec<Running<T::Acc>>,
-    /// One row of q.
-    query: Buffer<T::Acc>,
-    /// Dots, then weights, of a batch.
+    /// Per strip of the batch: what the sums of its rows are multiplied by.
+    factors: Vec<[T::Acc; STRIP]>,
+    /// Per strip of the batch: what a key of the background weighs.
+    background_weights: Vec<[T::Acc; STRIP]>,
+    /// Dots, then weights, of a batch or of a piece of a long row.
     weights: Buffer<T::Acc>,
-    /// One row of the output.
-    sum: Buffer<T::Acc>,
+    /// The long row of q.
+    query: Buffer<T::Acc>,
+    /// Rows of the output.
+    sums: Buffer<T::Acc>,
     tile: Option<Tile<T::Acc>>,
 }
 
@@ -101,11 +116,11 @@ impl<T: Element> Scratch<T> {
         Scratch {
             lists: Lists::default(),
             batch: Batch::default(),
-            copies: Vec::new(),
-            running: Vec::new(),
+            factors: Vec::new(),
+            background_weights: Vec::new(),
+            weights: Buffer::zeros(PLACES.max(PIECE)),
             query: Buffer::zeros(padded(call.sizes.dim)),
-            weights: Buffer::zeros(EDGES),
-            sum: Buffer::zeros(padded(call.sizes.value_dim)),
+            sums: Buffer::zeros(ROWS * padded(call.sizes.value_dim)),
             tile: None,
         }
     }
@@ -149,67 +164,92 @@ impl<T: Element> Task<'_, T> {
     /// Rows with their own columns each.
     #[inline(always)]
     unsafe fn batches<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>) {
-        let head = self.tensors;
-        let Scratch { lists, batch, copies, running, query, weights, sum, .. } = &mut *self.scratch;
-        let mut cursor = Cursor::new(self.edges, rows, head.allowed_values(false), lists);
-        // A bias is added to scores that are already scaled.
-        let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
-        // SAFETY: the cursor names rows and columns of this head only; scratch rows have padded lengths.
+        let allowed = self.tensors.allowed_values(false);
+        let mut lists = std::mem::take(&mut self.scratch.lists);
+        let mut cursor = Cursor::new(self.edges, rows, allowed, &mut lists);
+        // SAFETY: the caller's promise; the cursor names rows of this head only.
         unsafe {
-            while cursor.next(batch) {
-                for piece in &batch.pieces {
-                    head.q.stage::<V>(piece.row, query);
-                    let groups = piece.start..piece.start + piece.len.next_multiple_of(GROUP);
-                    dots::<V, T>(
-                        query,
-                        &head.k,
-                        &batch.columns[groups.clone()],
-                        &mut weights[groups],
-                        copies,
-                    );
-                    let edges = piece.edges();
-                    head.add_bias(
-                        self.scale,
-                        piece.row,
-                        false,
-                        &batch.columns[edges.clone()],
-                        &mut weights[edges],
-                    );
-                }
-                for (slot, piece) in batch.pieces.iter().enumerate() {
-                    if piece.first {
-                        running.truncate(slot);
-                        running.push(Running::new(head.background_keys(self.edges, piece.row)));
-                    }
-                    let row = &mut weights[piece.padded_edges()];
-                    let correction = running[slot].absorb::<V>(row, piece.len, scale_left);
-                    if !piece.first {
-                        scale::<V>(sum, correction);
-                    }
-                    head.drop_weights(piece.row, &batch.columns[piece.edges()], &mut weights[piece.edges()]);
-                }
-                for (slot, piece) in batch.pieces.iter().enumerate() {
-                    if piece.first {
-                        sum.fill(T::Acc::ZERO);
-                    }
-                    let edges = piece.edges();
-                    add_weighted::<V, T>(
-                        &weights[edges.clone()],
-                        &head.v,
-                        &batch.columns[edges],
-                        sum,
-                        copies,
-                    );
-                    if piece.last {
-                        if let Some(values) = self.background {
-                            add_scaled::<V>(values, running[slot].background_weight(), sum);
-                        }
-                        let (factor, lse) = running[slot].finish();
-                        write_scaled::<V, T>(sum, factor, self.out.row_mut(self.first_row + piece.row));
-                        self.lse.row_mut(self.first_row + piece.row)[0] = lse;
-                    }
+            while let Some(next) = cursor.next(&mut self.scratch.batch) {
+                match next {
+                    Next::Batch => self.batch::<V>(),
+                    Next::LongRow(row) => self.long_row::<V>(row, &mut cursor),
                 }
             }
+        }
+        self.scratch.lists = lists;
+    }
+
+    /// The rows of the batch in the scratch.
+    #[inline(always)]
+    unsafe fn batch<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self) {
+        let head = self.tensors;
+        let Scratch { batch, factors, background_weights, weights, sums, .. } = &mut *self.scratch;
+        // A bias is added to scores that are already scaled.
+        let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
+        // SAFETY: the batch names rows and columns of this head only; weights and sums have room for any batch.
+        unsafe {
+            dots::<V, T>(&head.q, &head.k, batch, weights);
+            head.add_bias(self.scale, false, batch, weights);
+            factors.clear();
+            background_weights.clear();
+            for strip in &batch.strips {
+                let background = head.background_keys_of(self.edges, strip);
+                let data = weights.as_mut_ptr().add(strip.start);
+                let rows = Beside::weigh::<V>(data, strip.blocks, strip.lens, scale_left, background);
+                for slot in 0..strip.rows {
+                    self.lse.row_mut(self.first_row + strip.row + slot)[0] = rows.lse[slot];
+                }
+                factors.push(rows.factors);
+                background_weights.push(rows.background_weights);
+            }
+            head.drop_weights(batch, weights);
+            let Some(values) = self.background else {
+                let to = Sums::Written { to: self.out, first: self.first_row, factors };
+                weighted_sums::<V, T>(weights, &head.v, batch, to);
+                return;
+            };
+            let (first, stride) = (batch.strips[0].row, padded(head.v.width()));
+            sums.fill(T::Acc::ZERO);
+            weighted_sums::<V, T>(weights, &head.v, batch, Sums::Added { to: sums, first });
+            for (index, strip) in batch.strips.iter().enumerate() {
+                for slot in 0..strip.rows {
+                    let row = strip.row + slot;
+                    let sum = &mut sums[(row - first) * stride..(row - first + 1) * stride];
+                    add_scaled::<V>(values, background_weights[index][slot], sum);
+                    write_scaled::<V, T>(sum, factors[index][slot], self.out.row_mut(self.first_row + row));
+                }
+            }
+        }
+    }
+
+    /// A row with many columns.
+    #[inline(always)]
+    unsafe fn long_row<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, row: usize, cursor: &mut Cursor<T>) {
+        let head = self.tensors;
+        let Scratch { weights, query, sums, .. } = &mut *self.scratch;
+        let sum = &mut sums[..padded(head.v.width())];
+        let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
+        let mut running = Running::new(head.background_keys(self.edges, row));
+        // SAFETY: the cursor names columns of this head only; scratch rows have padded lengths.
+        unsafe {
+            head.q.stage::<V>(row, query);
+            sum.fill(T::Acc::ZERO);
+            while let Some(columns) = cursor.piece() {
+                let len = columns.len();
+                let dots = &mut weights[..len.next_multiple_of(LONG_GROUP)];
+                long_dots::<V, T>(query, &head.k, columns, dots);
+                head.add_long_bias(self.scale, row, false, columns, &mut weights[..len]);
+                let correction = running.absorb::<V>(&mut weights[..padded(len)], len, scale_left);
+                scale::<V>(sum, correction);
+                head.drop_long_weights(row, columns, &mut weights[..len]);
+                add_long_weighted::<V, T>(&weights[..len], &head.v, columns, sum);
+            }
+            if let Some(values) = self.background {
+                add_scaled::<V>(values, running.background_weight(), sum);
+            }
+            let (factor, lse) = running.finish();
+            write_scaled::<V, T>(sum, factor, self.out.row_mut(self.first_row + row));
+            self.lse.row_mut(self.first_row + row)[0] = lse;
         }
     }
 
@@ -249,7 +289,7 @@ impl<T: Element> Task<'_, T> {
                             correction,
                         );
                     }
-                    head.drop_weights(row, &tile.columns, &mut weights[..count]);
+                    head.drop_long_weights(row, &tile.columns, &mut weights[..count]);
                 }
                 multiply::<V, true>(
                     Block { data: &tile.weights, stride: TILE },

@@ -1,256 +1,319 @@
-//! The two products that rows scattered over a matrix take part in, and a few on single rows of scratch.
+//! The two products that rows scattered over a matrix take part in, for the strips of a batch: dots with them, and weighted sums of
+//! them.
 
+use super::batch::{BLOCK, Batch, GROUP, STRIP};
 use super::matrix::{Matrix, padded};
 use crate::kernel::element::{Element, Real};
-use crate::kernel::simd::{Kernel, Memory, Vector};
+use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
+use crate::kernel::view::Output;
 
-/// Dots come in groups of this many: their sums are reduced together.
-pub(super) const GROUP: usize = 4;
-
-/// `out[e] = x . matrix[rows[e]]`. `x` is padded with zeros; `rows` holds whole groups of [`GROUP`].
+/// `out[place] = rows[row of place] . matrix[column of place]` at every place of `batch` that is an edge, anything at the others.
 ///
 /// # Safety
 /// - The instructions of `V` are available;
-/// - every row exists, `x` has [`padded`] length and `out` the length of `rows`.
+/// - rows and columns exist, and both matrices are packed and equally wide;
+/// - `out` has room for every place.
 #[inline(always)]
 pub(super) unsafe fn dots<V: Vector, T: Element>(
-    x: &[T::Acc],
+    rows: &Matrix<T>,
     matrix: &Matrix<T>,
-    rows: &[u32],
+    batch: &Batch,
     out: &mut [T::Acc],
-    copies: &mut Vec<T>,
 ) {
-    debug_assert!(
-        x.len() >= padded(matrix.width()) && rows.len().is_multiple_of(GROUP) && out.len() == rows.len()
-    );
+    debug_assert!(rows.width() == matrix.width() && out.len() >= batch.columns.len());
     // SAFETY: the caller's promise.
-    unsafe { V::outline(Dots { x, matrix, rows, out, copies }) }
+    unsafe { V::outline(Dots { rows, matrix, batch, out }) }
 }
 
 /// The arguments of [`dots`].
 struct Dots<'a, T: Element> {
-    x: &'a [T::Acc],
+    rows: &'a Matrix<'a, T>,
     matrix: &'a Matrix<'a, T>,
-    rows: &'a [u32],
+    batch: &'a Batch,
     out: &'a mut [T::Acc],
-    copies: &'a mut Vec<T>,
 }
 
 impl<T: Element> Kernel<T> for Dots<'_, T> {
     #[inline(always)]
     unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(self) {
-        let Dots { x, matrix, rows, out, copies } = self;
-        let (x, width) = (x.as_ptr(), matrix.width());
-        for (rows, out) in rows.chunks_exact(GROUP).zip(out.as_chunks_mut::<GROUP>().0) {
-            // SAFETY: the loads stay inside the rows, which the caller says exist.
+        // SAFETY: the caller's promise; the number of whole registers is that of the width.
+        unsafe {
+            match self.matrix.width() / V::LANES {
+                1 => self.strips::<V, 1>(),
+                2 => self.strips::<V, 2>(),
+                3 => self.strips::<V, 3>(),
+                4 => self.strips::<V, 4>(),
+                5 => self.strips::<V, 5>(),
+                6 => self.strips::<V, 6>(),
+                8 => self.strips::<V, 8>(),
+                _ => self.strips::<V, 0>(),
+            }
+        }
+    }
+}
+
+impl<T: Element> Dots<'_, T> {
+    /// With `WHOLE` whole registers per row, or any number of them if 0.
+    #[inline(always)]
+    unsafe fn strips<V: Vector<Lane = T::Acc> + Memory<T>, const WHOLE: usize>(self) {
+        let Dots { rows, matrix, batch, out } = self;
+        let columns = batch.columns.as_ptr();
+        for strip in &batch.strips {
+            // SAFETY: strips name rows, columns and places that exist; loads stay inside rows.
             unsafe {
-                let pointers: [*const T; GROUP] = matrix.packed_rows(rows, copies);
-                let mut sums = [V::splat(T::Acc::ZERO); GROUP];
-                let mut d = 0;
-                while d + V::LANES <= width {
-                    let x = <V as Memory<T::Acc>>::load(x.add(d));
-                    for i in 0..GROUP {
-                        sums[i] = <V as Memory<T>>::load(pointers[i].add(d)).mul_add(x, sums[i]);
+                let mut x = [rows.row(strip.row); STRIP];
+                for slot in 1..strip.rows {
+                    x[slot] = rows.row(strip.row + slot);
+                }
+                let common = strip.common();
+                let mut seen = 0;
+                for block in strip.places().step_by(BLOCK) {
+                    let (from, to) = (columns.add(block), out.as_mut_ptr().add(block));
+                    if seen < common {
+                        Self::block::<V, WHOLE>(matrix, &x, from, to);
+                    } else {
+                        for slot in 0..strip.rows {
+                            if seen < strip.lens[slot] as usize {
+                                let sums = four_dots::<V, T, WHOLE>(matrix, x[slot], from.add(slot * GROUP));
+                                V::sums(sums, &mut *to.add(slot * GROUP).cast());
+                            }
+                        }
                     }
+                    seen += GROUP;
+                }
+            }
+        }
+    }
+
+    /// The block at `columns` with edges of all four rows. Written out, so that all sums stay in registers.
+    #[inline(always)]
+    unsafe fn block<V: Vector<Lane = T::Acc> + Memory<T>, const WHOLE: usize>(
+        matrix: &Matrix<T>,
+        x: &[*const T; STRIP],
+        columns: *const u32,
+        out: *mut T::Acc,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [V::splat(T::Acc::ZERO); MAX_LANES];
+            if V::LANES == 16 {
+                let a = four_dots::<V, T, WHOLE>(matrix, x[0], columns);
+                let b = four_dots::<V, T, WHOLE>(matrix, x[1], columns.add(4));
+                let c = four_dots::<V, T, WHOLE>(matrix, x[2], columns.add(8));
+                let d = four_dots::<V, T, WHOLE>(matrix, x[3], columns.add(12));
+                for i in 0..4 {
+                    (sums[i], sums[4 + i], sums[8 + i], sums[12 + i]) = (a[i], b[i], c[i], d[i]);
+                }
+                V::sum_each(&sums).store(out);
+            } else if V::LANES == 8 {
+                for half in 0..2 {
+                    let a = four_dots::<V, T, WHOLE>(matrix, x[2 * half], columns.add(8 * half));
+                    let b = four_dots::<V, T, WHOLE>(matrix, x[2 * half + 1], columns.add(8 * half + 4));
+                    for i in 0..4 {
+                        (sums[i], sums[4 + i]) = (a[i], b[i]);
+                    }
+                    V::sum_each(&sums).store(out.add(8 * half));
+                }
+            } else {
+                for slot in 0..STRIP {
+                    let a = four_dots::<V, T, WHOLE>(matrix, x[slot], columns.add(GROUP * slot));
+                    sums[..4].copy_from_slice(&a);
+                    V::sum_each(&sums).store(out.add(GROUP * slot));
+                }
+            }
+        }
+    }
+}
+
+/// Products of the row at `x` with four columns, to be summed over lanes.
+#[inline(always)]
+unsafe fn four_dots<V: Vector<Lane = T::Acc> + Memory<T>, T: Element, const WHOLE: usize>(
+    matrix: &Matrix<T>,
+    x: *const T,
+    columns: *const u32,
+) -> [V; GROUP] {
+    let width = matrix.width();
+    let whole = if WHOLE > 0 { WHOLE } else { width / V::LANES };
+    let rest = width - whole * V::LANES;
+    // SAFETY: the caller names a row and columns that exist; loads stay inside them.
+    unsafe {
+        let mut pointers = [matrix.row(*columns as usize); GROUP];
+        for i in 1..GROUP {
+            pointers[i] = matrix.row(*columns.add(i) as usize);
+        }
+        let mut sums = [V::splat(T::Acc::ZERO); GROUP];
+        for c in 0..whole {
+            let x = <V as Memory<T>>::load(x.add(c * V::LANES));
+            for i in 0..GROUP {
+                sums[i] = <V as Memory<T>>::load(pointers[i].add(c * V::LANES)).mul_add(x, sums[i]);
+            }
+        }
+        if rest > 0 {
+            let x = <V as Memory<T>>::load_first(x.add(whole * V::LANES), rest);
+            for i in 0..GROUP {
+                sums[i] =
+                    <V as Memory<T>>::load_first(pointers[i].add(whole * V::LANES), rest).mul_add(x, sums[i]);
+            }
+        }
+        sums
+    }
+}
+
+/// Where weighted sums of the rows of a batch go.
+pub(super) enum Sums<'a, 'b, T: Element> {
+    /// Added to [`padded`] rows of scratch, the first of which is for row `first`.
+    Added { to: &'a mut [T::Acc], first: usize },
+    /// Times `factors` (one per strip and row) to row `first + row` of an output.
+    Written { to: &'a Output<'b, T>, first: usize, factors: &'a [[T::Acc; STRIP]] },
+}
+
+/// For every row of `batch`, the sum of `weights[place] * matrix[column of place]` over its edges.
+///
+/// # Safety
+/// - The instructions of `V` are available;
+/// - columns exist, and `matrix` is packed;
+/// - `weights` has a number for every place, and there is room for every row of the batch, which nobody else uses.
+#[inline(always)]
+pub(super) unsafe fn weighted_sums<V: Vector, T: Element>(
+    weights: &[T::Acc],
+    matrix: &Matrix<T>,
+    batch: &Batch,
+    sums: Sums<T>,
+) {
+    debug_assert!(weights.len() >= batch.columns.len());
+    // SAFETY: the caller's promise.
+    unsafe { V::outline(WeightedSums { weights, matrix, batch, sums }) }
+}
+
+/// The arguments of [`weighted_sums`].
+struct WeightedSums<'a, 'b, T: Element> {
+    weights: &'a [T::Acc],
+    matrix: &'a Matrix<'a, T>,
+    batch: &'a Batch,
+    sums: Sums<'a, 'b, T>,
+}
+
+impl<T: Element> Kernel<T> for WeightedSums<'_, '_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
+        let width = self.matrix.width();
+        for index in 0..self.batch.strips.len() {
+            let mut d = 0;
+            // SAFETY: each call touches the columns from `d` on that its condition says exist.
+            unsafe {
+                // Sixteen sums leave room for the weights in 32 registers, eight in 16.
+                while V::REGISTERS >= 32 && d + 4 * V::LANES <= width {
+                    self.columns::<V, 4, false>(index, d);
+                    d += 4 * V::LANES;
+                }
+                while d + 2 * V::LANES <= width {
+                    self.columns::<V, 2, false>(index, d);
+                    d += 2 * V::LANES;
+                }
+                if d + V::LANES <= width {
+                    self.columns::<V, 1, false>(index, d);
                     d += V::LANES;
                 }
                 if d < width {
-                    let x = <V as Memory<T::Acc>>::load(x.add(d));
-                    for i in 0..GROUP {
-                        sums[i] =
-                            <V as Memory<T>>::load_first(pointers[i].add(d), width - d).mul_add(x, sums[i]);
+                    self.columns::<V, 1, true>(index, d);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element> WeightedSums<'_, '_, T> {
+    /// The columns from `d` on that `N` registers hold, or with `PART` those that are left, fewer than a register.
+    #[inline(always)]
+    unsafe fn columns<V: Vector<Lane = T::Acc> + Memory<T>, const N: usize, const PART: bool>(
+        &mut self,
+        index: usize,
+        d: usize,
+    ) {
+        let strip = &self.batch.strips[index];
+        let (columns, weights) = (self.batch.columns.as_ptr(), self.weights.as_ptr());
+        let rest = self.matrix.width() - d;
+        let common = strip.common();
+        // SAFETY: strips name rows, columns and places that exist; loads stay inside rows.
+        unsafe {
+            let mut totals = [[V::splat(T::Acc::ZERO); N]; STRIP];
+            for edge in 0..common {
+                let place = strip.place(0, edge);
+                for slot in 0..STRIP {
+                    let weight = V::splat(*weights.add(place + slot * GROUP));
+                    let from = self.matrix.row(*columns.add(place + slot * GROUP) as usize).add(d);
+                    for i in 0..N {
+                        let values = load_part::<V, T, PART>(from.add(i * V::LANES), rest);
+                        totals[slot][i] = values.mul_add(weight, totals[slot][i]);
                     }
                 }
-                V::sums(sums, out);
             }
+            // Written out, so that the sums stay in registers.
+            let [a, b, c, e] = totals;
+            self.finish::<V, N, PART>(index, 0, d, a);
+            self.finish::<V, N, PART>(index, 1, d, b);
+            self.finish::<V, N, PART>(index, 2, d, c);
+            self.finish::<V, N, PART>(index, 3, d, e);
         }
     }
-}
 
-/// `sum += weights[e] * matrix[rows[e]]` over all `e`.
-///
-/// # Safety
-/// - The instructions of `V` are available;
-/// - every row exists, `sum` has [`padded`] length and `weights` the length of `rows`.
-#[inline(always)]
-pub(super) unsafe fn add_weighted<V: Vector, T: Element>(
-    weights: &[T::Acc],
-    matrix: &Matrix<T>,
-    rows: &[u32],
-    sum: &mut [T::Acc],
-    copies: &mut Vec<T>,
-) {
-    debug_assert!(sum.len() >= padded(matrix.width()) && weights.len() == rows.len());
-    // SAFETY: the caller's promise.
-    unsafe { V::outline(AddWeighted { weights, matrix, rows, sum, copies }) }
-}
-
-/// The arguments of [`add_weighted`].
-struct AddWeighted<'a, T: Element> {
-    weights: &'a [T::Acc],
-    matrix: &'a Matrix<'a, T>,
-    rows: &'a [u32],
-    sum: &'a mut [T::Acc],
-    copies: &'a mut Vec<T>,
-}
-
-impl<T: Element> Kernel<T> for AddWeighted<'_, T> {
+    /// Add the edges of row `slot` that not all rows of the strip have, and pass the row on.
     #[inline(always)]
-    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(self) {
-        let AddWeighted { weights, matrix, rows, sum, copies } = self;
-        let sum = sum.as_mut_ptr();
-        let mut d = 0;
-        // SAFETY: each call touches the columns from `d` on that its condition says exist.
+    unsafe fn finish<V: Vector<Lane = T::Acc> + Memory<T>, const N: usize, const PART: bool>(
+        &mut self,
+        index: usize,
+        slot: usize,
+        d: usize,
+        mut totals: [V; N],
+    ) {
+        let strip = &self.batch.strips[index];
+        if slot >= strip.rows {
+            return;
+        }
+        let rest = self.matrix.width() - d;
+        // SAFETY: as in `columns`; where sums go has room for the row.
         unsafe {
-            while d + 4 * V::LANES <= matrix.width() {
-                add_weighted_columns::<V, T, 4>(weights, matrix, rows, d, sum.add(d), copies);
-                d += 4 * V::LANES;
-            }
-            if d + 2 * V::LANES <= matrix.width() {
-                add_weighted_columns::<V, T, 2>(weights, matrix, rows, d, sum.add(d), copies);
-                d += 2 * V::LANES;
-            }
-            if d + V::LANES <= matrix.width() {
-                add_weighted_columns::<V, T, 1>(weights, matrix, rows, d, sum.add(d), copies);
-                d += V::LANES;
-            }
-            if d < matrix.width() {
-                let mut total = <V as Memory<T::Acc>>::load(sum.add(d));
-                for (&weight, row) in weights.iter().zip(rows) {
-                    let [row]: [*const T; 1] = matrix.packed_rows(std::slice::from_ref(row), copies);
-                    let values = <V as Memory<T>>::load_first(row.add(d), matrix.width() - d);
-                    total = values.mul_add(V::splat(weight), total);
+            for edge in strip.common()..strip.lens[slot] as usize {
+                let place = strip.place(slot, edge);
+                let weight = V::splat(self.weights[place]);
+                let from = self.matrix.row(self.batch.columns[place] as usize).add(d);
+                for i in 0..N {
+                    totals[i] =
+                        load_part::<V, T, PART>(from.add(i * V::LANES), rest).mul_add(weight, totals[i]);
                 }
-                total.store(sum.add(d));
+            }
+            let row = strip.row + slot;
+            match &mut self.sums {
+                Sums::Added { to, first } => {
+                    let start = (row - *first) * padded(self.matrix.width()) + d;
+                    let to = to[start..start + N * V::LANES].as_mut_ptr();
+                    for i in 0..N {
+                        let to = to.add(i * V::LANES);
+                        (V::load(to) + totals[i]).store(to);
+                    }
+                }
+                Sums::Written { to, first, factors } => {
+                    let factor = V::splat(factors[index][slot]);
+                    let to = &mut to.row_mut(*first + row)[d..];
+                    debug_assert!(to.len() == rest);
+                    for i in 0..N {
+                        let to = to.as_mut_ptr().add(i * V::LANES);
+                        let total = totals[i] * factor;
+                        if PART {
+                            <V as Memory<T>>::store_first(total, to, rest);
+                        } else {
+                            <V as Memory<T>>::store(total, to);
+                        }
+                    }
+                }
             }
         }
     }
 }
 
-/// The part of [`add_weighted`] that `N` registers from column `first` on hold.
-///
-/// Even and odd edges are summed apart: one sum alone would wait for its own last addition most of the time.
+/// A whole register, or with `PART` the first `rest` lanes of one.
 #[inline(always)]
-unsafe fn add_weighted_columns<V, T, const N: usize>(
-    weights: &[T::Acc],
-    matrix: &Matrix<T>,
-    rows: &[u32],
-    first: usize,
-    sum: *mut T::Acc,
-    copies: &mut Vec<T>,
-) where
-    T: Element,
-    V: Vector<Lane = T::Acc> + Memory<T>,
-{
-    // SAFETY: the caller names rows and columns that exist.
-    unsafe {
-        let mut even = [V::splat(T::Acc::ZERO); N];
-        let mut odd = even;
-        let (row_pairs, last_row) = rows.as_chunks::<2>();
-        let (weight_pairs, last_weight) = weights.as_chunks::<2>();
-        for (pair, weights) in row_pairs.iter().zip(weight_pairs) {
-            let [a, b]: [*const T; 2] = matrix.packed_rows(pair, copies);
-            let (weight_a, weight_b) = (V::splat(weights[0]), V::splat(weights[1]));
-            for i in 0..N {
-                even[i] = <V as Memory<T>>::load(a.add(first + i * V::LANES)).mul_add(weight_a, even[i]);
-                odd[i] = <V as Memory<T>>::load(b.add(first + i * V::LANES)).mul_add(weight_b, odd[i]);
-            }
-        }
-        if let (&[_], &[weight]) = (last_row, last_weight) {
-            let [a]: [*const T; 1] = matrix.packed_rows(last_row, copies);
-            let weight = V::splat(weight);
-            for i in 0..N {
-                even[i] = <V as Memory<T>>::load(a.add(first + i * V::LANES)).mul_add(weight, even[i]);
-            }
-        }
-        for i in 0..N {
-            let place = sum.add(i * V::LANES);
-            (<V as Memory<T::Acc>>::load(place) + (even[i] + odd[i])).store(place);
-        }
-    }
-}
-
-/// `from * factor`, rounded to `T`.
-///
-/// # Safety
-/// - The instructions of `V` are available;
-/// - `from` has [`padded`] length for `to`.
-#[inline(always)]
-pub(super) unsafe fn write_scaled<V, T>(from: &[T::Acc], factor: T::Acc, to: &mut [T])
-where
-    T: Element,
-    V: Vector<Lane = T::Acc> + Memory<T>,
-{
-    debug_assert!(from.len() >= padded(to.len()));
-    let (from, width, to) = (from.as_ptr(), to.len(), to.as_mut_ptr());
-    // SAFETY: reads stay inside the padded row and writes inside `to`.
-    unsafe {
-        let factor = V::splat(factor);
-        let mut d = 0;
-        while d + V::LANES <= width {
-            <V as Memory<T>>::store(<V as Memory<T::Acc>>::load(from.add(d)) * factor, to.add(d));
-            d += V::LANES;
-        }
-        if d < width {
-            <V as Memory<T>>::store_first(
-                <V as Memory<T::Acc>>::load(from.add(d)) * factor,
-                to.add(d),
-                width - d,
-            );
-        }
-    }
-}
-
-/// `a . b` over padded rows.
-///
-/// # Safety
-/// The instructions of `V` are available; both rows have the same [`padded`] length.
-#[inline(always)]
-pub(super) unsafe fn dot<V: Vector>(a: &[V::Lane], b: &[V::Lane]) -> V::Lane {
-    debug_assert!(a.len() == b.len() && a.len().is_multiple_of(V::LANES));
-    // SAFETY: whole registers, as asserted.
-    unsafe {
-        let mut sum = V::splat(V::Lane::ZERO);
-        for d in (0..a.len()).step_by(V::LANES) {
-            sum = V::load(a.as_ptr().add(d)).mul_add(V::load(b.as_ptr().add(d)), sum);
-        }
-        sum.sum()
-    }
-}
-
-/// `row *= factor` over a padded row.
-///
-/// # Safety
-/// The instructions of `V` are available.
-#[inline(always)]
-pub(super) unsafe fn scale<V: Vector>(row: &mut [V::Lane], factor: V::Lane) {
-    debug_assert!(row.len().is_multiple_of(V::LANES));
-    // SAFETY: whole registers, as asserted.
-    unsafe {
-        let factor = V::splat(factor);
-        for d in (0..row.len()).step_by(V::LANES) {
-            let place = row.as_mut_ptr().add(d);
-            (V::load(place) * factor).store(place);
-        }
-    }
-}
-
-/// `to += factor * row` over padded rows, nothing where the factor is zero.
-///
-/// # Safety
-/// The instructions of `V` are available.
-#[inline(always)]
-pub(super) unsafe fn add_scaled<V: Vector>(row: &[V::Lane], factor: V::Lane, to: &mut [V::Lane]) {
-    assert!(row.len() == to.len() && row.len().is_multiple_of(V::LANES));
-    if factor == V::Lane::ZERO {
-        return;
-    }
-    // SAFETY: whole registers, as asserted.
-    unsafe {
-        let factor = V::splat(factor);
-        for d in (0..row.len()).step_by(V::LANES) {
-            let place = to.as_mut_ptr().add(d);
-            V::load(row.as_ptr().add(d)).mul_add(factor, V::load(place)).store(place);
-        }
-    }
+unsafe fn load_part<V: Memory<T>, T, const PART: bool>(from: *const T, rest: usize) -> V {
+    // SAFETY: the caller says that they can be read.
+    unsafe { if PART { V::load_first(from, rest) } else { V::load(from) } }
 }

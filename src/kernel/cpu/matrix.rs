@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Memory, Vector};
-use crate::kernel::view::{View, View4};
+use crate::kernel::{Attention, View, View4};
 
 /// `len` rounded up to whole registers of any kind.
 pub(super) const fn padded(len: usize) -> usize {
@@ -54,6 +54,12 @@ impl<'a, T: Element> Matrix<'a, T> {
         self.width
     }
 
+    /// Number of rows.
+    #[inline(always)]
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// The element at `(row, column)`.
     ///
     /// # Safety
@@ -65,8 +71,12 @@ impl<'a, T: Element> Matrix<'a, T> {
         unsafe { *self.row(row).offset(column as isize * self.column_stride) }
     }
 
+    /// The first element of row `row`.
+    ///
+    /// # Safety
+    /// The row exists.
     #[inline(always)]
-    unsafe fn row(&self, row: usize) -> *const T {
+    pub(super) unsafe fn row(&self, row: usize) -> *const T {
         debug_assert!(row < self.rows);
         // SAFETY: as above.
         unsafe { self.origin.offset(row as isize * self.row_stride) }
@@ -74,7 +84,7 @@ impl<'a, T: Element> Matrix<'a, T> {
 
     /// Whether rows can be read a register at a time.
     #[inline(always)]
-    fn is_packed(&self) -> bool {
+    pub(super) fn is_packed(&self) -> bool {
         self.column_stride == 1 || self.width == 1
     }
 
@@ -110,42 +120,35 @@ impl<'a, T: Element> Matrix<'a, T> {
             }
         }
     }
+}
 
-    /// Pointers to `N` rows whose elements are neighbours: the rows themselves, or copies of them in `copies`.
-    ///
-    /// # Safety
-    /// `rows` holds `N` rows that exist.
-    #[inline(always)]
-    pub(super) unsafe fn packed_rows<const N: usize>(
-        &self,
-        rows: &[u32],
-        copies: &mut Vec<T>,
-    ) -> [*const T; N] {
-        let mut pointers = [self.origin; N];
-        // SAFETY: the caller names rows that exist.
-        unsafe {
-            if self.is_packed() {
-                for (pointer, &row) in pointers.iter_mut().zip(rows) {
-                    *pointer = self.row(row as usize);
-                }
-            } else {
-                self.copy_rows(rows, copies);
-                for (index, pointer) in pointers.iter_mut().enumerate() {
-                    *pointer = copies.as_ptr().add(index * self.width);
-                }
+/// `tensor`, or a copy of it in `copy` where the elements of a row are not neighbours in memory.
+pub(super) fn pack<'a, T: Element>(tensor: View4<'a, T>, copy: &'a mut Vec<T>) -> View4<'a, T> {
+    let shape = tensor.shape();
+    if shape[3] == 1 || tensor.stride(3) == 1 || shape.contains(&0) {
+        return tensor;
+    }
+    let [batch, heads, rows, width] = shape;
+    copy.reserve_exact(batch * heads * rows * width);
+    for b in 0..batch {
+        for h in 0..heads {
+            let matrix = Matrix::of(&tensor, b, h);
+            for row in 0..rows {
+                // SAFETY: row and column lie inside the tensor.
+                copy.extend((0..width).map(|d| unsafe { matrix.at(row, d) }));
             }
         }
-        pointers
     }
+    View::contiguous("copy", copy, shape).expect("a copy has the shape of its tensor")
+}
 
-    #[inline(never)]
-    unsafe fn copy_rows(&self, rows: &[u32], copies: &mut Vec<T>) {
-        copies.clear();
-        for &row in rows {
-            // SAFETY: the caller names rows that exist.
-            copies.extend((0..self.width).map(|d| unsafe { self.at(row as usize, d) }));
-        }
-    }
+/// `problem` with the elements of every row of q, k and v next to each other, for which `copies` has room.
+pub(super) fn pack_rows<'a, T: Element>(
+    problem: &Attention<'a, T>,
+    copies: &'a mut [Vec<T>; 3],
+) -> Attention<'a, T> {
+    let [q, k, v] = copies;
+    Attention { q: pack(problem.q, q), k: pack(problem.k, k), v: pack(problem.v, v), ..*problem }
 }
 
 /// A per-token number of one head, at any stride.

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::batch::Allowed;
+use super::batch::{Allowed, Batch, STRIP, Strip};
 use super::matrix::{Column, Matrix};
+use super::panel;
 use crate::error::Result;
 use crate::kernel::dropout::HeadDraws;
 use crate::kernel::element::{Element, Real};
@@ -25,6 +26,8 @@ pub(super) struct Call<'a, T: Element> {
     pub scale: T::Acc,
     /// Allowed keys per batch element, where those that are not edges keep a score of 0.
     background_keys: Option<Vec<usize>>,
+    /// The heads that the panel kernel computes.
+    pub panels: panel::Heads,
 }
 
 /// One head of a problem, and what the call allows in it.
@@ -49,7 +52,8 @@ impl<'a, T: Element> Call<'a, T> {
         };
         let background_keys = (problem.masked_logits == MaskedLogits::Zero)
             .then(|| (0..sizes.batch).map(allowed_keys).collect());
-        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys })
+        let panels = panel::Heads::of(problem, &sizes);
+        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys, panels })
     }
 
     pub(super) fn head(&self, batch: usize, head: usize) -> Head<'a, T> {
@@ -130,9 +134,36 @@ impl<'a, T: Element> Head<'a, T> {
         }
     }
 
-    /// Multiply `weights`, one per column of `row`, by dropout's factors.
+    /// [`Self::background_keys`] of the rows of a strip.
+    pub(super) fn background_keys_of(&self, edges: &EdgeSet, strip: &Strip) -> [usize; STRIP] {
+        let mut keys = [0; STRIP];
+        if self.allowed_keys.is_some() {
+            for (slot, keys) in keys.iter_mut().enumerate().take(strip.rows) {
+                *keys = self.background_keys(edges, strip.row + slot);
+            }
+        }
+        keys
+    }
+
+    /// Multiply `weights`, one per place of `batch`, by dropout's factors.
     #[inline(always)]
-    pub(super) fn drop_weights(&self, row: usize, columns: &[u32], weights: &mut [T::Acc]) {
+    pub(super) fn drop_weights(&self, batch: &Batch, weights: &mut [T::Acc]) {
+        if let Some(draws) = &self.draws {
+            for strip in &batch.strips {
+                for slot in 0..strip.rows {
+                    let draws = draws.query(strip.row + slot);
+                    for edge in 0..strip.lens[slot] as usize {
+                        let place = strip.place(slot, edge);
+                        weights[place] *= T::Acc::from_f64(draws.factor(batch.columns[place] as usize));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Multiply `weights`, one per column of the long row `row`, by dropout's factors.
+    #[inline(always)]
+    pub(super) fn drop_long_weights(&self, row: usize, columns: &[u32], weights: &mut [T::Acc]) {
         if let Some(draws) = &self.draws {
             let draws = draws.query(row);
             for (weight, &column) in weights.iter_mut().zip(columns) {
@@ -141,9 +172,19 @@ impl<'a, T: Element> Head<'a, T> {
         }
     }
 
-    /// Where there is a bias, turn dots into scores `dot * scale + bias`. A bias of minus infinity wins over any dot.
+    /// Where there is a bias, turn the dots of `batch` into scores `dot * scale + bias`. A bias of minus infinity wins over any dot.
     #[inline(always)]
-    pub(super) fn add_bias(
+    pub(super) fn add_bias(&self, scale: T::Acc, by_key: bool, batch: &Batch, dots: &mut [T::Acc]) {
+        if let Some(bias) = &self.bias {
+            batch.for_each_edge(dots, |row, column, dot| {
+                *dot = biased(bias, scale, row, column, by_key, *dot)
+            });
+        }
+    }
+
+    /// [`Self::add_bias`] for some columns of the long row `row`.
+    #[inline(always)]
+    pub(super) fn add_long_bias(
         &self,
         scale: T::Acc,
         row: usize,
@@ -153,13 +194,25 @@ impl<'a, T: Element> Head<'a, T> {
     ) {
         if let Some(bias) = &self.bias {
             for (dot, &column) in dots.iter_mut().zip(columns) {
-                let (query, key) = if by_key { (column as usize, row) } else { (row, column as usize) };
-                // SAFETY: the bias has an entry per (query, key), and edges lie inside that shape.
-                let bias = unsafe { bias.at(query, key) }.to_acc();
-                *dot = if bias == T::Acc::NEG_INFINITY { bias } else { *dot * scale + bias };
+                *dot = biased(bias, scale, row, column as usize, by_key, *dot);
             }
         }
     }
+}
+
+/// The score of an edge with this dot. Rows are keys if `by_key`.
+fn biased<T: Element>(
+    bias: &Matrix<T>,
+    scale: T::Acc,
+    row: usize,
+    column: usize,
+    by_key: bool,
+    dot: T::Acc,
+) -> T::Acc {
+    let (query, key) = if by_key { (column, row) } else { (row, column) };
+    // SAFETY: the bias has an entry per (query, key), and edges lie inside that shape.
+    let bias = unsafe { bias.at(query, key) }.to_acc();
+    if bias == T::Acc::NEG_INFINITY { bias } else { dot * scale + bias }
 }
 
 /// Ranges of rows, all heads of the batch after one another.

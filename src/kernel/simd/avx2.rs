@@ -5,7 +5,7 @@ use std::ops::{Add, Mul, Sub};
 
 use half::{bf16, f16};
 
-use super::{Kernel, Memory, Vector};
+use super::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::element::Element;
 
 /// Run `kernel` where the compiler may use these instructions.
@@ -46,9 +46,65 @@ register! {
         }
 
         #[inline(always)]
+        fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm256_blendv_ps(otherwise.0, self.0, _mm256_cmp_ps::<_CMP_LT_OQ>(x.0, bound.0))) }
+        }
+
+        #[inline(always)]
+        fn sum_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm256_add_ps(self.0, _mm256_permute_ps::<0b01_00_11_10>(self.0));
+                Self(_mm256_add_ps(two, _mm256_permute_ps::<0b10_11_00_01>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn max_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm256_max_ps(self.0, _mm256_permute_ps::<0b01_00_11_10>(self.0));
+                Self(_mm256_max_ps(two, _mm256_permute_ps::<0b10_11_00_01>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let mut fours = [_mm256_setzero_ps(); 2];
+                for i in 0..2 {
+                    let [a, b, c, d] = [registers[4 * i].0, registers[4 * i + 1].0, registers[4 * i + 2].0, registers[4 * i + 3].0];
+                    let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                    let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                    fours[i] = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
+                }
+                let [a, b] = fours;
+                Self(_mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(from: *const f32) -> Self {
+            // SAFETY: the caller's promise.
+            unsafe { Self(_mm256_set_m128(_mm_set1_ps(*from.add(1)), _mm_set1_ps(*from))) }
+        }
+
+        #[inline(always)]
         fn first_or(self, count: usize, filler: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm256_blendv_ps(filler.0, self.0, _mm256_castsi256_ps(first_mask(count)))) }
+        }
+
+        #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+                let kept = _mm256_and_si256(_mm256_set1_epi32(bits as _), lanes);
+                Self(_mm256_blendv_ps(filler.0, self.0, _mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, lanes))))
+            }
         }
 
         #[inline(always)]
@@ -139,9 +195,60 @@ register! {
         }
 
         #[inline(always)]
+        fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm256_blendv_pd(otherwise.0, self.0, _mm256_cmp_pd::<_CMP_LT_OQ>(x.0, bound.0))) }
+        }
+
+        #[inline(always)]
+        fn sum_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm256_add_pd(self.0, _mm256_permute4x64_pd::<0b01_00_11_10>(self.0));
+                Self(_mm256_add_pd(two, _mm256_permute_pd::<0b0101>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn max_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm256_max_pd(self.0, _mm256_permute4x64_pd::<0b01_00_11_10>(self.0));
+                Self(_mm256_max_pd(two, _mm256_permute_pd::<0b0101>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let [a, b, c, d] = [registers[0].0, registers[1].0, registers[2].0, registers[3].0];
+                let ab = _mm256_add_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+                let cd = _mm256_add_pd(_mm256_unpacklo_pd(c, d), _mm256_unpackhi_pd(c, d));
+                Self(_mm256_add_pd(_mm256_permute2f128_pd::<0x20>(ab, cd), _mm256_permute2f128_pd::<0x31>(ab, cd)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(from: *const f64) -> Self {
+            // SAFETY: the caller's promise.
+            unsafe { Self(_mm256_set1_pd(*from)) }
+        }
+
+        #[inline(always)]
         fn first_or(self, count: usize, filler: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm256_blendv_pd(filler.0, self.0, _mm256_castsi256_pd(first_mask(2 * count)))) }
+        }
+
+        #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let lanes = _mm256_setr_epi64x(1, 2, 4, 8);
+                let kept = _mm256_and_si256(_mm256_set1_epi64x(bits as _), lanes);
+                Self(_mm256_blendv_pd(filler.0, self.0, _mm256_castsi256_pd(_mm256_cmpeq_epi64(kept, lanes))))
+            }
         }
 
         #[inline(always)]

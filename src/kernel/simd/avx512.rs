@@ -6,7 +6,7 @@ use std::ops::{Add, Mul, Sub};
 use half::{bf16, f16};
 
 use super::avx2::{F32x8, F64x4};
-use super::{Kernel, Memory, Vector};
+use super::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::element::Element;
 
 /// Run `kernel` where the compiler may use these instructions.
@@ -44,9 +44,69 @@ register! {
         }
 
         #[inline(always)]
+        fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                Self(_mm512_mask_mov_ps(otherwise.0, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x.0, bound.0), self.0))
+            }
+        }
+
+        #[inline(always)]
+        fn sum_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm512_add_ps(self.0, _mm512_permute_ps::<0b01_00_11_10>(self.0));
+                Self(_mm512_add_ps(two, _mm512_permute_ps::<0b10_11_00_01>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn max_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm512_max_ps(self.0, _mm512_permute_ps::<0b01_00_11_10>(self.0));
+                Self(_mm512_max_ps(two, _mm512_permute_ps::<0b10_11_00_01>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let mut fours = [_mm512_setzero_ps(); 4];
+                for i in 0..4 {
+                    let [a, b, c, d] = [registers[4 * i].0, registers[4 * i + 1].0, registers[4 * i + 2].0, registers[4 * i + 3].0];
+                    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                    fours[i] = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+                }
+                let [a, b, c, d] = fours;
+                let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+                let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                Self(_mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(from: *const f32) -> Self {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let four = _mm512_castps128_ps512(_mm_loadu_ps(from));
+                let groups = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+                Self(_mm512_permutexvar_ps(groups, four))
+            }
+        }
+
+        #[inline(always)]
         fn first_or(self, count: usize, filler: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm512_mask_mov_ps(filler.0, ((1u32 << count) - 1) as __mmask16, self.0)) }
+        }
+
+        #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm512_mask_mov_ps(filler.0, bits as __mmask16, self.0)) }
         }
 
         #[inline(always)]
@@ -104,9 +164,66 @@ register! {
         }
 
         #[inline(always)]
+        fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                Self(_mm512_mask_mov_pd(otherwise.0, _mm512_cmp_pd_mask::<_CMP_LT_OQ>(x.0, bound.0), self.0))
+            }
+        }
+
+        #[inline(always)]
+        fn sum_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm512_add_pd(self.0, _mm512_permutex_pd::<0b01_00_11_10>(self.0));
+                Self(_mm512_add_pd(two, _mm512_permute_pd::<0b0101_0101>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn max_of_four(self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let two = _mm512_max_pd(self.0, _mm512_permutex_pd::<0b01_00_11_10>(self.0));
+                Self(_mm512_max_pd(two, _mm512_permute_pd::<0b0101_0101>(two)))
+            }
+        }
+
+        #[inline(always)]
+        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let mut fours = [_mm512_setzero_pd(); 2];
+                for i in 0..2 {
+                    let [a, b, c, d] = [registers[4 * i].0, registers[4 * i + 1].0, registers[4 * i + 2].0, registers[4 * i + 3].0];
+                    let ab = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+                    let cd = _mm512_add_pd(_mm512_unpacklo_pd(c, d), _mm512_unpackhi_pd(c, d));
+                    fours[i] = _mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(ab, cd), _mm512_shuffle_f64x2::<0xdd>(ab, cd));
+                }
+                let [a, b] = fours;
+                Self(_mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(a, b), _mm512_shuffle_f64x2::<0xdd>(a, b)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(from: *const f64) -> Self {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let two = _mm512_castpd128_pd512(_mm_loadu_pd(from));
+                Self(_mm512_permutexvar_pd(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0), two))
+            }
+        }
+
+        #[inline(always)]
         fn first_or(self, count: usize, filler: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm512_mask_mov_pd(filler.0, ((1u32 << count) - 1) as __mmask8, self.0)) }
+        }
+
+        #[inline(always)]
+        fn keep(self, bits: u32, filler: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Self(_mm512_mask_mov_pd(filler.0, bits as __mmask8, self.0)) }
         }
 
         #[inline(always)]

@@ -19,7 +19,10 @@ use std::sync::OnceLock;
 use super::element::{Element, Real};
 use crate::error::{Error, Result, unknown_name};
 
-/// A register of `LANES` numbers.
+/// The most lanes of any register.
+pub const MAX_LANES: usize = 16;
+
+/// A register of `LANES` numbers, in groups of four.
 ///
 /// A value proves that the instructions exist: whatever makes one is unsafe, whatever uses one is not.
 pub trait Vector:
@@ -27,7 +30,7 @@ pub trait Vector:
 {
     /// One number.
     type Lane: Real;
-    /// Numbers per register.
+    /// Numbers per register: a multiple of 4, at most [`MAX_LANES`].
     const LANES: usize;
     /// Registers that the set has.
     const REGISTERS: usize;
@@ -50,14 +53,30 @@ pub trait Vector:
     fn power_of_two(self) -> Self;
     /// `self`, but 0 in lanes where `x < bound`.
     fn or_zero_below(self, x: Self, bound: Self) -> Self;
+    /// `self` in lanes where `x < bound`, else `otherwise`.
+    fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self;
     /// The first `count <= LANES` lanes of `self`, the others of `filler`.
     fn first_or(self, count: usize, filler: Self) -> Self;
+    /// The lanes of `self` whose bit is set in `bits`, the others of `filler`.
+    fn keep(self, bits: u32, filler: Self) -> Self;
     /// Sum of the lanes.
     fn sum(self) -> Self::Lane;
     /// The largest lane; NaN may or may not be noticed.
     fn largest(self) -> Self::Lane;
+    /// In every lane, the sum of the lanes of its group of four.
+    fn sum_of_four(self) -> Self;
+    /// In every lane, the largest lane of its group of four; NaN may or may not be noticed.
+    fn max_of_four(self) -> Self;
+    /// Lane `i` is the sum of `registers[i]`; those beyond `LANES` do not count.
+    fn sum_each(registers: &[Self; MAX_LANES]) -> Self;
     /// The sums of four registers, each as precise as [`Self::sum`], written to `out`.
     fn sums(registers: [Self; 4], out: &mut [Self::Lane; 4]);
+
+    /// `LANES / 4` numbers from `from`, each in a group of four lanes.
+    ///
+    /// # Safety
+    /// The instructions of `Self` are available and `LANES / 4` numbers can be read at `from`.
+    unsafe fn spread(from: *const Self::Lane) -> Self;
 
     /// Run `kernel` in a function of its own. For code that many places share: inlined into each it would be compiled for each.
     ///

@@ -2,7 +2,7 @@
 
 use std::ops::{Add, Mul, Sub};
 
-use super::{Kernel, Memory, Vector};
+use super::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::element::{Element, Real};
 
 /// Run `kernel` with portable registers.
@@ -94,9 +94,25 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
     }
 
     #[inline(always)]
+    fn where_below(mut self, x: Self, bound: Self, otherwise: Self) -> Self {
+        for lane in 0..N {
+            self.0[lane] = if x.0[lane] < bound.0[lane] { self.0[lane] } else { otherwise.0[lane] };
+        }
+        self
+    }
+
+    #[inline(always)]
     fn first_or(mut self, count: usize, filler: Self) -> Self {
         for lane in 0..N {
             self.0[lane] = if lane < count { self.0[lane] } else { filler.0[lane] };
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn keep(mut self, bits: u32, filler: Self) -> Self {
+        for lane in 0..N {
+            self.0[lane] = if bits >> lane & 1 != 0 { self.0[lane] } else { filler.0[lane] };
         }
         self
     }
@@ -122,6 +138,42 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
             largest = if self.0[lane] > largest { self.0[lane] } else { largest };
         }
         largest
+    }
+
+    #[inline(always)]
+    fn sum_of_four(mut self) -> Self {
+        for group in self.0.chunks_exact_mut(4) {
+            group.fill((group[0] + group[2]) + (group[1] + group[3]));
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn max_of_four(mut self) -> Self {
+        for group in self.0.chunks_exact_mut(4) {
+            let largest = group.iter().copied().reduce(|a, b| if a > b { a } else { b });
+            group.fill(largest.unwrap_or(R::ZERO));
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+        let mut sums = [R::ZERO; N];
+        for lane in 0..N {
+            sums[lane] = registers[lane].sum();
+        }
+        Portable(sums)
+    }
+
+    #[inline(always)]
+    unsafe fn spread(from: *const R) -> Self {
+        let mut lanes = [R::ZERO; N];
+        for (lane, value) in lanes.iter_mut().enumerate() {
+            // SAFETY: the caller promised a number per group.
+            *value = unsafe { *from.add(lane / 4) };
+        }
+        Portable(lanes)
     }
 
     #[inline(always)]

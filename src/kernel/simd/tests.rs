@@ -62,13 +62,33 @@ impl<R: Real> Kernel<R> for Arithmetic {
                         == 2f64.powf(x.to_f64().round_ties_even())
                 );
                 assert!(lanes(va.or_zero_below(vb, vc))[lane] == if y < z { R::ZERO } else { x });
+                let below = lanes(va.where_below(vb, vc, vd))[lane];
+                assert!(below == if y < z { x } else { d[lane] });
+                let group = &a[lane / 4 * 4..lane / 4 * 4 + 4];
+                let expected = R::from_f64(group.iter().map(|x| x.to_f64()).sum());
+                assert!(close(lanes(va.sum_of_four())[lane], expected));
+                let most = lanes(va.max_of_four())[lane];
+                assert!(group.iter().all(|&x| x <= most) && group.contains(&most));
+                // SAFETY: the list has LANES numbers.
+                assert!(lanes(unsafe { V::spread(a.as_ptr()) })[lane] == a[lane / 4]);
                 for count in 0..=V::LANES {
                     assert!(lanes(va.first_or(count, vb))[lane] == if lane < count { x } else { y });
                 }
+                let bits = random.bits() as u32;
+                assert!(lanes(va.keep(bits, vb))[lane] == if bits >> lane & 1 == 1 { x } else { y });
             }
             for (list, sum) in [&a, &b, &c, &d].into_iter().zip(sums) {
                 let expected = R::from_f64(list.iter().map(|x| x.to_f64()).sum());
                 assert!(close(sum, expected), "{sum} {expected}");
+            }
+            let mut registers = [zero; MAX_LANES];
+            let rows: Vec<Vec<R>> = (0..V::LANES).map(|_| numbers(&mut random, V::LANES)).collect();
+            for (register, row) in registers.iter_mut().zip(&rows) {
+                // SAFETY: every row has LANES numbers.
+                *register = unsafe { V::load(row.as_ptr()) };
+            }
+            for (sum, row) in lanes(V::sum_each(&registers)).into_iter().zip(&rows) {
+                assert!(close(sum, R::from_f64(row.iter().map(|x| x.to_f64()).sum())));
             }
             assert!(close(va.sum(), sums[0]) && close(vd.sum(), sums[3]));
             assert!(a.iter().all(|&x| x <= va.largest()) && a.contains(&va.largest()));

@@ -6,7 +6,7 @@ use super::*;
 
 /// Compare with the oracle on every instruction set. How much further off than plain arithmetic a result may be follows
 /// flash-attention's rule; on top comes what rounding the ingredients of a sum may leave even where the sum is zero.
-fn check<T: Element>(case: &Case<T>, context: &str) {
+pub(super) fn check<T: Element>(case: &Case<T>, context: &str) {
     let (problem, grad_out) = (case.problem(), case.grad_out());
     let truth = expected::<f64, T>(&problem, &grad_out);
     let is_f64 = T::NAME == "f64";

@@ -92,7 +92,8 @@ fn the_kernels_drop_exactly_these_edges() {
         case.dropout = Some(dropout);
         for isa in Isa::available() {
             let (whole, dropped) = (whole.results(isa), case.results(isa));
-            assert_eq!(whole.lse, dropped.lse, "the softmax comes before dropout");
+            let distance = distance("lse", &whole.lse, &dropped.lse);
+            assert!(distance < 1e-14, "the softmax comes before dropout, but lse is off by {distance:e}");
             for (index, (&p, &got)) in whole.out.iter().zip(&dropped.out).enumerate() {
                 let (head, i, j) = (index / (n * s), index / s % n, index % s);
                 let expected = p * dropout.factor(head as u64, i, j);

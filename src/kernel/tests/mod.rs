@@ -4,9 +4,11 @@ mod accuracy;
 mod determinism;
 mod dropout;
 mod layout;
+mod panels;
 mod rejected;
 mod selection;
 mod semantics;
+mod strips;
 
 use std::sync::Arc;
 

@@ -1,0 +1,395 @@
+//! Gradients: `dq_i = scale * sum_j dS_ij k_j`, `dk_j = scale * sum_i dS_ij q_i` and `dv_j = sum_i P_ij dO_i`, with
+//! `P_ij = exp(s_ij - lse_i)`, `dS_ij = P_ij (dO_i . v_j - delta_i)` and `delta_i = dO_i . O_i`.
+//!
+//! A tile's P and dS are computed once and used for all three, when there are heads enough for all threads; else dq goes by query and
+//! dk and dv by key, which computes them twice. Sums are formed in the same order either way, so the bits are the same.
+
+use std::ops::Range;
+
+use super::micro::{SQUARE, Scores, SumOfKeys, SumOfQueries};
+use super::packed::{Keys, Order, Panels, add_wild, set_bits};
+use super::{GROUP, WORTH_A_THREAD, slots};
+use crate::error::Result;
+use crate::kernel::Run;
+use crate::kernel::cpu::backward::{Saved, shift};
+use crate::kernel::cpu::buffer::Buffer;
+use crate::kernel::cpu::matrix::{Column, Matrix, padded};
+use crate::kernel::cpu::row::{dot, write_scaled};
+use crate::kernel::cpu::tasks::{Call, Head};
+use crate::kernel::element::{Element, Real};
+use crate::kernel::simd::{Kernel, Memory, Vector};
+use crate::kernel::softmax::exp2;
+use crate::kernel::view::Output;
+use crate::plan::panels::{PANEL, Square, Squares};
+
+/// Queries per task that writes dq alone.
+const ROWS: usize = 8 * PANEL;
+/// Panels of keys per task that writes dk and dv alone, at least.
+const PANELS: usize = 8;
+/// Such tasks per head, at most: every one looks at all queries.
+const TASKS: usize = 64;
+/// Multiplications above which one head is too long a task to be interrupted in time.
+const TOO_LONG: usize = 1 << 33;
+
+/// Where gradients go.
+#[derive(Clone, Copy)]
+pub(in crate::kernel::cpu) struct Outputs<'a, T> {
+    pub dq: &'a Output<'a, T>,
+    pub dk: &'a Output<'a, T>,
+    pub dv: &'a Output<'a, T>,
+}
+
+/// Write the gradients of the heads in `call.panels`.
+pub(in crate::kernel::cpu) fn backward<T: Element>(
+    call: &Call<T>,
+    saved: &Saved<T>,
+    outputs: Outputs<T>,
+    run: &Run,
+) -> Result<()> {
+    let (sizes, units) = (call.sizes, call.panels.units());
+    let plan = call.problem.plan;
+    let work_of = |&unit: &usize| {
+        let head = unit % sizes.kv_heads * sizes.group();
+        let pairs = plan.head(unit / sizes.kv_heads, head, sizes.heads).in_panels().pairs;
+        pairs * sizes.group() * (3 * sizes.dim + 2 * sizes.value_dim)
+    };
+    let longest = units.iter().map(work_of).max().unwrap_or(0);
+    let pool = run.pool.at_most(units.iter().map(work_of).sum::<usize>() / WORTH_A_THREAD + 1);
+    let panels = sizes.keys.div_ceil(PANEL);
+    let isa = run.isa;
+    let run_tasks = |rows: usize, panels_per_task: usize, wants: Wants| {
+        let (by_rows, by_panels) =
+            (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
+        let per_unit = by_rows * by_panels;
+        pool.run(
+            units.len() * per_unit,
+            || Scratch::new(call, rows.min(sizes.queries), panels_per_task, wants),
+            |scratch, index| {
+                let (row, panel) = (index % per_unit / by_panels * rows, index % by_panels * panels_per_task);
+                let task = Task {
+                    call,
+                    saved,
+                    unit: units[index / per_unit],
+                    rows: row..sizes.queries.min(row + rows),
+                    panels: panel..panels.min(panel + panels_per_task),
+                    wants,
+                    outputs,
+                    scratch,
+                };
+                // SAFETY: every index is one task, and tasks do not share rows of what they write.
+                unsafe { isa.run::<T>(task) };
+            },
+            run.interrupt,
+        )
+    };
+    let (all_rows, all_panels) = (sizes.queries.max(1), panels.max(1));
+    // Together they are 7 products, apart 3 + 4 + 2 that are computed again.
+    let rounds = units.len().div_ceil(pool.parallelism()) * pool.parallelism();
+    if rounds * 7 <= units.len() * 9 && longest < TOO_LONG {
+        return run_tasks(all_rows, all_panels, Wants { queries: true, keys: true });
+    }
+    run_tasks(ROWS, all_panels, Wants { queries: true, keys: false })?;
+    run_tasks(all_rows, PANELS.max(panels.div_ceil(TASKS)), Wants { queries: false, keys: true })
+}
+
+/// Which gradients a task writes.
+#[derive(Debug, Clone, Copy)]
+struct Wants {
+    /// dq
+    queries: bool,
+    /// dk and dv
+    keys: bool,
+}
+
+/// Some queries and some keys of one head of k and v.
+struct Task<'a, T: Element> {
+    call: &'a Call<'a, T>,
+    saved: &'a Saved<'a, T>,
+    unit: usize,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    wants: Wants,
+    outputs: Outputs<'a, T>,
+    scratch: &'a mut Scratch<T::Acc>,
+}
+
+/// One head of q of a task.
+struct Queries<'a, T: Element> {
+    tensors: Head<'a, T>,
+    grad_out: Matrix<'a, T>,
+    out: Matrix<'a, T>,
+    lse: Column<'a, T::Acc>,
+}
+
+/// What a thread keeps from task to task.
+struct Scratch<R> {
+    squares: Vec<Square>,
+    slots: Vec<usize>,
+    keys: Keys<R>,
+    /// A tile of queries and of the gradients of their outputs.
+    queries: Panels<R>,
+    grad_out: Panels<R>,
+    /// Scores, then P, of a tile's squares.
+    weights: Buffer<R>,
+    /// `dO . v`, then dS.
+    grads: Buffer<R>,
+    /// Per query of a tile: its lse in base 2, its delta.
+    shifts: [R; PANEL],
+    deltas: [R; PANEL],
+    /// Sums for the rows and panels of a task.
+    dq: Buffer<R>,
+    dk: Buffer<R>,
+    dv: Buffer<R>,
+    /// Two tokens.
+    token: Buffer<R>,
+}
+
+impl<R: Real> Scratch<R> {
+    fn new<T: Element<Acc = R>>(call: &Call<T>, rows: usize, panels: usize, wants: Wants) -> Self {
+        let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
+        let (width, value_width) = (padded(dim), padded(value_dim));
+        // Three layouts of keys and values, and the sums of dk and dv.
+        let slots = slots::<R>(3 * width + 2 * value_width);
+        let sums = |wanted: bool, tokens: usize, width: usize| {
+            Buffer::unset(if wanted { tokens * width } else { 0 })
+        };
+        Scratch {
+            squares: Vec::new(),
+            slots: Vec::new(),
+            keys: Keys::new(
+                Panels::new(dim, slots, Order::Both),
+                Panels::new(value_dim, slots, Order::Columns),
+            ),
+            queries: Panels::new(dim, 1, Order::Both),
+            grad_out: Panels::new(value_dim, 1, Order::Both),
+            weights: Buffer::unset(GROUP * SQUARE),
+            grads: Buffer::unset(GROUP * SQUARE),
+            shifts: [R::ZERO; PANEL],
+            deltas: [R::ZERO; PANEL],
+            dq: sums(wants.queries, rows.next_multiple_of(PANEL), width),
+            dk: sums(wants.keys, panels * PANEL, width),
+            dv: sums(wants.keys, panels * PANEL, value_width),
+            token: Buffer::unset(2 * width.max(value_width)),
+        }
+    }
+}
+
+impl<T: Element> Kernel<T> for Task<'_, T> {
+    #[inline(always)]
+    unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
+        let sizes = self.call.sizes;
+        let (batch, kv_head) = (self.unit / sizes.kv_heads, self.unit % sizes.kv_heads);
+        let (width, value_width) = (self.scratch.queries.width, self.scratch.grad_out.width);
+        self.scratch.dk.fill(T::Acc::ZERO);
+        self.scratch.dv.fill(T::Acc::ZERO);
+        for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
+            let edges = self.call.problem.plan.head(batch, head, sizes.heads).by_query();
+            let queries = Queries {
+                tensors: self.call.head(batch, head),
+                grad_out: self.saved.grad_out(batch, head),
+                out: self.saved.out(batch, head),
+                lse: self.saved.lse(batch, head),
+            };
+            self.scratch.dq.fill(T::Acc::ZERO);
+            let mut tiles = Squares::new(edges, self.rows.clone());
+            let mut squares = std::mem::take(&mut self.scratch.squares);
+            for panels in tiles.chunks(self.panels.clone(), self.scratch.keys.len()) {
+                for rows in tiles.rows_reaching(&panels) {
+                    for start in rows.step_by(PANEL) {
+                        tiles.of_tile(start, &panels, &mut squares);
+                        // SAFETY: the caller's promise.
+                        unsafe { self.tile::<V>(&queries, start, &squares) };
+                    }
+                }
+            }
+            self.scratch.squares = squares;
+            if self.wants.queries {
+                let first = (batch * sizes.heads + head) * sizes.queries;
+                for (row, sum) in self.rows.clone().zip(self.scratch.dq.chunks_exact(width)) {
+                    // SAFETY: the row belongs to this task.
+                    unsafe {
+                        write_scaled::<V, T>(sum, self.call.scale, self.outputs.dq.row_mut(first + row))
+                    };
+                }
+            }
+        }
+        if self.wants.keys {
+            let first = self.unit * sizes.keys;
+            let keys = self.panels.start * PANEL..sizes.keys.min(self.panels.end * PANEL);
+            let sums = self.scratch.dk.chunks_exact(width).zip(self.scratch.dv.chunks_exact(value_width));
+            for (key, (dk, dv)) in keys.zip(sums) {
+                // SAFETY: the row belongs to this task.
+                unsafe {
+                    write_scaled::<V, T>(dk, T::Acc::ONE, self.outputs.dk.row_mut(first + key));
+                    write_scaled::<V, T>(dv, T::Acc::ONE, self.outputs.dv.row_mut(first + key));
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element> Task<'_, T> {
+    /// Add what the tile that begins with query `start` and some of its keys give to each other.
+    #[inline(always)]
+    unsafe fn tile<V>(&mut self, head: &Queries<T>, start: usize, squares: &[Square])
+    where
+        V: Vector<Lane = T::Acc> + Memory<T>,
+    {
+        if squares.is_empty() {
+            return;
+        }
+        let count = PANEL.min(self.rows.end - start);
+        // SAFETY: the queries exist; the rest is the caller's promise.
+        unsafe {
+            self.load::<V>(head, start, count);
+            let tensors = head.tensors;
+            for squares in squares.chunks(GROUP) {
+                let Scratch { slots, keys, queries, grad_out, weights, grads, .. } = &mut *self.scratch;
+                keys.find::<V, T>(&tensors, self.unit, squares, slots);
+                let scores = |tile, panels, width, dim, scores| {
+                    V::outline::<T::Acc>(Scores { tile, panels, width, dim, squares, slots, scores });
+                };
+                scores(&queries.columns, &keys.k.columns, keys.k.width, tensors.k.width(), weights);
+                scores(&grad_out.columns, &keys.v.columns, keys.v.width, tensors.v.width(), grads);
+                self.differentiate::<V>(squares);
+                if self.wants.queries {
+                    self.sum_keys::<V>(&tensors.k, start, squares);
+                }
+                if self.wants.keys {
+                    self.sum_queries::<V>(head, start, squares);
+                }
+            }
+        }
+    }
+
+    /// Fill the tile of queries.
+    #[inline(always)]
+    unsafe fn load<V: Vector<Lane = T::Acc> + Memory<T>>(
+        &mut self,
+        head: &Queries<T>,
+        start: usize,
+        count: usize,
+    ) {
+        let Scratch { queries, grad_out, shifts, deltas, token, .. } = &mut *self.scratch;
+        let (scale, log2_e) = (self.call.scale, T::Acc::from_f64(std::f64::consts::LOG2_E));
+        let bits = u16::MAX >> (PANEL - count);
+        // SAFETY: the queries exist, and a token has room for the widest.
+        unsafe {
+            grad_out.pack::<V, T>(0, &head.grad_out, start, bits);
+            let (out, grad) = token[..2 * grad_out.width].split_at_mut(grad_out.width);
+            for slot in 0..count {
+                head.out.stage::<V>(start + slot, out);
+                // Again from the tensor, because the panel lacks what is not finite.
+                head.grad_out.stage::<V>(start + slot, grad);
+                deltas[slot] = dot::<V>(grad, out);
+                shifts[slot] = shift(head.lse.at(start + slot)) * log2_e;
+            }
+            queries.pack::<V, T>(0, &head.tensors.q, start, bits);
+            queries.scale::<V>(T::Acc::from_f64(self.call.problem.scale * std::f64::consts::LOG2_E), scale);
+        }
+    }
+
+    /// Turn scores into P, and `dO . v` into dS; zero where a key is not kept.
+    #[inline(always)]
+    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square]) {
+        let Scratch { slots, keys, weights, grads, shifts, deltas, .. } = &mut *self.scratch;
+        assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
+        // SAFETY: every square has its scores and gradients.
+        unsafe {
+            let zero = V::splat(T::Acc::ZERO);
+            for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
+                for query in 0..PANEL {
+                    if !square.halves[query / (PANEL / 2)] {
+                        continue;
+                    }
+                    let bits = u32::from(square.bits[query] & keys.allowed[slot]);
+                    let (shift, delta) = (V::splat(shifts[query]), V::splat(deltas[query]));
+                    for lane in (0..PANEL).step_by(V::LANES) {
+                        let place = index * SQUARE + query * PANEL + lane;
+                        let (weight, grad) = (weights.as_mut_ptr().add(place), grads.as_mut_ptr().add(place));
+                        let mut p = exp2(V::load(weight) - shift);
+                        let mut ds = p * (V::load(grad) - delta);
+                        if bits != u32::from(u16::MAX) {
+                            (p, ds) = (p.keep(bits >> lane, zero), ds.keep(bits >> lane, zero));
+                        }
+                        p.store(weight);
+                        ds.store(grad);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Add to dq.
+    #[inline(always)]
+    unsafe fn sum_keys<V>(&mut self, k: &Matrix<T>, start: usize, squares: &[Square])
+    where
+        V: Vector<Lane = T::Acc> + Memory<T>,
+    {
+        let Scratch { slots, keys, grads, dq, token, .. } = &mut *self.scratch;
+        let width = keys.k.width;
+        let place = start - self.rows.start;
+        let dq = &mut dq[place * width..(place + PANEL) * width];
+        // SAFETY: keys that are listed as wild exist; the rest is the caller's promise.
+        unsafe {
+            V::outline::<T::Acc>(SumOfKeys {
+                weights: grads,
+                panels: &keys.k.rows,
+                width,
+                squares,
+                slots,
+                out: dq,
+            });
+            for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
+                for key in set_bits(keys.k.wild[slot]) {
+                    k.stage::<V>(square.panel * PANEL + key, token);
+                    for query in (0..PANEL).filter(|&query| square.bits[query] >> key & 1 != 0) {
+                        let ds = grads[index * SQUARE + query * PANEL + key];
+                        add_wild::<V>(&token[..width], ds, &mut dq[query * width..(query + 1) * width]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Add to dk and dv.
+    #[inline(always)]
+    unsafe fn sum_queries<V>(&mut self, head: &Queries<T>, start: usize, squares: &[Square])
+    where
+        V: Vector<Lane = T::Acc> + Memory<T>,
+    {
+        let Scratch { slots, keys, queries, grad_out, weights, grads, dk, dv, token, .. } =
+            &mut *self.scratch;
+        for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
+            let square_of = index * SQUARE..(index + 1) * SQUARE;
+            let kept = square.bits.map(|bits| bits & keys.allowed[slot]);
+            let tiles = [
+                (&*grads, &*queries, head.tensors.q, self.call.scale, &mut *dk),
+                (&*weights, &*grad_out, head.grad_out, T::Acc::ONE, &mut *dv),
+            ];
+            for (weights, tile, matrix, factor, sums) in tiles {
+                let (width, size) = (tile.width, tile.size());
+                let place = (square.panel - self.panels.start) * size;
+                let sums = &mut sums[place..place + size];
+                let weights = &weights[square_of.clone()];
+                // SAFETY: queries that are listed as wild exist; the rest is the caller's promise.
+                unsafe {
+                    V::outline::<T::Acc>(SumOfQueries {
+                        weights,
+                        tile: &tile.rows,
+                        width,
+                        halves: square.halves,
+                        out: sums,
+                    });
+                    for query in set_bits(tile.wild[0]) {
+                        matrix.stage::<V>(start + query, token);
+                        for key in set_bits(kept[query]) {
+                            let weight = weights[query * PANEL + key] * factor;
+                            add_wild::<V>(&token[..width], weight, &mut sums[key * width..(key + 1) * width]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Windows, blocks and dense attention: squares of 16 queries x 16 keys computed whole, at the speed of matrix multiplication, with
+//! masks where a square is not full.
+//!
+//! Keys and values are packed a panel at a time and serve every tile of queries that meets them. The softmax of a tile sees a long
+//! row of scores at once, in base 2: `2^(c q . k - m)` with `c = scale * log2(e)`.
+
+mod backward;
+mod forward;
+mod micro;
+mod packed;
+
+pub(super) use backward::{Outputs, backward};
+pub(super) use forward::forward;
+
+use crate::kernel::element::Element;
+use crate::kernel::shape::Sizes;
+use crate::kernel::{Attention, MaskedLogits};
+use crate::plan::panels::PANEL;
+
+/// Bytes of packed keys and values per thread, about: with the scores, less than the second cache.
+const PACKED_BYTES: usize = 3 << 18;
+/// Squares whose scores a tile holds at a time: 32 KiB of f32.
+const GROUP: usize = 32;
+/// Multiplications below which another thread is not worth waking: a few tens of microseconds.
+const WORTH_A_THREAD: usize = 1 << 20;
+
+/// Which heads of k and v the panel kernel computes, with all heads of q that share them.
+#[derive(Debug)]
+pub(super) struct Heads {
+    /// Per (batch, head of k and v).
+    taken: Vec<bool>,
+    kv_heads: usize,
+    /// Heads of q per head of k and v.
+    group: usize,
+}
+
+impl Heads {
+    /// Heads whose edges fill enough of their squares. Dropout, biases and backgrounds are left to the general kernels.
+    pub fn of<T: Element>(problem: &Attention<T>, sizes: &Sizes) -> Self {
+        let (kv_heads, group) = (sizes.kv_heads, sizes.group());
+        let plan = problem.plan;
+        let is_plain = problem.bias.is_none()
+            && problem.dropout.is_none_or(|dropout| dropout.p == 0.0)
+            && problem.masked_logits == MaskedLogits::NegInf;
+        let suits = |unit: usize| {
+            let (batch, kv_head) = (unit / kv_heads, unit % kv_heads);
+            let mut heads = kv_head * group..(kv_head + 1) * group;
+            heads.all(|head| plan.head(batch, head, sizes.heads).in_panels().pays)
+        };
+        Heads {
+            taken: (0..sizes.batch * kv_heads).map(|unit| is_plain && suits(unit)).collect(),
+            kv_heads,
+            group,
+        }
+    }
+
+    /// Whether head `head` of q is computed here.
+    pub fn take(&self, batch: usize, head: usize) -> bool {
+        self.taken[batch * self.kv_heads + head / self.group]
+    }
+
+    /// Whether head `kv_head` of k and v is computed here.
+    pub fn take_keys(&self, batch: usize, kv_head: usize) -> bool {
+        self.taken[batch * self.kv_heads + kv_head]
+    }
+
+    /// Whether nothing is left to the general kernels.
+    pub fn take_all(&self) -> bool {
+        self.taken.iter().all(|&taken| taken)
+    }
+
+    /// The heads of k and v computed here, as numbers among those of the batch.
+    fn units(&self) -> Vec<usize> {
+        (0..self.taken.len()).filter(|&unit| self.taken[unit]).collect()
+    }
+}
+
+/// Panels that a thread keeps packed, given the numbers of bytes that all layouts of one panel take.
+fn slots<R>(widths: usize) -> usize {
+    (PACKED_BYTES / (widths * PANEL * size_of::<R>())).max(GROUP)
+}
