@@ -15,7 +15,7 @@ MATURIN := maturin develop --release --quiet --skip-install
 INSTALL := python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help check-tools build demo test lint test-rust test-python test-slow format clean
+.PHONY: help check-tools build demo bench test docs lint test-rust test-python test-slow format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,13 +42,21 @@ demo: $(VENV)/.ready ## Train a small ViT dense and with Fibottention on real im
 	$(INSTALL) ".[train]"
 	sparse-mhsa demo --output-dir runs/demo
 
+bench: $(VENV)/.ready ## Speed and memory of the kernels against the alternatives; a subset with: make bench ARGS=--quick
+	$(INSTALL) ".[plot]"
+	sparse-mhsa bench kernels --output-dir runs/bench $(ARGS)
+
 test: lint test-rust test-python ## Everything that must pass: linters, Rust tests, Python tests
 
 $(VENV)/.test-ready: pyproject.toml | $(VENV)/.ready
 	$(INSTALL) ".[test]"
 	@touch $@
 
-lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs
+docs: $(VENV)/.test-ready ## Regenerate the table of masks in README.md and the gallery in docs/
+	$(MATURIN)
+	python docs/gallery.py
+
+lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs, stale documentation
 	rustfmt --check $(RUST_FILES)
 	cargo clippy --release --all-targets --no-default-features -- -D warnings
 	cargo clippy --release --lib -- -D warnings
@@ -57,6 +65,7 @@ lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs
 	ruff format --check .
 	mypy
 	python -m mypy.stubtest sparse_mhsa._core
+	python docs/gallery.py --check
 
 test-rust: ## Patterns, plans and kernels, without torch
 	cargo test --release --no-default-features

@@ -1,10 +1,16 @@
 //! From the text of a mask to the plan of its edges: where configuration, patterns and plans meet, and what the Python layer calls.
 
+pub mod selection;
+
 use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_128;
+use zerocopy::IntoBytes;
 
 use crate::config::{MaskedLogits, Spec};
 use crate::error::{Error, Result};
 use crate::kernel;
+use crate::pattern::HeadEdges;
 use crate::pattern::edges::EdgeSet;
 use crate::plan::{Plan, PlanCache};
 use crate::pool::ForkLocal;
@@ -74,12 +80,12 @@ pub fn resolve(
     Ok(resolved)
 }
 
-/// A plan from edges given as compressed rows: P edge sets in one list, P at least 1. `row_ptr` is P x (num_queries + 1) with absolute offsets
-/// into `col`; columns ascend strictly within a row.
+/// Edge sets from compressed rows: P sets in one list, P at least 1. `row_ptr` is P x (num_queries + 1) with absolute offsets into
+/// `col`; columns ascend strictly within a row. Equal sets are stored once.
 ///
 /// # Errors
 /// [`Error::Value`] naming the place where the lists are not what they should be.
-pub fn plan_of_edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_keys: usize) -> Result<Plan> {
+pub fn edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_keys: usize) -> Result<HeadEdges> {
     let rows = num_queries + 1;
     if row_ptr.is_empty() || !row_ptr.len().is_multiple_of(rows) {
         return Err(Error::Shape(format!(
@@ -87,7 +93,7 @@ pub fn plan_of_edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_
             row_ptr.len()
         )));
     }
-    let mut sets = Vec::with_capacity(row_ptr.len() / rows);
+    let mut sets = HeadEdges::with_capacity(row_ptr.len() / rows);
     let mut next = 0;
     for (index, pointers) in row_ptr.chunks_exact(rows).enumerate() {
         let (first, last) = (pointers[0], pointers[num_queries]);
@@ -101,15 +107,50 @@ pub fn plan_of_edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_
         next = last;
         let local: Vec<i64> = pointers.iter().map(|pointer| pointer.wrapping_sub(first)).collect();
         let columns = &col[first as usize..last as usize];
-        sets.push(Arc::new(EdgeSet::builder(num_queries, num_keys)?.edge_list(&local, columns)?.build()));
+        let set =
+            EdgeSet::builder(num_queries, num_keys)?.edge_list(&local, columns)?.build().regularised()?;
+        sets.push(match sets.last() {
+            Some(before) if **before == set => Arc::clone(before),
+            _ => Arc::new(set),
+        });
     }
-    if next != col.len() as i64 {
+    // Lists whose length depends on content have room for the longest, and -1 in what is left of it.
+    if let Some(unused) = col[next as usize..].iter().find(|&&column| column != -1) {
         return Err(Error::Value(format!(
-            "row_ptr: expected to end at {}, the number of columns, got {next}",
+            "row_ptr: expected to end at {}, the number of columns, got {next} (column {unused} belongs to no row; only -1 may \
+             stand after the last)",
             col.len()
         )));
     }
-    Plan::new(&sets)
+    Ok(sets)
+}
+
+/// The plan of [`edge_lists`]. Plans are cached by content: lists that were seen before are neither checked nor built again.
+///
+/// # Errors
+/// See [`edge_lists`].
+pub fn resolve_edge_lists(
+    row_ptr: &[i64],
+    col: &[i64],
+    num_queries: usize,
+    num_keys: usize,
+) -> Result<Arc<ResolvedMask>> {
+    let content = format!(
+        "edges {} {:032x} {} {:032x}",
+        row_ptr.len(),
+        xxh3_128(row_ptr.as_bytes()),
+        col.len(),
+        xxh3_128(col.as_bytes())
+    );
+    PLANS.get_or_init(PlanCache::default).get_or_build(&content, num_queries, num_keys, || {
+        let sets = edge_lists(row_ptr, col, num_queries, num_keys)?;
+        Ok(ResolvedMask { plan: Plan::new(&sets)?, masked_logits: kernel::MaskedLogits::NegInf })
+    })
+}
+
+/// Forget every plan: the meaning of a mask's name has changed.
+pub fn forget_plans() {
+    PLANS.get_or_init(PlanCache::default).clear();
 }
 
 #[cfg(test)]
@@ -145,8 +186,8 @@ mod tests {
 
     #[test]
     fn edge_lists_share_one_column_array() {
-        let plan = plan_of_edge_lists(&[0, 1, 2, 2, 2, 4], &[1, 0, 0, 1], 2, 2).unwrap();
-        let edges = |head| plan.head(0, head, 2).by_query().iter().collect::<Vec<_>>();
+        let sets = edge_lists(&[0, 1, 2, 2, 2, 4], &[1, 0, 0, 1], 2, 2).unwrap();
+        let edges = |head: usize| sets[head].iter().collect::<Vec<_>>();
         assert_eq!(edges(0), [(0, 1), (1, 0)]);
         assert_eq!(edges(1), [(1, 0), (1, 1)]);
     }
@@ -161,7 +202,24 @@ mod tests {
             (vec![0, i64::MIN, 1], vec![0]),
             (vec![0, 0, 0], vec![0]),
         ] {
-            assert!(plan_of_edge_lists(&row_ptr, &col, 2, 2).is_err(), "{row_ptr:?} {col:?}");
+            assert!(edge_lists(&row_ptr, &col, 2, 2).is_err(), "{row_ptr:?} {col:?}");
+            assert!(resolve_edge_lists(&row_ptr, &col, 2, 2).is_err(), "{row_ptr:?} {col:?}");
         }
+    }
+
+    #[test]
+    fn edge_lists_seen_before_are_not_built_again_and_any_change_is_noticed() {
+        let lists = |row_ptr: &[i64], col: &[i64], keys| resolve_edge_lists(row_ptr, col, 2, keys).unwrap();
+        let first = lists(&[0, 1, 2], &[1, 0], 2);
+        assert!(Arc::ptr_eq(&first, &lists(&[0, 1, 2], &[1, 0], 2)));
+        assert!(!Arc::ptr_eq(&first, &lists(&[0, 1, 2], &[1, 1], 2)));
+        assert!(!Arc::ptr_eq(&first, &lists(&[0, 0, 2], &[0, 1], 2)));
+        assert_eq!(lists(&[0, 1, 2], &[1, 0], 3).plan.num_keys(), 3);
+    }
+
+    #[test]
+    fn equal_neighbouring_edge_sets_are_stored_once() {
+        let sets = edge_lists(&[0, 1, 2, 2, 3, 4], &[1, 0, 1, 0], 2, 2).unwrap();
+        assert!(Arc::ptr_eq(&sets[0], &sets[1]));
     }
 }

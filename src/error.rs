@@ -31,6 +31,9 @@ pub enum Error {
         /// The largest size accepted.
         limit: u128,
     },
+    /// What libtorch reports: that memory ran out, or that a device lacks an operator.
+    #[error("{0}")]
+    Torch(String),
     /// Stopped on request (Ctrl-C) before the result was complete.
     #[error("interrupted")]
     Interrupted,
@@ -78,6 +81,15 @@ impl Error {
             message: message.into(),
             ..ConfigError::default()
         }))
+    }
+
+    /// The same error with the key of a configuration error moved below `path`.
+    #[must_use]
+    pub fn below(mut self, path: &str) -> Self {
+        if let Error::Config(error) = &mut self {
+            error.key = if error.key.is_empty() { path.to_owned() } else { format!("{path}.{}", error.key) };
+        }
+        self
     }
 }
 

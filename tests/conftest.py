@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+import sparse_mhsa as sm
+
 # `torch.device` contexts recognise allocation functions by identity, and cache them: the real ones, not our wrappers.
 _device_constructors()
 
@@ -48,3 +50,10 @@ def nan_in_fresh_memory(monkeypatch):
 def same_draws():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "aten"])
+def engine(request):
+    """The test runs once on our kernels and once on ATen operators: each holds the other to its word."""
+    with sm.engine(request.param):
+        yield request.param

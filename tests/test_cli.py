@@ -1,15 +1,17 @@
 """The `sparse-mhsa` command: what it prints, and how it fails."""
 
+import argparse
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-from sparse_mhsa import Mask
-from sparse_mhsa.cli import hyphenate, main
+from sparse_mhsa import Mask, load_config
+from sparse_mhsa.cli import build_parser, hyphenate, main
 
 CONFIG = "attention:\n  mask: local\n  mask_kwargs:\n    window: 2\n"
 
@@ -218,6 +220,24 @@ def test_config_check_goes_on_after_a_bad_file(run, local, tmp_path):
     assert code == 2
     assert out == f"{local}: ok\n"
     assert "bad.yaml:1:" in err
+
+
+def test_the_shipped_configs_are_those_of_the_repository_and_all_valid(run):
+    code, out, _ = run("config list")
+    assert code == 0
+    shipped = [Path(line) for line in out.splitlines()]
+    repository = Path(__file__).parents[1] / "configs" / "attention"
+    assert {path.name: path.read_text() for path in shipped} == {
+        path.name: path.read_text() for path in repository.glob("*.yaml")
+    }
+    assert run("config check", *shipped)[0] == 0
+
+
+def test_the_demo_finds_its_configuration_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = ["demo"]
+    parsed = build_parser().parse_args(given, argparse.Namespace(given=given))
+    assert load_config(parsed.attn_cfg).mask == "fibottention"
 
 
 # The commands that train.

@@ -82,6 +82,7 @@ def compare_with_oracle(q, k, v, mask, **options):
     return got
 
 
+@pytest.mark.usefixtures("engine")
 class TestValues:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", CONFIGS)
@@ -182,6 +183,7 @@ class TestValues:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("engine")
 class TestMasking:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_key_padding_intersects_with_the_mask(self, name):
@@ -276,6 +278,7 @@ class TestMasking:
         assert not torch.isnan(out[:, 1]).any()
 
 
+@pytest.mark.usefixtures("engine")
 class TestLayouts:
     @staticmethod
     def layouts():
@@ -343,6 +346,7 @@ class TestLayouts:
         assert_same(got, expected, atol=1e-12)
 
 
+@pytest.mark.usefixtures("engine")
 class TestEdgesAsTensors:
     @staticmethod
     def lists(batch, heads, tokens):
@@ -408,6 +412,7 @@ class TestEdgesAsTensors:
             ops.attention(q, k, v, EdgeSource(None, torch.tensor(row_ptr), torch.tensor(col)), scale=1.0)
 
 
+@pytest.mark.usefixtures("engine")
 class TestDerivatives:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_first_and_second_order(self, name):
@@ -613,6 +618,7 @@ class TestTransforms:
         assert torch.equal(out[0], out[1]) == (randomness == "same")
 
 
+@pytest.mark.usefixtures("engine")
 class TestDropout:
     @pytest.mark.parametrize("name", ["none", "local", "fibottention"])
     def test_it_is_the_oracle_with_the_factors_of_the_core(self, name):
@@ -693,6 +699,7 @@ class TestAutocast:
             assert sm.sparse_attention(*qkv(), mask_of("local", 6)).dtype == torch.float64
 
 
+@pytest.mark.usefixtures("engine")
 class TestOperators:
     @staticmethod
     def calls():

@@ -1,6 +1,8 @@
 """Every registered mask, whatever it is: a new mask is covered here without a new test."""
 
 import copy
+import json
+import math
 import pickle
 from pathlib import Path
 
@@ -9,47 +11,130 @@ import pytest
 import torch
 
 import sparse_mhsa as sm
-from predicates import ALL_TOKENS, DEFAULT_PREFIX, PREDICATES, VARIANTS, Size
+from predicates import ALL_TOKENS, ON_GRID, PREDICATES, VARIANTS, Size, default_prefix, exists
 from sparse_mhsa import _core
 from sparse_mhsa.reference import dense_attention
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "attention"
-MASKS = [entry["name"] for entry in _core.registered_masks()]
-YAMLS = sorted(CONFIGS.glob("*.yaml"))
+ALL_MASKS = [entry["name"] for entry in _core.registered_masks()]
+# Masks that choose keys by content have no edges of their own: tests/test_selection.py has their definitions.
+MASKS = [name for name in ALL_MASKS if not sm.load_config(CONFIGS / f"{name}.yaml").by_content]
+ON_A_GRID = {entry["name"] for entry in _core.registered_masks() if "grid" in entry["keys"]}
+YAMLS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not sm.load_config(path).by_content]
 HEADS, LAYERS = 4, 5
 SIZES = [*range(1, 12), 17, 31, 32, 33, 50, 64, 65, 70]
+GRIDS = [
+    (height, patches // height) for patches in range(1, 71) for height in range(1, patches + 1) if patches % height == 0
+]
+VIDEO_GRIDS = [(1, 1, 1), (2, 3, 4), (4, 3, 2), (3, 1, 7), (5, 5, 2), (3, 3, 7), (4, 4, 4)]
 
 
-def mask_of_yaml(name, num_tokens, layer=0):
+def grid_of(num_patches, num_axes):
+    """A grid as near to a cube as the number of patches allows."""
+    if num_axes == 1:
+        return [num_patches]
+    sides = [side for side in range(1, num_patches + 1) if num_patches % side == 0]
+    side = min(sides, key=lambda side: abs(side - num_patches ** (1 / num_axes)))
+    return [side, *grid_of(num_patches // side, num_axes - 1)]
+
+
+def config_at(name, num_tokens):
+    """The mask's YAML, where needed with positions and a grid that ``num_tokens`` tokens have."""
+    document = json.loads(sm.load_config(CONFIGS / f"{name}.yaml").to_json())
+    kwargs = document["mask_kwargs"]
+    if name in ON_A_GRID:
+        document |= {"num_prefix_tokens": 0, "grid": grid_of(num_tokens, 3 if name == "space_time" else 2)}
+    if name == "neighborhood":
+        kwargs["kernel_size"] = [min(5, side - 1 + side % 2) for side in document["grid"]]
+    if name == "vertical_slash":
+        document["num_prefix_tokens"] = 0
+        kwargs["vertical"] = [0, num_tokens // 2]
+    return document
+
+
+def mask_at(name, num_tokens, layer=0):
     return sm.Mask.from_config(
-        CONFIGS / f"{name}.yaml", num_tokens=num_tokens, num_heads=HEADS, layer=layer, num_layers=LAYERS
+        config_at(name, num_tokens), num_tokens=num_tokens, num_heads=HEADS, layer=layer, num_layers=LAYERS
     )
 
 
-def by_definition(name, kwargs, num_tokens, layer):
-    """(H, N, N) bool, from the predicate."""
-    prefix = 0 if kwargs.get("add_class_token") is False or name in ALL_TOKENS else DEFAULT_PREFIX.get(name, 0)
-    size = Size(num_tokens - prefix, HEADS, layer, LAYERS)
-    mask = np.ones((HEADS, num_tokens, num_tokens), dtype=bool)
-    for head, i, j in np.ndindex(HEADS, size.tokens, size.tokens):
-        mask[head, i + prefix, j + prefix] = PREDICATES[name](i, j, head, size, **kwargs)
+def by_definition(config, num_tokens, layer):
+    """(H, N, N) bool, from the predicate; None where the mask does not exist."""
+    name, kwargs = config["mask"], config["mask_kwargs"]
+    prefix = config.get("num_prefix_tokens", default_prefix(name, kwargs))
+    outside = 0 if name in ALL_TOKENS else prefix
+    t_fastest = config.get("token_order") == "t_fastest"
+    dense = config.get("prefix_dense", True)
+    grid = tuple(config.get("grid") or ())
+    size = Size(num_tokens - outside, HEADS, layer, LAYERS, prefix, dense, grid, t_fastest)
+    if not exists(name, size, **kwargs):
+        return None
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("seed",)}
+    mask = np.full((HEADS, num_tokens, num_tokens), dense)
+    queries, keys = np.arange(size.tokens)[:, None], np.arange(size.tokens)[None, :]
+    for head in range(HEADS):
+        mask[head, outside:, outside:] = PREDICATES[name](queries, keys, head, size, **kwargs)
     return mask
+
+
+def check_definition(config, num_tokens, layer=0):
+    size = {"num_tokens": num_tokens, "num_heads": HEADS, "layer": layer, "num_layers": LAYERS}
+    expected = by_definition(config, num_tokens, layer)
+    if expected is None:
+        with pytest.raises(sm.ConfigError):
+            sm.Mask.from_config(config, **size)
+    else:
+        got = sm.Mask.from_config(config, **size).to_dense().numpy()
+        np.testing.assert_array_equal(got, expected, str((config, size)))
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_keeps_exactly_the_edges_of_its_definition(name):
     if name not in PREDICATES:
         pytest.skip(f"tests/predicates.py has no definition of `{name}` to compare with")
-    for kwargs in VARIANTS[name]:
-        for num_tokens in SIZES:
+    if name in ON_A_GRID:
+        pytest.skip("the number of tokens is that of its grid: see the next test")
+    for index, kwargs in enumerate(VARIANTS[name]):
+        for num_tokens in SIZES if index else range(1, 71):
             for layer in (0, 3):
-                config = {"mask": name, "mask_kwargs": kwargs}
-                size = {"num_tokens": num_tokens, "num_heads": HEADS, "layer": layer, "num_layers": LAYERS}
-                got = sm.Mask.from_config(config, **size).to_dense().numpy()
-                np.testing.assert_array_equal(got, by_definition(name, kwargs, num_tokens, layer), str((kwargs, size)))
+                check_definition({"mask": name, "mask_kwargs": kwargs}, num_tokens, layer)
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", sorted(ON_A_GRID))
+def test_every_grid_mask_keeps_exactly_the_edges_of_its_definition(name):
+    for index, kwargs in enumerate(VARIANTS[name]):
+        document = {"mask": name, "mask_kwargs": kwargs}
+        for grid in GRIDS if index == 0 else GRIDS[::17]:
+            check_definition(document | {"grid": list(grid)}, math.prod(grid))
+        for grid in VIDEO_GRIDS:
+            for order in ("row_major", "t_fastest"):
+                config = document | {"grid": list(grid), "token_order": order, "num_prefix_tokens": 2}
+                check_definition(config, math.prod(grid) + 2)
+
+
+@pytest.mark.parametrize(("name", "grid", "kwargs"), ON_GRID)
+def test_parameters_of_a_grid_mask_may_differ_by_axis(name, grid, kwargs):
+    check_definition({"mask": name, "mask_kwargs": kwargs, "grid": grid}, math.prod(grid))
+    inside = {"mask": name, "mask_kwargs": kwargs | {"grid": grid}}
+    outside = {"mask": name, "mask_kwargs": kwargs, "grid": grid}
+    masks = [sm.Mask.from_config(c, math.prod(grid), HEADS).to_dense() for c in (inside, outside)]
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name in VARIANTS])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_prefix_is_dense_or_left_to_the_mask(name, prefix, dense):
+    for kwargs in VARIANTS[name]:
+        if kwargs.get("add_class_token") is False or (name == "random" and not dense and kwargs.get("k")):
+            continue
+        config = {"mask": name, "mask_kwargs": kwargs, "num_prefix_tokens": prefix, "prefix_dense": dense}
+        if name in ON_A_GRID:
+            config["grid"] = [3, 2, 5] if name == "space_time" else [6, 5]
+        check_definition(config, 30 + prefix, layer=1)
+
+
+@pytest.mark.parametrize("name", ALL_MASKS)
 def test_every_mask_has_a_yaml_of_its_own_name(name):
     assert sm.load_config(CONFIGS / f"{name}.yaml").mask == name
 
@@ -58,14 +143,19 @@ def test_every_mask_has_a_yaml_of_its_own_name(name):
 def test_every_shipped_yaml_loads_round_trips_and_gives_a_mask_at_vit_size(path):
     config = sm.load_config(path)
     assert sm.load_config(config.to_yaml()) == config
-    mask = sm.Mask.from_config(path, num_tokens=197, num_heads=12, num_layers=12)
+    num_tokens = 197
+    if config.grid is not None:
+        num_tokens = math.prod(config.grid) + config.num_prefix_tokens
+    if not config.uses_edges:
+        return
+    mask = sm.Mask.from_config(path, num_tokens=num_tokens, num_heads=12, num_layers=12)
     assert all(nnz > 0 for nnz in mask.nnz_per_head)
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("num_tokens", [1, 9, 70])
 def test_counts_lists_and_pictures_agree_with_the_dense_mask(name, num_tokens):
-    mask = mask_of_yaml(name, num_tokens, layer=2)
+    mask = mask_at(name, num_tokens, layer=2)
     dense = mask.to_dense()
     assert dense.shape == (HEADS, num_tokens, num_tokens)
     assert mask.nnz == int(dense.sum())
@@ -79,10 +169,11 @@ def test_counts_lists_and_pictures_agree_with_the_dense_mask(name, num_tokens):
     assert torch.equal(rebuilt, dense)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("num_tokens", [1, 6, 65])
 def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
-    mask = mask_of_yaml(name, num_tokens, layer=1)
+    mask = mask_at(name, num_tokens, layer=1)
     generator = torch.Generator().manual_seed(num_tokens)
     q, k, v, g = (torch.randn(2, HEADS, num_tokens, 7, dtype=torch.float64, generator=generator) for _ in range(4))
     results = []
@@ -95,17 +186,19 @@ def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_derivatives_of_first_and_second_order_are_right(name):
-    mask = mask_of_yaml(name, 6, layer=1)
+    mask = mask_at(name, 6, layer=1)
     inputs = [torch.randn(1, HEADS, 6, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), inputs)
     assert torch.autograd.gradgradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), inputs)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_the_operator_contract_holds(name):
-    mask = mask_of_yaml(name, 9)
+    mask = mask_at(name, 9)
     q, k, v = (torch.randn(2, HEADS, 9, 5) for _ in range(3))
     arguments = (q, k, v, mask.spec, None, None, None, 0.0, 0.3)
     torch.library.opcheck(torch.ops.sparse_mhsa.forward, arguments)
@@ -113,10 +206,11 @@ def test_the_operator_contract_holds(name):
     torch.library.opcheck(torch.ops.sparse_mhsa.backward, (torch.randn_like(out), q, k, v, out, lse, *arguments[3:]))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
-    mask = mask_of_yaml(name, 65, layer=1)
+    mask = mask_at(name, 65, layer=1)
     exact = [torch.randn(2, HEADS, 65, 16, dtype=dtype).double() for _ in range(4)]
     dense = mask.to_dense()
 
@@ -136,9 +230,10 @@ def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
         assert (got.double() - ref).abs().max() <= allowed
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_results_are_the_same_bit_for_bit_on_any_number_of_threads(name):
-    mask = mask_of_yaml(name, 300, layer=1)
+    mask = mask_at(name, 300, layer=1)
     q, k, v = (torch.randn(2, HEADS, 300, 24, requires_grad=True) for _ in range(3))
     before = torch.get_num_threads()
     results = []
@@ -155,19 +250,35 @@ def test_results_are_the_same_bit_for_bit_on_any_number_of_threads(name):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_and_modules_survive_pickling_and_copying(name):
-    mask = mask_of_yaml(name, 33, layer=1)
+    mask = mask_at(name, 33, layer=1)
     for twin in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
         assert twin == mask
         assert torch.equal(twin.to_dense(), mask.to_dense())
-    module = sm.SparseMHSA(16, HEADS, batch_first=True, config=CONFIGS / f"{name}.yaml", layer=1, num_layers=LAYERS)
+    config = config_at(name, 33)
+    module = sm.SparseMHSA(16, HEADS, batch_first=True, config=config, layer=1, num_layers=LAYERS)
     x = torch.randn(2, 33, 16)
     expected = module(x, x, x, need_weights=False)[0]
     for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert torch.equal(twin(x, x, x, need_weights=False)[0], expected)
 
 
+# Parameters that keep few keys of a long sequence, so that this test of masks whose share is fixed stays quick.
+SPARSE_AT_ANY_LENGTH = {
+    "strided": {"stride": 4096},
+    "strided_columns": {"stride": 4096},
+    "space_time": {"kind": "tube", "radius": 1},
+    "union": {"masks": [{"mask": "fibottention"}, {"mask": "strided_columns", "mask_kwargs": {"stride": 4096}}]},
+}
+
+
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
-def test_a_mask_keeps_a_vanishing_share_of_a_long_sequence(name):
-    mask = mask_of_yaml(name, 131_073)
-    assert 0 < mask.density < 1e-3
-    assert len(mask.degrees(0)) == 131_073
+def test_the_edges_of_a_long_sequence_are_counted_without_a_matrix(name):
+    """A fixed share of 131,073 x 131,073 entries is a mask too: only a matrix of them would not fit."""
+    num_tokens = 131_072 if name in ON_A_GRID else 131_073
+    config = config_at(name, num_tokens)
+    config["mask_kwargs"].update(SPARSE_AT_ANY_LENGTH.get(name, {}))
+    mask = sm.Mask.from_config(config, num_tokens=num_tokens, num_heads=HEADS)
+    assert 0 < mask.density < 1
+    degrees = mask.degrees(0)
+    assert len(degrees) == num_tokens
+    assert int(degrees.sum()) == mask.nnz_per_head[0]

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import sparse_mhsa as sm
 from comparison import assert_same
 from sparse_mhsa.adapters import Adapter, find_attention, registry
-from sparse_mhsa.adapters.timm import SparseAttention
+from sparse_mhsa.adapters.timm import SparseAttention, SparseTimmAttention
 from sparse_mhsa.module import SparseMHSA
 
 timm = pytest.importorskip("timm")
@@ -159,9 +160,20 @@ class TestTimm:
         assert torch.equal(first, model(x))
 
     @pytest.mark.parametrize(
-        "options", [{"scale_norm": True}, {"gated": True}, {"attn_head_dim": 5}, {"proj_bias": False}]
+        "options",
+        [
+            {"scale_norm": True},
+            {"gated": True},
+            {"attn_head_dim": 5},
+            {"dim_out": 10},
+            {"qk_norm": True, "qkv_bias": True},
+            {"proj_bias": False},
+            {"gated": True, "scale_norm": True, "attn_head_dim": 6, "dim_out": 7, "proj_drop": 0.5},
+        ],
     )
-    def test_options_of_the_class_survive(self, options):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_options_of_the_class_survive(self, options, fused, monkeypatch):
+        monkeypatch.setattr(timm.layers.attention, "use_fused_attn", lambda: fused)
         torch.manual_seed(0)
         dense = timm.layers.attention.Attention(24, 3, norm_layer=nn.LayerNorm, **options).double().eval()
         x = torch.randn(2, 9, 24, dtype=torch.float64)
@@ -349,6 +361,11 @@ class TestSelection:
             sm.sparsify(vit(), LOCAL, overrides={"blocks.7": {"mask": "none"}})
         sm.sparsify(vit(), LOCAL, overrides={"blocks.7": {"mask": "none"}}, strict=False)
 
+    @pytest.mark.parametrize("argument", ["include", "exclude"])
+    def test_a_pattern_that_is_no_regular_expression_is_named(self, argument):
+        with pytest.raises(ValueError, match=rf"{argument}: `\(` is not a regular expression"):
+            sm.sparsify(vit(), LOCAL, **{argument: ["blocks", "("]})
+
     def test_nothing_to_swap_is_an_error_with_the_table(self):
         with pytest.raises(ValueError, match="model: nothing to swap in Linear"):
             sm.sparsify(nn.Linear(2, 2), LOCAL)
@@ -501,7 +518,7 @@ class TestVerify:
         assert [module.training for module in model.modules()] == modes
         assert torch.equal(torch.get_rng_state(), state)
         added = [set(m.__dict__) - before for m, before in zip(model.blocks[0].attn.modules(), attributes, strict=True)]
-        assert added[0] == {"layer_mask", "dense_class"}
+        assert added[0] == {"layer_mask", "backend", "dense_class"}
         assert not any(added[1:])
 
     def test_forms_of_the_sample(self):
@@ -544,3 +561,126 @@ class TestOwnAdapter:
         report = sm.sparsify(model, LOCAL)
         assert [row.adapter for row in report.rows] == ["mine", "mine"]
         assert model[1].seen.layer == 1
+
+
+class TestTorchvision:
+    @staticmethod
+    def vit(**kwargs):
+        torchvision = pytest.importorskip("torchvision")
+        torch.manual_seed(0)
+        options = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 32}
+        return torchvision.models.VisionTransformer(**options, num_classes=5, **kwargs).double()
+
+    def test_the_swapped_model_is_the_dense_one_with_the_masks(self):
+        model = self.vit().eval()
+        torch.nn.init.normal_(model.heads.head.weight)
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        masks = [
+            sm.Mask.from_config(FIBOTTENTION, 17, 3, layer=i, num_layers=3, grid=[4, 4], num_prefix_tokens=1)
+            for i in range(3)
+        ]
+        masked = copy.deepcopy(model)
+        for block, mask in zip(masked.encoder.layers, masks, strict=True):
+            drop = ~mask.to_dense().repeat(2, 1, 1)
+            dense = block.self_attention
+            forward = dense.forward
+            dense.forward = lambda *args, forward=forward, drop=drop, **kw: forward(*args, attn_mask=drop, **kw)
+        report = sm.sparsify(model, FIBOTTENTION, verify=True)
+        assert [row.module for row in report.swapped] == [
+            f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(3)
+        ]
+        assert [(row.layer, row.num_tokens, row.nnz) for row in report.rows] == [
+            (i, 17, mask.nnz) for i, mask in enumerate(masks)
+        ]
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                assert_same(model(x).detach(), masked(x).detach(), atol=1e-11)
+        state = self.vit().state_dict()
+        model.load_state_dict(state, strict=True)
+        self.vit().load_state_dict(model.state_dict(), strict=True)
+
+    def test_a_convolutional_stem_and_the_meta_device(self):
+        torchvision = pytest.importorskip("torchvision")
+        stem = torchvision.models.vision_transformer.ConvStemConfig(8, 3, 2)
+        with torch.device("meta"):
+            model = self.vit(conv_stem_configs=[stem, stem, stem])
+        report = sm.sparsify(model, LOCAL, verify=True)
+        assert {row.num_tokens for row in report.rows} == {17}
+
+    def test_windowed_attention_is_listed_not_swapped(self):
+        torchvision = pytest.importorskip("torchvision")
+        model = torchvision.models.swin_t(weights=None)
+        report = sm.sparsify(model, LOCAL, strict=False)
+        assert not report.swapped
+        assert {row.reason for row in report.skipped} == {"no adapter for ShiftedWindowAttention"}
+
+
+class TestTimmAttnLayer:
+    """`SparseTimmAttention` as the ``attn_layer`` of new models."""
+
+    PLAIN: ClassVar = {"mask": "local", "mask_kwargs": {"window": 1}, "num_prefix_tokens": 1}
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_a_new_model_is_the_swapped_one(self, by_name, monkeypatch):
+        layer = SparseTimmAttention.configured(self.PLAIN)
+        if by_name:
+            monkeypatch.setitem(timm.models.vision_transformer.ATTN_LAYERS, "sparse", layer)
+        model = vit(attn_layer="sparse" if by_name else layer, qk_norm=True)
+        swapped = vit(qk_norm=True)
+        assert list(model.state_dict()) == list(swapped.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), swapped.parameters(), strict=True))
+        sm.sparsify(swapped, self.PLAIN)
+        x = images(model)
+        assert torch.equal(model.eval()(x), swapped.eval()(x))
+        assert isinstance(model.blocks[0].attn, SparseTimmAttention)
+        sm.densify(model)
+        assert type(model.blocks[0].attn) is timm.layers.attention.Attention
+        assert "unplaced" not in model.blocks[0].attn.__dict__
+        model.blocks[0].attn(torch.randn(1, 3, 24, dtype=torch.float64))
+
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+    def test_copies(self, how):
+        model = vit(attn_layer=SparseTimmAttention.configured(self.PLAIN)).eval()
+        if how == "deepcopy":
+            twin = copy.deepcopy(model)
+        elif how == "pickle":
+            twin = pickle.loads(pickle.dumps(model))
+        else:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+        x = images(model)
+        assert torch.equal(twin(x), model(x))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            FIBOTTENTION,
+            {**LOCAL, "layers": {"blocks.1": {"mask": "none", "mask_kwargs": {}}}},
+            {
+                "mask": "local",
+                "mask_kwargs": {"window_schedule": {"kind": "linear", "start": 1, "end": 4}},
+            },
+        ],
+    )
+    def test_a_layer_that_must_know_its_depth_refuses_until_it_is_told(self, config):
+        model = vit(attn_layer=SparseTimmAttention.configured(config)).eval()
+        x = images(model)
+        with pytest.raises(RuntimeError, match=r"depends on the depth of this layer.*call sparse_mhsa.sparsify"):
+            model(x)
+        assert sm.sparsify(model, config, verify=True).swapped
+        swapped = vit().eval()
+        sm.sparsify(swapped, config)
+        assert [b.attn.layer_mask for b in model.blocks] == [b.attn.layer_mask for b in swapped.blocks]
+        assert torch.equal(model(x), swapped(x))
+
+    def test_the_class_alone_is_dense(self):
+        layer = SparseTimmAttention(24, 3, qkv_bias=True)
+        assert layer.layer_mask.is_dense
+        assert layer.qkv.bias is not None
+        assert layer(torch.randn(2, 5, 24)).shape == (2, 5, 24)
+
+    def test_a_bad_configuration_is_refused_when_the_class_is_made(self):
+        with pytest.raises(sm.ConfigError, match="fibotention"):
+            SparseTimmAttention.configured("mask: fibotention")

@@ -12,23 +12,35 @@ check_torch()
 
 from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
-from .adapters import Report, densify, sparsify  # noqa: E402
-from .config import load_config  # noqa: E402
+from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
+from .backends import Backend, register_backend  # noqa: E402
+from .config import configs, load_config  # noqa: E402
+from .content import choose_masks  # noqa: E402
+from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
 from .masks import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
+from .register import MaskContext, register_mask  # noqa: E402
 
 __all__ = [
     "AttentionConfig",
+    "Backend",
     "ConfigError",
     "Mask",
+    "MaskContext",
     "Report",
     "SparseMHSA",
+    "SparseTimmAttention",
     "__version__",
+    "choose_masks",
+    "configs",
     "densify",
+    "engine",
     "load_config",
     "masks",
+    "register_backend",
+    "register_mask",
     "set_epoch",
     "sparse_attention",
     "sparsify",

@@ -4,7 +4,8 @@ Everything here is private; `sparse_mhsa` wraps it. Keep this file in step with 
 (`make test` runs stubtest).
 """
 
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,16 @@ __all__ = [
     "__version__",
     "backward",
     "backward_edges",
+    "config_schema",
     "dropout_keep",
     "edge_index",
     "forward",
     "forward_edges",
+    "register_backend",
+    "register_mask",
     "registered_masks",
+    "select_edges",
+    "selection_room",
 ]
 
 __version__: str
@@ -46,7 +52,16 @@ class AttentionConfig:
     @property
     def backend(self) -> str: ...
     @property
+    def uses_edges(self) -> bool:
+        """Attention is softmax over the edges of the mask; otherwise ``backend`` brings its own."""
+    @property
+    def layers(self) -> list[str]:
+        """The regular expressions of the ``layers`` overrides, in order."""
+    @property
     def mask(self) -> str: ...
+    @property
+    def by_content(self) -> bool:
+        """The mask chooses keys by the content of queries and keys, so that it has no edges without them."""
     @property
     def scale(self) -> float | None: ...
     @property
@@ -63,12 +78,19 @@ class AttentionConfig:
     def embed_dim(self) -> int | None: ...
     @property
     def num_heads(self) -> int | None: ...
+    @property
+    def seeds(self) -> list[int | None]:
+        """The seeds of what the mask draws at random, in the order of its parameters; None is yet to be drawn."""
+    def with_seed(self, seed: int) -> AttentionConfig:
+        """The same with every missing seed given: ``seed`` to the first, ``seed + 1`` to the next, and so on."""
     def to_json(self) -> str:
         """Every key, defaults filled in, as JSON: ``mask_kwargs`` and ``backend_kwargs`` are mappings in it."""
     def to_yaml(self) -> str:
         """The same as YAML text that ``parse`` reads back to an equal configuration."""
     def for_layer(self, name: str) -> AttentionConfig:
         """The configuration of the layer whose module name is ``name``: ``layers`` overrides applied."""
+    def unmatched_layers(self, names: list[str]) -> list[str]:
+        """The ``layers`` expressions that match none of these module names."""
     def spec(
         self,
         num_heads: int,
@@ -93,6 +115,33 @@ class Edges:
 
     @staticmethod
     def from_spec(spec: str, num_tokens: int) -> Edges: ...
+    @staticmethod
+    def from_csr(row_ptr: NDArray[np.int64], col: NDArray[np.int64]) -> Edges:
+        """From contiguous ``row_ptr`` (H, N + 1) with absolute offsets into ``col`` (nnz,), ascending within a row."""
+    @staticmethod
+    def from_dense(cells: NDArray[np.uint8]) -> Edges:
+        """From (H, N, N), nonzero = keep."""
+    @staticmethod
+    def from_heads(heads: list[tuple[Edges, int]]) -> Edges:
+        """Heads picked from several."""
+    @staticmethod
+    def from_parts(num_tokens: int, sets: list[tuple[list[int], ...]], heads: list[int]) -> Edges:
+        """What `to_parts` returned."""
+    def to_parts(self) -> tuple[int, list[tuple[list[int], ...]], list[int]]:
+        """Plain data for pickles: N, the distinct edge sets, and which of them each head has."""
+    def with_prefix(self, num_prefix_tokens: int) -> Edges:
+        """The same edges, of which the first tokens count as prefix."""
+    def with_heads(self, num_heads: int) -> Edges:
+        """One head shared by ``num_heads``."""
+    def combine(self, name: str, other: Edges) -> Edges:
+        """``union``, ``intersection`` or ``difference``, head by head; one head is shared by all."""
+    def complement(self) -> Edges: ...
+    def overlap(self) -> NDArray[np.float64]:
+        """(H, H) Jaccard index of each pair of heads."""
+    def same_edges(self, other: Edges) -> bool:
+        """Whether both keep the same pairs, however they hold them."""
+    def describe(self, head: int) -> dict[str, Any]:
+        """How the edges of a head are held: counts of segments by kind, edges in each, bytes."""
     @property
     def num_heads(self) -> int: ...
     @property
@@ -106,15 +155,50 @@ class Edges:
         """Edges kept, per head, whose query and key are both patches."""
     def degrees(self, head: int) -> NDArray[np.int64]:
         """(N,) keys kept per query."""
-    def to_csr(self, head: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``row_ptr`` (N + 1,) and ``col`` (nnz,), columns ascending within a row."""
+    def to_csr(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``row_ptr`` (H, N + 1) with absolute offsets into ``col`` (nnz,), columns ascending within a row."""
     def to_dense(self) -> NDArray[np.bool_]:
         """(H, N, N), True = keep."""
     def density_image(self, head: int, size: int) -> NDArray[np.float32]:
         """(s, s), s = min(size, N): the share of kept entries in each cell of the mask, in O(edges)."""
 
 def registered_masks() -> list[dict[str, Any]]:
-    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs)."""
+    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``default_prefix`` (None if
+    it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
+
+def config_schema() -> str:
+    """JSON Schema (draft 2020-12) of a configuration document, as text."""
+
+def register_backend(name: str, about: str, parameters: list[str], replace: bool = False) -> None:
+    """Make a backend known to configurations. Each parameter is a JSON mapping ``{name, types, default}``; without
+    ``default`` it is required."""
+
+def register_mask(
+    name: str,
+    about: str,
+    keys: list[str],
+    required: list[str],
+    uses_layer: bool,
+    uses_epoch: bool,
+    edges: Callable[[dict[str, Any], str], Edges],
+) -> None:
+    """Make a mask known to configurations, or replace one of the same name. ``edges`` takes the context and the
+    ``mask_kwargs`` as JSON text and returns the edges over the patches, of one head or of all."""
+
+def selection_room(spec: str) -> tuple[int, int] | None:
+    """``(a, b)`` such that a head of N tokens has at most ``N * (min(a, N) + b)`` edges, or None for a mask that
+    does not choose by content."""
+
+def select_edges(
+    q: Tensor,
+    k: Tensor,
+    spec: str,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    importance: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``row_ptr`` (B * H, N + 1) and ``col``, whose end is -1 where fewer edges were chosen than there is room for."""
 
 def edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
     """``row_ptr`` (H, num_queries + 1) int64 with absolute offsets into ``col`` (nnz of all heads,) int64."""
@@ -124,6 +208,7 @@ def dropout_keep(row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed:
     (H, N + 1) as `edge_index` returns it."""
 
 def forward(
+    engine: Literal["cpu", "aten"],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -136,12 +221,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out.
 
+    ``engine`` is ``cpu`` (kernels for CPU tensors) or ``aten`` (ATen operators, tensors of any device).
     ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores;
     ``seed`` is an int64 scalar tensor. k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64
     for float64, else float32.
     """
 
 def backward(
+    engine: Literal["cpu", "aten"],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -158,6 +245,7 @@ def backward(
     """``dq``, ``dk``, ``dv`` in the dtypes and shapes of q, k, v, contiguous."""
 
 def forward_edges(
+    engine: Literal["cpu", "aten"],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -173,6 +261,7 @@ def forward_edges(
     int64, P = 1 (shared), H (per head) or B * H (per batch and head). Columns ascend strictly within a row."""
 
 def backward_edges(
+    engine: Literal["cpu", "aten"],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,

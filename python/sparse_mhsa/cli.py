@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configur
 """
 
 import argparse
+import json
 import logging
 import shlex
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from ._core import ConfigError, __version__
+from .bench.options import DTYPES, QUICK_BUDGET, BenchOptions
+from .config import configs
 from .train import TrainingError, UsageError
 from .train.options import FinetuneOptions, TrainOptions, flag_name
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
 
 DEMO_DEFAULTS = TrainOptions(
-    attn_cfg=Path("configs/attention/vit_fibottention.yaml"),
+    attn_cfg=configs()["vit_fibottention"],
     epochs=6,
     lr=2e-3,
     min_lr=0.0,
@@ -126,10 +129,13 @@ def build_parser() -> Parser:
         command("demo", run_demo, "Train the same model dense and sparse and write a report that compares them."),
         DEMO_DEFAULTS,
     )
-    masks = command("masks", run_masks, "Count and draw the edges of an attention configuration.")
-    masks.add_argument("file", type=Path, help="attention configuration (YAML)")
-    masks.add_argument("--tokens", type=positive, required=True, help="tokens of the sequence, prefix included")
-    masks.add_argument("--heads", type=positive, required=True, help="attention heads")
+    masks = command("masks", run_masks, "List all masks, or count and draw the edges of an attention configuration.")
+    masks.add_argument("file", type=Path, nargs="?", help="attention configuration (YAML)")
+    masks.add_argument("--list", action="store_true", help="print a table of all masks and their parameters")
+    masks.add_argument("--markdown", action="store_true", help="with --list: as a Markdown table")
+    masks.add_argument("--tokens", type=positive, help="tokens of the sequence, prefix included")
+    masks.add_argument("--heads", type=positive, help="attention heads")
+    masks.add_argument("--module", metavar="NAME", help="name of the layer, for configurations with `layers`")
     masks.add_argument("--layer", type=natural, default=0, help="index of the layer (default: 0)")
     masks.add_argument("--num-layers", type=positive, help="layers of the model, for masks that depend on it")
     masks.add_argument("--epoch", type=natural, default=0, help="epoch, for masks that change with it (default: 0)")
@@ -137,10 +143,25 @@ def build_parser() -> Parser:
     masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
-    config = command("config", run_config_check, "Work with attention configurations.")
+    bench = commands.add_parser("bench", help="Measure speed and memory.", allow_abbrev=False)
+    kernels = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "kernels",
+        help="Attention over edges against dense, masked and other sparse attention.",
+        description="Time attention over edges against dense, masked and other sparse attention, all in one process "
+        "behind a correctness gate.",
+        allow_abbrev=False,
+    )
+    kernels.set_defaults(run=run_bench_kernels)
+    add_bench_options(kernels)
+    config = command("config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
     check.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    check.set_defaults(run=run_config_check)
+    listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
+    listing.set_defaults(run=run_config_list)
+    schema = actions.add_parser("schema", help="Print the JSON Schema of a configuration.", allow_abbrev=False)
+    schema.set_defaults(run=run_config_schema)
     return parser
 
 
@@ -164,6 +185,42 @@ def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions) -> None
             metavar=item.metadata["metavar"],
             help=about if default is None else f"{about} (default: {default})",
         )
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sparse-mhsa bench kernels``."""
+    default = BenchOptions()
+    parser.add_argument("--quick", action="store_true", help="a subset that takes less than two minutes on two cores")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="names of rows, such as 'fibottention-*' (default: all)",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=default.dtypes, choices=DTYPES, help="element types (default: float32)"
+    )
+    parser.add_argument("--threads", type=positive, help="threads (default: torch's own number)")
+    parser.add_argument(
+        "--repeat", type=positive, default=default.repeat, help=f"turns per row (default: {default.repeat})"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=default.budget,
+        metavar="SECONDS",
+        help=f"time that one method may take per row (default: {default.budget:g})",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory and first-call cost")
+    parser.add_argument("--no-plots", action="store_true", help="write no pictures")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=default.output_dir,
+        metavar="DIR",
+        help=f"where kernels.json, kernels.md and the pictures go (default: {default.output_dir})",
+    )
 
 
 def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
@@ -201,14 +258,40 @@ def run_demo(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench_kernels(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa bench kernels``."""
+    options = BenchOptions(
+        rows=tuple(parsed.rows),
+        dtypes=tuple(parsed.dtype),
+        quick=parsed.quick,
+        repeat=parsed.repeat,
+        budget=min(parsed.budget, QUICK_BUDGET) if parsed.quick else parsed.budget,
+        threads=parsed.threads,
+        memory=not parsed.no_memory,
+        plots=not parsed.no_plots,
+        output_dir=parsed.output_dir,
+    )
+    from .bench.run import bench
+
+    return bench(options, shlex.join(["sparse-mhsa", *parsed.given]))
+
+
 def run_masks(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa masks``."""
-    from . import Mask
-    from ._core import Edges
+    from . import Mask, load_config
 
+    if parsed.list:
+        from .catalogue import table
+
+        print(table(parsed.markdown), end="")  # noqa: T201
+        return 0
+    for name, value in (("FILE", parsed.file), ("--tokens", parsed.tokens), ("--heads", parsed.heads)):
+        if value is None:
+            raise UsageError(f"masks: the following arguments are required: {name} (unless --list is given)")
+    config = load_config(parsed.file)
     try:
         mask = Mask.from_config(
-            parsed.file,
+            config if parsed.module is None else config.for_layer(parsed.module),
             parsed.tokens,
             parsed.heads,
             layer=parsed.layer,
@@ -220,16 +303,18 @@ def run_masks(parsed: argparse.Namespace) -> int:
         )
     except (ValueError, OverflowError) as error:  # numbers out of range for this mask
         raise error if isinstance(error, ConfigError) else UsageError(str(error)) from error
-    edges = Edges.from_spec(mask.spec, mask.num_tokens)
     patches = mask.num_tokens - mask.num_prefix_tokens
     print(  # noqa: T201
-        f"{mask.config.mask}: {mask.num_tokens} tokens ({mask.num_prefix_tokens} prefix), "
+        f"{mask.name}: {mask.num_tokens} tokens ({mask.num_prefix_tokens} prefix), "
         f"{mask.num_heads} heads, layer {parsed.layer}"
     )
     row = "{:>5} {:>12} {:>10} {:>14} {:>11} {:>11}".format
     print(row("head", "nnz", "density", "pruning ratio", "min degree", "max degree"))  # noqa: T201
-    for head, (nnz, between_patches) in enumerate(zip(edges.nnz(), edges.nnz_patches(), strict=True)):
-        degrees = edges.degrees(head)
+    for head, (nnz, between_patches) in enumerate(zip(mask.nnz_per_head, mask.nnz_patches_per_head, strict=True)):
+        try:
+            degrees = mask.degrees(head)
+        except ValueError as error:  # more tokens than memory
+            raise UsageError(str(error)) from error
         pruned = 1 - between_patches / patches**2 if patches > 0 else 0.0
         density = nnz / mask.num_tokens**2
         print(row(head, nnz, f"{density:.2%}", f"{pruned:.2%}", degrees.min(), degrees.max()))  # noqa: T201
@@ -269,6 +354,21 @@ def run_config_check(parsed: argparse.Namespace) -> int:
         except (ConfigError, OSError) as error:  # noqa: PERF203
             code = fail(f"error: {error}", 2)
     return code
+
+
+def run_config_list(_: argparse.Namespace) -> int:
+    """``sparse-mhsa config list``."""
+    for path in configs().values():
+        print(path)  # noqa: T201
+    return 0
+
+
+def run_config_schema(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa config schema``."""
+    from ._core import config_schema
+
+    print(json.dumps(json.loads(config_schema()), indent=2))  # noqa: T201
+    return 0
 
 
 def _integer(text: str, least: int) -> int:

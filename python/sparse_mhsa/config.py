@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,6 +14,17 @@ MAX_CONFIG_BYTES = 64 * 1024
 
 ConfigLike: TypeAlias = AttentionConfig | Mapping[str, object] | Path | str
 """What every ``config`` argument takes; OmegaConf nodes are accepted too."""
+
+
+def configs() -> dict[str, Path]:
+    """The attention configurations that come with the package.
+
+    Returns:
+        Name, such as ``"vit_fibottention"``, to the path of its YAML file, in alphabetical order.
+    """
+    folder = files(__package__) / "configs" / "attention"
+    assert isinstance(folder, Path)  # a compiled extension is never imported from inside an archive
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(config: ConfigLike) -> AttentionConfig:
@@ -34,7 +46,12 @@ def load_config(config: ConfigLike) -> AttentionConfig:
         return config
     omegaconf = sys.modules.get("omegaconf")
     if omegaconf is not None and omegaconf.OmegaConf.is_config(config):
-        config = omegaconf.OmegaConf.to_container(config, resolve=True)
+        try:
+            config = omegaconf.OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except omegaconf.errors.OmegaConfBaseException as error:
+            raise config_error(f"config: {error}", key=getattr(error, "full_key", None)) from error
+        if not isinstance(config, Mapping):
+            raise config_error("config: expected a mapping with keys such as `mask`, got an OmegaConf list")
     if isinstance(config, Mapping):
         return AttentionConfig.parse(_mapping_text(config))
     if isinstance(config, Path):
@@ -86,8 +103,8 @@ def _load_file(path: Path) -> AttentionConfig:
     return AttentionConfig.parse(text, source=str(path))
 
 
-def config_error(message: str, source: str | None = None) -> ConfigError:
+def config_error(message: str, source: str | None = None, key: str | None = None) -> ConfigError:
     """A `ConfigError` with the attributes that the parser's own have."""
     error = ConfigError(message)
-    vars(error).update(source=source, line=None, key=None)
+    vars(error).update(source=source, line=None, key=key)
     return error

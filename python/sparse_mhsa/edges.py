@@ -29,20 +29,22 @@ class EdgeSource(NamedTuple):
     col: Tensor | None
 
     def per_head(
-        self, batch: int, num_heads: int, num_queries: int, num_keys: int
+        self, batch: int, num_heads: int, num_queries: int, num_keys: int, device: torch.device
     ) -> list[tuple[slice, Tensor, Tensor]]:
-        """Edges as (samples that share them, ``row_ptr`` (H, N + 1), ``col``), one entry per list."""
+        """Edges on ``device`` as (samples that share them, ``row_ptr`` (H, N + 1), ``col``), one entry per list."""
         everyone = slice(0, batch)
         if self.spec is not None:
             row_ptr, col = torch.ops.sparse_mhsa.edge_index.default(self.spec, num_queries, num_keys)
-            return [(everyone, row_ptr, col)]
+            return [(everyone, row_ptr.to(device), col.to(device))]
         if self.row_ptr is None or self.col is None:
             raise ValueError("edges: expected a spec, or both row_ptr and col")
-        row_ptr, col = self.row_ptr, self.col
+        row_ptr, col = self.row_ptr.to(device), self.col.to(device)
+        # Lists chosen by content have room to spare, which holds no edges.
+        col = col[: int(row_ptr[-1, -1])] if row_ptr.numel() else col
         if row_ptr.shape[0] == num_heads:
             return [(everyone, row_ptr, col)]
         if row_ptr.shape[0] == 1:
-            starts = torch.arange(num_heads).mul(col.shape[0]).unsqueeze(1)
+            starts = torch.arange(num_heads, device=device).mul(col.shape[0]).unsqueeze(1)
             return [(everyone, row_ptr + starts, col.repeat(num_heads))]
         samples = []
         for sample, pointers in enumerate(row_ptr.split(num_heads)):  # type: ignore[no-untyped-call]
@@ -229,7 +231,7 @@ class EdgeAttention:
     def heads(self, bias: Tensor | None) -> Iterator[HeadEdges]:
         """Every head of every group of samples that shares its edges; heads vary fastest."""
         shift = self.lse.masked_fill(self.lse == -torch.inf, 0.0)
-        lists = self.edges.per_head(self.batch, self.num_heads, self.num_queries, self.num_keys)
+        lists = self.edges.per_head(self.batch, self.num_heads, self.num_queries, self.num_keys, shift.device)
         for samples, row_ptr, col in lists:
             factors = self._dropout(samples, row_ptr, col)
             bounds = [int(start) for start in row_ptr[:, 0]] + [int(row_ptr[-1, -1])]
@@ -404,12 +406,14 @@ def append_visible_keys(row_ptr: Tensor, col: Tensor, num_keys: int, extra: int)
         Edge tensors over S + extra keys.
     """
     num_heads, num_queries = row_ptr.shape[0], row_ptr.shape[1] - 1
-    rows = torch.arange(num_heads * num_queries).view(num_heads, num_queries)
+    device = col.device
+    rows = torch.arange(num_heads * num_queries, device=device).view(num_heads, num_queries)
     row_of_edge = torch.repeat_interleave(rows.flatten(), row_ptr.diff(dim=1).flatten())
     new_col = col.new_empty(col.shape[0] + extra * rows.numel())
-    new_col[torch.arange(col.shape[0]) + extra * row_of_edge] = col
+    new_col[torch.arange(col.shape[0], device=device) + extra * row_of_edge] = col
     ends = row_ptr[:, 1:] + extra * rows
     for place in range(extra):
         new_col[ends + place] = num_keys + place
-    before = torch.arange(num_queries + 1) + num_queries * torch.arange(num_heads).unsqueeze(1)
+    steps = torch.arange(num_queries + 1, device=device)
+    before = steps + num_queries * torch.arange(num_heads, device=device).unsqueeze(1)
     return EdgeSource(None, row_ptr + extra * before, new_col)

@@ -62,6 +62,8 @@ class LayerCost:
     head_dim: int
     nnz: int
     nnz_patches: int
+    backend_macs: int | None = None
+    """Multiply-accumulates of a backend without edges, which prunes no pair; None for softmax over edges."""
 
     @property
     def dense_nnz(self) -> int:
@@ -76,7 +78,7 @@ class LayerCost:
     @property
     def macs(self) -> int:
         """Multiply-accumulates over the edges kept."""
-        return attention_macs(self.nnz, self.head_dim)
+        return attention_macs(self.nnz, self.head_dim) if self.backend_macs is None else self.backend_macs
 
     @property
     def dense_macs(self) -> int:
@@ -169,16 +171,18 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
     layers = []
     for site in find_attention(model):
         num_heads, head_dim = site.adapter.heads(site.module)
-        mask = None if site.layer_mask is None else site.layer_mask.at(num_tokens)
+        backend = site.backend
+        mask = None if site.layer_mask is None or backend is not None else site.layer_mask.at(num_tokens)
         if mask is None:
             prefix = site.num_prefix_tokens or 0
             dense, patches = num_heads * num_tokens**2, num_heads * max(0, num_tokens - prefix) ** 2
-            layers.append(LayerCost(site.name, "none", num_heads, num_tokens, prefix, head_dim, dense, patches))
+            name, macs = ("none", None) if backend is None else (backend.name, backend.macs(num_tokens))
+            layers.append(LayerCost(site.name, name, num_heads, num_tokens, prefix, head_dim, dense, patches, macs))
         else:
             layers.append(
                 LayerCost(
                     site.name,
-                    mask.config.mask,
+                    mask.name,
                     num_heads,
                     num_tokens,
                     mask.num_prefix_tokens,

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from . import ops
 from ._core import AttentionConfig
+from .content import edges_of
 from .edges import EdgeSource
 from .masks import LayerMask, Mask
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -93,7 +95,7 @@ def sparse_attention(
     if mask is not None:
         _check_mask(mask, q)
     check_key_mask(key_padding_mask, q, k)
-    layer_mask = dense_mask(q.shape[1]) if mask is None else mask.layer_mask
+    layer_mask = dense_mask(q.shape[1]) if mask is None else mask
     out, lse = attend(
         q,
         k,
@@ -112,7 +114,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layer_mask: LayerMask,
+    layer_mask: LayerMask | Mask,
     edges: EdgeSource | None = None,
     *,
     key_mask: Tensor | None = None,
@@ -121,6 +123,7 @@ def attend(
     seed: Tensor | None = None,
     scale: float | None = None,
     needs_lse: bool = False,
+    embeddings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `sparse_attention` and the modules share once shapes are checked.
 
@@ -136,6 +139,7 @@ def attend(
         seed: of the dropout; drawn here if None.
         scale: factor of the scores; None for that of ``layer_mask``, else 1 / sqrt(D).
         needs_lse: the caller reads ``lse``; without it, ``lse`` may be an empty tensor.
+        embeddings: (B, S, E) input of the layer, for masks that choose keys by its norms.
 
     Returns:
         out (B, H, N, Dv) and lse (B, H, N).
@@ -146,27 +150,29 @@ def attend(
     """
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    whole = layer_mask.is_dense and edges is None
     if edges is None:
         check_square(layer_mask, q.shape[2], k.shape[2])
     q, k, v = autocast(q, k, v)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    unmasked = layer_mask.is_dense and edges is None and key_mask is None and bias is None and k.shape[2] > 0
+    unmasked = whole and key_mask is None and bias is None and k.shape[2] > 0
     if unmasked and dropout_p == 0.0 and not needs_lse and not ops.needs_autograd(q, k, v):
         grouped = k.shape[1] != q.shape[1]
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped), q.new_empty(0)
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
-    edges = EdgeSource(layer_mask.spec, None, None) if edges is None else edges
     if bias is not None:
         bias = bias.to(q.dtype)
+    if edges is None:
+        edges = edges_of(q, k, layer_mask, key_mask=key_mask, bias=bias, scale=scale, embeddings=embeddings)
     out, lse = ops.attention(q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale)
     if layer_mask.on_empty_row == "error":
         _refuse_empty_rows(lse)
     return out, lse
 
 
-def check_square(layer_mask: LayerMask, num_queries: int, num_keys: int) -> None:
+def check_square(layer_mask: LayerMask | Mask, num_queries: int, num_keys: int) -> None:
     """Raise a ValueError where a mask other than ``none`` meets different numbers of queries and keys."""
     if num_queries != num_keys and not layer_mask.is_dense:
         raise ValueError(
@@ -215,8 +221,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             "Expected query, key, and value to have the same device type, but got "
             f"query.device: {q.device} key.device: {k.device} and value.device: {v.device} instead."
         )
-    if q.device.type not in ("cpu", "meta"):
-        raise ValueError(f"query: this version has kernels for CPU tensors only, got a tensor on {q.device}")
+    if q.device.type not in _DEVICES:
+        raise ValueError(f"query: expected a tensor on one of the devices {', '.join(_DEVICES)}, got {q.device}")
     if q.dim() != 4:
         raise ValueError(f"query: expected shape (B, H, N, D), got {tuple(q.shape)}")
     batch, heads, _, dim = q.shape
@@ -269,6 +275,11 @@ def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -math.inf)
     return attn_mask.reshape(shape)
+
+
+def causal_bias(q: Tensor, k: Tensor) -> Tensor:
+    """(1, 1, N, S) additive mask that leaves query i the keys 0 to i, as `scaled_dot_product_attention` means it."""
+    return torch.full((1, 1, q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
 
 
 def _check_beside(tensor: Tensor, name: str, q: Tensor) -> None:

@@ -1,15 +1,28 @@
 """What all sparse attention modules have in common, whichever framework they come from."""
 
-from torch import nn
+from torch import Tensor, nn
 
+from .backends import Backend, build_backend
 from .masks import LayerMask, Mask
 
 
 class SparseLayer(nn.Module):
     """What every sparse attention module has besides its weights: the mask of its layer."""
 
-    layer_mask: LayerMask
+    layer_mask: LayerMask | Mask
     """Immutable; no parameter and no buffer, so that state dicts are those of dense attention."""
+
+    backend: Backend | None
+    """Attention without edges; None for softmax over the edges of the mask."""
+
+    def _set_mechanism(self, layer_mask: LayerMask | Mask, head_dim: int, dropout: float, like: Tensor) -> None:
+        """Set `layer_mask` and `backend`. A backend that stays the same keeps its trained parameters."""
+        backend = build_backend(layer_mask, head_dim, dropout, like)
+        present = getattr(self, "backend", None)
+        if backend is not None and present is not None:
+            backend.take_parameters(present)
+        self.backend = backend
+        self.layer_mask = layer_mask
 
     def mask(self, num_tokens: int) -> Mask:
         """The edges this layer uses for ``num_tokens`` tokens.
@@ -23,9 +36,21 @@ class SparseLayer(nn.Module):
         """Tell masks that change during training which epoch it is."""
         self.layer_mask = self.layer_mask.at_epoch(epoch)
 
+    def __prepare_scriptable__(self) -> "SparseLayer":
+        """Say that `torch.jit.script` is not supported, before its compiler stumbles over something unrelated."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script: TorchScript does not know the operators' "
+            "autograd function; use torch.compile or torch.export, or densify the model first"
+        )
+
     def _mask_repr(self) -> str:
         layer_mask = self.layer_mask
+        config = layer_mask.config
+        if config is not None and not config.uses_edges:
+            return f"backend={layer_mask.name}, layer={layer_mask.layer}"
         parts = [f"mask={layer_mask.name}", f"layer={layer_mask.layer}"]
+        if config is not None and config.seeds:
+            parts.append(f"seed={', '.join(map(str, config.seeds))}")
         if layer_mask.num_tokens is not None:
             try:
                 mask = self.mask(layer_mask.num_tokens)

@@ -7,13 +7,14 @@ keywords are those of the mask and those of `Mask.from_config`:
 
 import base64
 import difflib
-import functools
 import html
 import inspect
+import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +23,38 @@ from torch import Tensor
 
 from . import viz
 from ._core import AttentionConfig, Edges, registered_masks
-from .config import ConfigLike, load_config
+from .config import ConfigLike, config_error, load_config
+from .converters import (
+    Array,
+    RowFunction,
+    edges_from_csr,
+    edges_from_dense,
+    edges_from_function,
+    to_block_mask,
+    to_scipy,
+    to_torch_sparse,
+)
+from .edges import EdgeSource
+from .explain import Explanation, explain
 from .flops import Unit, attention_macs, in_unit
+from .register import user_masks
 
 if TYPE_CHECKING:
+    import scipy.sparse  # type: ignore[import-untyped]
     from matplotlib.axes import Axes
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["LayerMask", "Mask"]
+
+_KEYS = itertools.count()
 
 
 @dataclass(frozen=True)
 class LayerMask:
     """The mask of one layer for whatever number of tokens arrives: a configuration and the layer's place.
 
-    Everything a forward pass reads is worked out once here, as plain Python values.
+    Everything a forward pass reads is worked out once here, as plain Python values. A configuration that
+    leaves the seed of a random mask open gets one here, from torch's default generator.
     """
 
     config: AttentionConfig
@@ -48,14 +67,27 @@ class LayerMask:
     spec: str = field(init=False, repr=False)
     """Canonical text of the mask: what the operators take."""
     name: str = field(init=False, repr=False)
-    """Registered name of the mask."""
+    """Registered name of the mask, or of a backend that brings attention of its own."""
     scale: float | None = field(init=False, repr=False)
     """Factor of the scores, None for 1 / sqrt(head_dim)."""
     on_empty_row: str = field(init=False, repr=False)
     """``zero`` or ``error``."""
+    by_content: bool = field(init=False, repr=False)
+    """Keys are chosen by the content of queries and keys: there are no edges before attention sees them."""
+    needs_embeddings: bool = field(init=False, repr=False)
+    """Keys are chosen by the norms of the layer's input."""
 
     def __post_init__(self) -> None:
+        if None in self.config.seeds:
+            # Drawn once: from here on the mask, its copies and its pickles are the same.
+            object.__setattr__(self, "config", self.config.with_seed(_draw_seed()))
         config, grid = self.config, None if self.grid is None else list(self.grid)
+        if config.layers:
+            raise config_error(
+                f"layers: {config.layers} are regular expressions on names of modules, and there is no model here; "
+                "give the configuration to sparsify, or take one layer's with config.for_layer(name)",
+                key="layers",
+            )
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens"):
             number = getattr(self, name)
             if number is not None and number < 0:
@@ -68,10 +100,16 @@ class LayerMask:
             )
         derived = {
             "spec": config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens),
-            "name": config.mask,
+            "name": config.mask if config.uses_edges else config.backend,
             "scale": config.scale,
             "on_empty_row": config.on_empty_row,
+            "by_content": config.by_content,
         }
+        if config.by_content and config.masked_logits == "zero":
+            raise ValueError(
+                f"masked_logits: expected neg_inf, because `{config.mask}` chooses keys by content; got zero"
+            )
+        derived["needs_embeddings"] = config.by_content and '"score":"embedding_norm"' in derived["spec"]
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
 
@@ -79,6 +117,25 @@ class LayerMask:
     def is_dense(self) -> bool:
         """Every query keeps every key."""
         return self.name == "none"
+
+    @property
+    def masked_logits(self) -> str:
+        """``neg_inf`` or ``zero``."""
+        return self.config.masked_logits
+
+    @property
+    def num_prefix_tokens_used(self) -> int:
+        """Leading tokens off the grid, as configuration, model and mask settled it."""
+        return int(json.loads(self.spec)["num_prefix_tokens"])
+
+    def source(self, num_tokens: int) -> EdgeSource:
+        """The edges for ``num_tokens`` tokens as the operators take them."""
+        return EdgeSource(self.spec, None, None)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Attention is softmax over the edges of a mask that may drop some."""
+        return self.config.uses_edges and not self.is_dense
 
     @property
     def num_tokens(self) -> int | None:
@@ -97,11 +154,30 @@ class LayerMask:
         return self if epoch == self.epoch else replace(self, epoch=epoch)
 
 
+class _Options(NamedTuple):
+    """What a mask has besides edges."""
+
+    head_dim: int | None = None
+    scale: float | None = None
+    on_empty_row: str = "zero"
+
+
+def _draw_seed() -> int:
+    """A seed from torch's default generator, which `torch.manual_seed` governs."""
+    return int(torch.randint(torch.iinfo(torch.int32).max, ()))
+
+
 class Mask:
     """The edges of every head of one mask in one layer, for one number of tokens. Immutable.
 
-    Memory and time grow with the segments that describe the edges, never with N x N; only `to_dense` and
-    `to_csr` are larger. Masks with the same definition and number of tokens are equal and have the same hash.
+    Made from a configuration (`from_config`, the functions of this module), from edges (`from_dense`,
+    `from_csr`, `from_function`, `per_head`), or from other masks by the set operations ``|``, ``&``, ``-`` and
+    ``~``, which speak of whole N x N sets, prefix rows and columns included. A mask is also a configuration:
+    `SparseMHSA` takes one for exactly its heads and tokens.
+
+    Memory and time grow with the segments that describe the edges, never with N x N; only `to_dense`, `to_csr`
+    and its relatives are larger. Masks are equal, with equal hashes, if they keep the same edges and treat them
+    alike (prefix, scale, masked logits, empty rows).
 
     Args:
         layer_mask: definition of the mask.
@@ -112,15 +188,39 @@ class Mask:
         ConfigError: the mask does not exist for ``num_tokens``.
     """
 
-    __slots__ = ("_edges", "_head_dim", "_layer_mask", "_num_tokens")
+    __slots__ = ("_edges", "_head_dim", "_key", "_layer_mask", "_lists", "_name", "_on_empty_row", "_scale")
+    _layer_mask: LayerMask | None
+    _key: str
+    """Different for every mask. Reading it makes Dynamo compile anew for another mask."""
+    _lists: Callable[[str], tuple[Tensor, Tensor]]
+    """`to_csr`, called when attention first needs it: an intermediate ``~mask`` never pays for its lists."""
 
     def __init__(self, layer_mask: LayerMask, num_tokens: int, head_dim: int | None = None) -> None:
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
-        self._layer_mask = layer_mask
-        self._num_tokens = num_tokens
-        self._head_dim = head_dim
-        self._edges = Edges.from_spec(layer_mask.spec, num_tokens)
+        if not layer_mask.config.uses_edges:
+            raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no mask", key="backend")
+        options = _Options(head_dim, layer_mask.scale, layer_mask.on_empty_row)
+        self._set(Edges.from_spec(layer_mask.spec, num_tokens), layer_mask.name, options, layer_mask)
+
+    def _set(self, edges: Edges, name: str, options: "_Options", layer_mask: LayerMask | None = None) -> None:
+        self._edges, self._name, self._layer_mask = edges, name, layer_mask
+        self._head_dim, self._scale, self._on_empty_row = options
+        self._key = f"mask {next(_KEYS)}"
+        self._lists = _once(edges)
+
+    @classmethod
+    def _of(
+        cls, edges: Edges, name: str, options: "_Options | None" = None, num_prefix_tokens: int | None = None
+    ) -> "Mask":
+        """A mask that no configuration describes."""
+        if num_prefix_tokens is not None:
+            if not 0 <= num_prefix_tokens <= edges.num_tokens:
+                raise ValueError(f"num_prefix_tokens: expected 0 to {edges.num_tokens}, got {num_prefix_tokens}")
+            edges = edges.with_prefix(num_prefix_tokens)
+        mask = cls.__new__(cls)
+        mask._set(edges, name, _Options() if options is None else options)
+        return mask
 
     @classmethod
     def from_config(
@@ -153,35 +253,229 @@ class Mask:
 
         Raises:
             ConfigError: the configuration cannot be honoured, or not for these sizes.
+            ValueError: ``grid`` does not have as many cells as there are tokens after the prefix.
         """
         sides = None if grid is None else tuple(grid)
         layer_mask = LayerMask(load_config(config), num_heads, layer, num_layers, epoch, sides, num_prefix_tokens)
-        return cls(layer_mask, num_tokens, head_dim)
+        mask = cls(layer_mask, num_tokens, head_dim)
+        if sides is not None and math.prod(sides) != num_tokens - mask.num_prefix_tokens:
+            raise ValueError(
+                f"grid: {list(sides)} has {math.prod(sides)} cells, but {num_tokens} tokens with "
+                f"{mask.num_prefix_tokens} prefix tokens leave {num_tokens - mask.num_prefix_tokens} patches"
+            )
+        return mask
+
+    @classmethod
+    def from_dense(cls, dense: Array, *, num_heads: int | None = None, num_prefix_tokens: int = 0) -> "Mask":
+        """The mask of a dense array.
+
+        Args:
+            dense: (N, N), shared by all heads, or (H, N, N); bool, True = keep; tensor or array.
+            num_heads: H; default is what ``dense`` has, 1 for two dimensions.
+            num_prefix_tokens: leading tokens that `pruning_ratio` leaves out.
+
+        Returns:
+            The mask.
+
+        Raises:
+            TypeError: ``dense`` is not bool.
+            ValueError: a shape does not fit.
+        """
+        return cls._of(edges_from_dense(dense, num_heads), "from_dense", num_prefix_tokens=num_prefix_tokens)
+
+    @classmethod
+    def from_csr(
+        cls,
+        row_ptr: object,
+        col: Array | None = None,
+        *,
+        num_heads: int | None = None,
+        num_prefix_tokens: int = 0,
+    ) -> "Mask":
+        """The mask of compressed rows, as `to_csr` returns them, or of a sparse matrix.
+
+        Args:
+            row_ptr: (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``; or a torch
+                sparse CSR tensor or scipy sparse matrix, whose stored entries are the edges, and no ``col``.
+            col: (nnz,) key indices, ascending strictly within a row.
+            num_heads: H; default is what ``row_ptr`` has.
+            num_prefix_tokens: leading tokens that `pruning_ratio` leaves out.
+
+        Returns:
+            The mask.
+
+        Raises:
+            TypeError: an argument is of another kind or not integer.
+            ValueError: the lists contradict themselves; the message says where.
+        """
+        return cls._of(edges_from_csr(row_ptr, col, num_heads), "from_csr", num_prefix_tokens=num_prefix_tokens)
+
+    @classmethod
+    def from_function(cls, keep: RowFunction, num_tokens: int, num_heads: int, *, num_prefix_tokens: int = 0) -> "Mask":
+        """The mask of a callable, which is asked once per head and query and needs O(N) memory at a time.
+
+        Args:
+            keep: ``keep(head, row)`` returns the keys of one query: bool (N,), True = keep, or integer indices in
+                any order.
+            num_tokens: N.
+            num_heads: H.
+            num_prefix_tokens: leading tokens that `pruning_ratio` leaves out.
+
+        Returns:
+            The mask.
+
+        Raises:
+            TypeError: a row is neither bool nor integer.
+            ValueError: a row has the wrong shape, or an index that is out of range or given twice.
+        """
+        edges = edges_from_function(keep, num_tokens, num_heads)
+        name = getattr(keep, "__name__", "from_function")
+        return cls._of(edges, name, num_prefix_tokens=num_prefix_tokens)
+
+    @classmethod
+    def per_head(cls, masks: "Sequence[Mask]") -> "Mask":
+        """One mask whose heads come from several.
+
+        Args:
+            masks: H masks over the same tokens; head h takes head h of the mask at h, or its only head if it has one.
+
+        Returns:
+            The mask, of H heads.
+
+        Raises:
+            ValueError: there is none, they differ in tokens or options, or one has neither 1 nor H heads.
+        """
+        masks = list(masks)
+        for head, mask in enumerate(masks):
+            if mask.num_heads not in (1, len(masks)):
+                raise ValueError(f"masks: expected 1 or {len(masks)} heads in mask {head}, got {mask.num_heads}")
+        heads = [(mask._edges, head if mask.num_heads > 1 else 0) for head, mask in enumerate(masks)]
+        edges = Edges.from_heads(heads)
+        prefixes = {mask.num_prefix_tokens for mask in masks}
+        name = f"per_head({', '.join(dict.fromkeys(mask.name for mask in masks))})"
+        prefix = prefixes.pop() if len(prefixes) == 1 else 0
+        return cls._of(edges, name, _common_options(*masks), prefix)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        """Edges of either mask."""
+        return self._combined("union", "|", other)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """Edges of both masks."""
+        return self._combined("intersection", "&", other)
+
+    def __sub__(self, other: "Mask") -> "Mask":
+        """Edges of this mask that the other does not keep."""
+        return self._combined("difference", "-", other)
+
+    def __invert__(self) -> "Mask":
+        """Every pair that is no edge. It is held as a few runs per query, but attention over it costs N x N."""
+        return Mask._of(self._edges.complement(), f"~{self.name}", _common_options(self))
+
+    def _combined(self, operation: str, sign: str, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            raise TypeError(f"mask {sign} other: expected a sparse_mhsa.Mask, got {type(other).__name__}")
+        if self.num_tokens != other.num_tokens:
+            sizes = f"{self.num_tokens} and {other.num_tokens}"
+            raise ValueError(f"mask {sign} mask: expected the same number of tokens, got {sizes}")
+        if self.num_heads != other.num_heads and 1 not in (self.num_heads, other.num_heads):
+            sizes = f"{self.num_heads} and {other.num_heads}"
+            raise ValueError(f"mask {sign} mask: expected the same number of heads, or one, got {sizes}")
+        edges = self._edges.combine(operation, other._edges)
+        return Mask._of(edges, f"({self.name} {sign} {other.name})", _common_options(self, other))
 
     @property
-    def layer_mask(self) -> LayerMask:
-        """The definition, without a number of tokens."""
+    def layer_mask(self) -> LayerMask | None:
+        """The definition, without a number of tokens, or None for a mask that no configuration describes."""
         return self._layer_mask
 
     @property
-    def config(self) -> AttentionConfig:
-        """The configuration the mask was made from."""
-        return self._layer_mask.config
+    def config(self) -> AttentionConfig | None:
+        """The configuration the mask was made from, or None."""
+        return None if self._layer_mask is None else self._layer_mask.config
 
     @property
-    def spec(self) -> str:
-        """Canonical text of the mask: what the operators take."""
-        return self._layer_mask.spec
+    def spec(self) -> str | None:
+        """Canonical text of the mask, or None for a mask that no configuration describes."""
+        return None if self._layer_mask is None else self._layer_mask.spec
+
+    @property
+    def name(self) -> str:
+        """Registered name, or how the mask was made."""
+        return self._name
+
+    @property
+    def layer(self) -> int:
+        """Zero-based depth that the mask was made for."""
+        return 0 if self._layer_mask is None else self._layer_mask.layer
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the scores, None for 1 / sqrt(head_dim)."""
+        return self._scale
+
+    @property
+    def on_empty_row(self) -> str:
+        """``zero`` or ``error``."""
+        return self._on_empty_row
+
+    @property
+    def masked_logits(self) -> str:
+        """``neg_inf`` or ``zero``."""
+        return "neg_inf" if self._layer_mask is None else self._layer_mask.masked_logits
+
+    @property
+    def by_content(self) -> bool:
+        """Never: a `Mask` has edges."""
+        return False
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def is_dense(self) -> bool:
+        """The mask is ``none``: every query keeps every key."""
+        return self._layer_mask is not None and self._layer_mask.is_dense
+
+    def source(self, num_tokens: int) -> EdgeSource:
+        """The edges as the operators take them.
+
+        Raises:
+            ValueError: the mask is for another number of tokens.
+        """
+        self._check_tokens(num_tokens)
+        if self._layer_mask is not None:
+            return EdgeSource(self._layer_mask.spec, None, None)
+        return EdgeSource(None, *self._lists(self._key))
+
+    def at(self, num_tokens: int, head_dim: int | None = None) -> "Mask":
+        """The mask itself, which exists for one number of tokens only.
+
+        Raises:
+            ValueError: that number is another.
+        """
+        self._check_tokens(num_tokens)
+        return self
+
+    def at_epoch(self, epoch: int) -> "Mask":
+        """The mask itself: its edges are fixed."""
+        return self
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        if num_tokens != self.num_tokens:
+            raise ValueError(f"mask: `{self.name}` was made for {self.num_tokens} tokens, but there are {num_tokens}")
 
     @property
     def num_tokens(self) -> int:
         """N, all tokens."""
-        return self._num_tokens
+        return self._edges.num_tokens
 
     @property
     def num_heads(self) -> int:
         """H."""
-        return self._layer_mask.num_heads
+        return self._edges.num_heads
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -204,9 +498,14 @@ class Mask:
         return sum(self.nnz_per_head)
 
     @property
+    def nnz_patches_per_head(self) -> list[int]:
+        """Edges kept by each head whose query and key are both patches."""
+        return self._edges.nnz_patches()
+
+    @property
     def nnz_patches(self) -> int:
         """Edges kept whose query and key are both patches, over all heads."""
-        return sum(self._edges.nnz_patches())
+        return sum(self.nnz_patches_per_head)
 
     @property
     def density(self) -> float:
@@ -230,13 +529,35 @@ class Mask:
             ``row_ptr`` (H, N + 1) int64 with absolute offsets into ``col`` (nnz,) int64, columns ascending
             within a row.
         """
-        pointers, columns, before = [], [], 0
-        for head in range(self.num_heads):
-            row_ptr, col = self._edges.to_csr(head)
-            pointers.append(row_ptr + before)
-            columns.append(col)
-            before += len(col)
-        return torch.from_numpy(np.stack(pointers)), torch.from_numpy(np.concatenate(columns))
+        row_ptr, col = self._edges.to_csr()
+        return torch.from_numpy(row_ptr), torch.from_numpy(col)
+
+    def to_torch_sparse(self, head: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, N) torch sparse CSR tensor of one head, ones where edges are kept."""
+        return to_torch_sparse(self._edges, head, dtype)
+
+    def to_scipy(self, head: int) -> "scipy.sparse.csr_array":
+        """(N, N) bool `scipy.sparse.csr_array` of one head, True where edges are kept; needs scipy."""
+        return to_scipy(self._edges, head)
+
+    def to_block_mask(self, block_size: int = 128) -> "BlockMask":
+        """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`."""
+        return to_block_mask(self._edges, block_size)
+
+    def overlap(self) -> Tensor:
+        """(H, H) float64 Jaccard index of each pair of heads: edges of both over edges of either."""
+        return torch.from_numpy(self._edges.overlap())
+
+    def explain(self, head_dim: int | None = None) -> Explanation:
+        """How the edges of each head are held and what attention over them costs; ``print`` it.
+
+        Args:
+            head_dim: D; default is the one the mask was made with.
+
+        Returns:
+            A table: segments by kind, edges, bytes, and GMACs where D is known.
+        """
+        return explain(self._edges, self.name, self._head_dim if head_dim is None else head_dim)
 
     def degrees(self, head: int) -> Tensor:
         """(N,) int64: keys kept by each query of a head."""
@@ -260,6 +581,8 @@ class Mask:
             ValueError: no head dimension is known, or ``unit`` is neither.
         """
         head_dim = self._head_dim if head_dim is None else head_dim
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
         if head_dim is None:
             raise ValueError("head_dim: expected a number, because the mask was made without one; got None")
         return in_unit(attention_macs(self.nnz, head_dim), unit)
@@ -270,7 +593,7 @@ class Mask:
 
     def __repr__(self) -> str:
         return (
-            f"Mask({self.config.mask}, num_tokens={self.num_tokens}, num_heads={self.num_heads}, "
+            f"Mask({self.name}, num_tokens={self.num_tokens}, num_heads={self.num_heads}, "
             f"nnz={self.nnz}, density={self.density:.4f}, pruning_ratio={self.pruning_ratio:.4f})"
         )
 
@@ -280,7 +603,7 @@ class Mask:
     def _repr_html_(self) -> str:
         per_head = self.nnz_per_head
         rows = {
-            "mask": self.config.mask,
+            "mask": self.name,
             "tokens": f"{self.num_tokens} ({self.num_prefix_tokens} prefix)",
             "heads": str(self.num_heads),
             "edges": f"{self.nnz} ({min(per_head)} to {max(per_head)} per head)",
@@ -296,18 +619,83 @@ class Mask:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
             return NotImplemented
-        return (self.spec, self.num_tokens) == (other.spec, other.num_tokens)
+        if self.spec is not None and (self.spec, self._options) == (other.spec, other._options):
+            return True
+        return self._options == other._options and self._edges.same_edges(other._edges)
+
+    @property
+    def _options(self) -> tuple[object, ...]:
+        """Everything besides the edges in which masks may differ."""
+        sizes = (self.num_tokens, self.num_heads, self.num_prefix_tokens)
+        return (*sizes, self._scale, self._on_empty_row, self.masked_logits)
 
     def __hash__(self) -> int:
-        return hash((self.spec, self.num_tokens))
+        return hash((self._options, *self.nnz_per_head))
 
-    def __reduce__(self) -> "tuple[type[Mask], tuple[LayerMask, int, int | None]]":
-        return Mask, (self._layer_mask, self._num_tokens, self._head_dim)
+    def __copy__(self) -> "Mask":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Mask":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., "Mask"], tuple[object, ...]]:
+        if self._layer_mask is not None:
+            return Mask, (self._layer_mask, self.num_tokens, self._head_dim)
+        options = (self._name, self._head_dim, self._scale, self._on_empty_row)
+        return _from_parts, (self._edges.to_parts(), self.num_prefix_tokens, *options)
 
 
-@functools.cache
+def _once(edges: Edges) -> Callable[[str], tuple[Tensor, Tensor]]:
+    """A function that makes the lists of `Mask.to_csr` the first time and returns the same ever after."""
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def once(key: str) -> tuple[Tensor, Tensor]:
+        if not made:
+            row_ptr, col = edges.to_csr()
+            made.append((torch.from_numpy(row_ptr), torch.from_numpy(col)))
+        return made[0]
+
+    # What `torch.compiler.assume_constant_result` sets, which would import the whole compiler: Dynamo calls it while
+    # tracing, because it cannot see into the compiled core.
+    once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return once
+
+
+def _from_parts(
+    parts: tuple[Any, ...],
+    num_prefix_tokens: int,
+    name: str,
+    head_dim: int | None,
+    scale: float | None,
+    on_empty_row: str,
+) -> Mask:
+    """A pickled mask."""
+    options = _Options(head_dim, scale, on_empty_row)
+    return Mask._of(Edges.from_parts(*parts), name, options, num_prefix_tokens)
+
+
+def _common_options(*masks: Mask) -> _Options:
+    """The options of a mask made from others, which must agree."""
+    first = masks[0]
+    for mask in masks:
+        if mask.masked_logits != "neg_inf":
+            raise ValueError(
+                f"masked_logits: `{mask.name}` has `{mask.masked_logits}`, which a mask made from it cannot keep"
+            )
+        for option in ("scale", "on_empty_row"):
+            if getattr(mask, option) != getattr(first, option):
+                values = f"{getattr(first, option)} and {getattr(mask, option)}"
+                raise ValueError(f"{option}: expected the same in every mask, got {values}")
+    head_dims = {mask.head_dim for mask in masks}
+    return _Options(head_dims.pop() if len(head_dims) == 1 else None, first.scale, first.on_empty_row)
+
+
 def _factories() -> dict[str, Callable[..., Mask]]:
-    return {name: _factory(entry) for entry in registered_masks() for name in (entry["name"], *entry["aliases"])}
+    return {
+        name: _factory(entry)
+        for entry in [*registered_masks(), *user_masks()]
+        for name in (entry["name"], *entry["aliases"])
+    }
 
 
 def _factory(entry: dict[str, object]) -> Callable[..., Mask]:

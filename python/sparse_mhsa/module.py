@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ConfigLike, load_config
+from .backends import Backend
+from .config import ConfigLike, config_error, load_config
+from .content import edges_of
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
-from .functional import attend, autocast, check_qkv, check_square, dense_mask, draw_seed
+from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
-from .masks import LayerMask
+from .masks import LayerMask, Mask
 from .ops import has_background
 
 _MANY_TOKENS = 4096
@@ -43,7 +45,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         batch_first: tensors are (B, L, E) instead of (L, B, E).
         device: of the parameters.
         dtype: of the parameters.
-        config: whatever `load_config` takes; None for dense attention.
+        config: whatever `load_config` takes; a `Mask`, for exactly its heads and tokens; None for dense attention.
         layer: zero-based depth of this layer.
         num_layers: number of layers of the model.
         grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
@@ -68,7 +70,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        config: ConfigLike | None = None,
+        config: ConfigLike | Mask | None = None,
         layer: int = 0,
         num_layers: int | None = None,
         grid: Sequence[int] | None = None,
@@ -121,7 +123,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
     def from_dense(
         cls,
         mha: nn.MultiheadAttention,
-        config: ConfigLike | None,
+        config: ConfigLike | Mask | None,
         *,
         layer: int = 0,
         num_layers: int | None = None,
@@ -132,7 +134,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
 
         Args:
             mha: the dense layer; it stays as it is.
-            config: whatever `load_config` takes; None for dense attention.
+            config: whatever `load_config` takes; a `Mask`, for exactly its heads and tokens; None for dense attention.
             layer: zero-based depth of this layer.
             num_layers: number of layers of the model.
             grid: as in the constructor.
@@ -155,7 +157,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         return cls.convert(twin, layer_mask)
 
     @classmethod
-    def convert(cls, mha: nn.MultiheadAttention, layer_mask: LayerMask) -> "SparseMHSA":
+    def convert(cls, mha: nn.MultiheadAttention, layer_mask: LayerMask | Mask) -> "SparseMHSA":
         """Make a dense layer sparse in place, or give a sparse one another mask; `revert` undoes it.
 
         Args:
@@ -176,21 +178,24 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         for key, hook in list(self._forward_pre_hooks.items()):
             if hook is stay_off_fast_path:
                 del self._forward_pre_hooks[key]
-        del self.layer_mask
+        del self.layer_mask, self.backend
         dense.__class__ = nn.MultiheadAttention
         return dense
 
-    def _adopt(self, layer_mask: LayerMask) -> None:
-        config = layer_mask.config
-        if config.embed_dim not in (None, self.embed_dim):
-            raise ValueError(
-                f"embed_dim: the configuration is for {config.embed_dim}, but it is used with {self.embed_dim}"
-            )
-        if config.masked_logits == "zero" and self.dropout > 0.0:
+    def _adopt(self, layer_mask: LayerMask | Mask) -> None:
+        embed_dim = None if layer_mask.config is None else layer_mask.config.embed_dim
+        if embed_dim not in (None, self.embed_dim):
+            raise ValueError(f"embed_dim: the configuration is for {embed_dim}, but it is used with {self.embed_dim}")
+        if layer_mask.masked_logits == "zero" and self.dropout > 0.0:
             raise ValueError(
                 f"dropout: expected 0 with `masked_logits: zero`, which has no meaning with dropout; got {self.dropout}"
             )
-        self.layer_mask = layer_mask
+        without_edges = layer_mask.config is not None and not layer_mask.config.uses_edges
+        if without_edges and (self.bias_k is not None or self.add_zero_attn):
+            raise config_error(
+                f"backend: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn", key="backend"
+            )
+        self._set_mechanism(layer_mask, self.head_dim, self.dropout, self.out_proj.weight)
         if stay_off_fast_path not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(stay_off_fast_path)
 
@@ -215,8 +220,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             need_weights: also return the dense attention weights, which takes O(L x S) memory.
             attn_mask: (L, S) or (B * H, L, S); bool (**True = do not attend**) or floating (added).
             average_attn_weights: average the weights over the heads.
-            is_causal: hint that ``attn_mask`` is causal; the mask itself decides, so the hint changes
-                nothing.
+            is_causal: hint that ``attn_mask`` is causal. As in the parent, it needs ``attn_mask`` and stands
+                in for it where there is neither ``key_padding_mask`` nor ``need_weights``: query i then keeps
+                keys 0 to i, appended keys included.
 
         Returns:
             The output in the layout of ``query``, and the weights after dropout, (B, L, S) or (B, H, L, S)
@@ -235,14 +241,27 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             query, key, value = _unsqueeze_alike(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
-        key_mask, bias = self._masks(q, k, key_padding_mask, attn_mask)
+        if self.backend is not None:
+            context, weights = self._run(self.backend, q, k, v, key_padding_mask, attn_mask, need_weights)
+            out = self._merge(context, batch_first)
+            if weights is not None and average_attn_weights:
+                weights = weights.mean(1)
+            return (out, weights) if batched else (out.squeeze(0), None if weights is None else weights.squeeze(0))
+        causal = is_causal and key_padding_mask is None and not need_weights
+        key_mask, bias = self._masks(q, k, key_padding_mask, None if causal else attn_mask)
         k, v, key_mask, bias, edges = self._append_keys(q, k, v, key_mask, bias)
         check_qkv(q, k, v)
+        if causal:
+            bias = causal_bias(q, k)
 
         q, k, v = autocast(q, k, v)
         dropout_p = self.dropout if self.training else 0.0
         seed = draw_seed() if dropout_p > 0.0 else None
         bias = None if bias is None else bias.to(q.dtype)
+        if edges is None and self.layer_mask.by_content:
+            check_square(self.layer_mask, q.shape[2], k.shape[2])
+            embeddings = query if batch_first else query.transpose(0, 1)
+            edges = edges_of(q, k, self.layer_mask, key_mask=key_mask, bias=bias, embeddings=embeddings)
         context, lse = attend(
             q,
             k,
@@ -255,14 +274,12 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             seed=seed,
             needs_lse=need_weights,
         )
-        merged = context.permute(0, 2, 1, 3) if batch_first else context.permute(2, 0, 1, 3)
-        out = F.linear(merged.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self._merge(context, batch_first)
         weights = None
         if need_weights:
             if k.shape[2] > _MANY_TOKENS:
                 _warn_of_dense_weights(k.shape[2])
-            spec = self.layer_mask.spec
-            edges = EdgeSource(spec, None, None) if edges is None else edges
+            edges = self.layer_mask.source(q.shape[2]) if edges is None else edges
             scale = self.layer_mask.scale
             scale = self.head_dim**-0.5 if scale is None else scale
             background = has_background(edges.spec)
@@ -295,7 +312,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             raise AssertionError(
                 "MultiheadAttention does not support NestedTensor outside of its fast path. "
                 "The fast path was not hit because attention is sparse; pass padded tensors with "
-                "key_padding_mask, and build nn.TransformerEncoder with enable_nested_tensor=False"
+                "key_padding_mask, and build nn.TransformerEncoder with enable_nested_tensor=False (or set "
+                "use_nested_tensor = False on it)"
             )
         F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
@@ -331,7 +349,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             split = projected.view(*projected.shape[:2], self.num_heads, self.head_dim)
             return split.permute(0, 2, 1, 3) if batch_first else split.permute(1, 2, 0, 3)
 
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight, bias = self.in_proj_weight, None
+        if self.in_proj_bias is not None:
+            # The parent takes a bias of another precision than the weights.
+            bias = self.in_proj_bias.to((self.q_proj_weight if weight is None else weight).dtype)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         if weight is None:
             weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -345,6 +366,35 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             weights = weight.chunk(3)
         inputs = (query, key, value)
         return tuple(heads(F.linear(x, w, b)) for x, w, b in zip(inputs, weights, biases, strict=True))
+
+    def _merge(self, context: Tensor, batch_first: bool) -> Tensor:
+        """The output projection of (B, H, L, Dv)."""
+        merged = context.permute(0, 2, 1, 3) if batch_first else context.permute(2, 0, 1, 3)
+        return F.linear(merged.flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+    def _run(
+        self,
+        backend: Backend,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        needs_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention without edges: context (B, H, L, Dv), and weights (B, H, L, S) or None."""
+        if needs_weights and k.shape[2] > _MANY_TOKENS:
+            _warn_of_dense_weights(k.shape[2])
+        q, k, v = autocast(q, k, v)
+        return backend.attend(
+            q,
+            k,
+            v,
+            key_mask=None if key_padding_mask is None else _keys_kept(key_padding_mask, backend),
+            bias=attn_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            needs_weights=needs_weights,
+        )
 
     def _masks(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
@@ -364,7 +414,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
                 bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
             bias = bias.view(*((1, 1) if attn_mask.dim() == 2 else q.shape[:2]), queries, keys)
         if key_padding_mask is not None:
-            F._check_key_padding_mask(key_padding_mask, keys, batch)  # type: ignore[attr-defined]
+            _check_key_padding_mask(key_padding_mask, batch, keys)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = ~key_padding_mask
             else:
@@ -391,10 +441,12 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         layer_mask = self.layer_mask
         if layer_mask.is_dense:
             return k, v, key_mask, bias, None
-        if has_background(layer_mask.spec):
+        if layer_mask.by_content:
+            raise ValueError(f"mask: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn")
+        if layer_mask.masked_logits == "zero":
             raise ValueError("masked_logits: `zero` cannot be combined with add_bias_kv or add_zero_attn")
         check_square(layer_mask, queries, keys)
-        row_ptr, col = torch.ops.sparse_mhsa.edge_index.default(layer_mask.spec, queries, keys)
+        ((_, row_ptr, col),) = layer_mask.source(queries).per_head(batch, self.num_heads, queries, keys, k.device)
         return k, v, key_mask, bias, append_visible_keys(row_ptr, col, keys, len(extra))
 
     def extra_repr(self) -> str:
@@ -412,16 +464,42 @@ def stay_off_fast_path(module: nn.Module, args: object) -> None:
 
 def _layer_mask(
     num_heads: int,
-    config: ConfigLike | None,
+    config: ConfigLike | Mask | None,
     layer: int,
     num_layers: int | None,
     grid: Sequence[int] | None,
     num_prefix_tokens: int | None,
-) -> LayerMask:
+) -> LayerMask | Mask:
     if config is None:
         return dense_mask(num_heads)
+    if isinstance(config, Mask):
+        if config.num_heads != num_heads:
+            raise ValueError(f"config: expected a mask of {num_heads} heads, got one of {config.num_heads}")
+        return config
     sides = None if grid is None else tuple(grid)
     return LayerMask(load_config(config), num_heads, layer, num_layers, 0, sides, num_prefix_tokens)
+
+
+def _check_key_padding_mask(key_padding_mask: Tensor, batch: int, keys: int) -> None:
+    """The check of the parent in its words; its own cannot be traced by `torch.compile`."""
+    for dim, size in enumerate((batch, keys)):
+        if key_padding_mask.shape[dim] != size:
+            raise AssertionError(
+                f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+            )
+
+
+def _keys_kept(key_padding_mask: Tensor, backend: Backend) -> Tensor:
+    """The parent's padding mask as a keep-mask; torch's own layers turn a bool one into 0 and -inf."""
+    if key_padding_mask.dtype == torch.bool:
+        return ~key_padding_mask
+    either = ((key_padding_mask == 0) | (key_padding_mask == -torch.inf)).all()
+    message = f"key_padding_mask: the backend `{backend.name}` has no scores: expected bool, or 0 and -inf only"
+    if torch.compiler.is_compiling():
+        torch._assert_async(either, message)
+    elif not either:
+        raise ValueError(message)
+    return key_padding_mask == 0
 
 
 def _unsqueeze_alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

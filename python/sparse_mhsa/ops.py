@@ -9,6 +9,7 @@ backward are all right. `attention` is the door to use from Python.
 import functools
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -18,8 +19,11 @@ from torch.autograd.function import FunctionCtx
 
 from . import _core
 from .edges import EdgeAttention, EdgeSource
+from .engine import engine_for
 
 _LIBRARY = torch.library.Library("sparse_mhsa", "DEF")  # type: ignore[no-untyped-call]
+# Devices whose tensors the operators take, as torch dispatches them. All but the CPU share one implementation.
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU")
 # The kernels read any strides, so a compiler may keep whatever layout it has.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -45,6 +49,21 @@ def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _kernel(name: str) -> Callable[..., Any]:
+    """The core's function, told which engine to use when it runs: never when it is traced."""
+    compute = getattr(_core, name)
+
+    def run(first: Tensor, *args: object) -> Any:  # noqa: ANN401
+        return compute(engine_for(first.device), first, *args)
+
+    return run
+
+
+def _implement(name: str, implementation: Callable[..., Any]) -> None:
+    for device in _DEVICES:
+        _LIBRARY.impl(name, implementation, device)  # type: ignore[no-untyped-call]
+
+
 def _define_kernels() -> None:
     for suffix, edges in (("", "str spec"), ("_edges", "Tensor row_ptr, Tensor col")):
         forward, backward = f"forward{suffix}", f"backward{suffix}"
@@ -57,7 +76,7 @@ def _define_kernels() -> None:
             tags=_TAGS,
         )
         for name, fake in ((forward, _fake_forward), (backward, _fake_backward)):
-            _LIBRARY.impl(name, getattr(_core, name), "CPU")  # type: ignore[no-untyped-call]
+            _implement(name, _kernel(name))
             torch.library.register_fake(f"sparse_mhsa::{name}", fake, lib=_LIBRARY)
 
 
@@ -87,10 +106,43 @@ def _fake_edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor
     return row_ptr, torch.empty(edges, dtype=torch.int64)
 
 
+def _dropout_keep(row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float) -> Tensor:
+    factors = _core.dropout_keep(row_ptr.cpu(), col.cpu(), batch, num_heads, seed, dropout_p)
+    return factors if col.device.type == "cpu" else factors.to(col.device)
+
+
 def _fake_dropout_keep(
     row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float
 ) -> Tensor:
     return col.new_empty(batch, col.shape[0], dtype=torch.float64)
+
+
+def _fake_select_edges(
+    q: Tensor,
+    k: Tensor,
+    spec: str,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    importance: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    # Room for the longest lists, so that their shapes depend on sizes alone.
+    chosen, dense = _core.selection_room(spec) or (0, 0)
+    room = (torch.sym_min(chosen, queries) + dense) * batch * heads * queries
+    row_ptr = q.new_empty((batch * heads, queries + 1), dtype=torch.int64)
+    return row_ptr, q.new_empty((room,), dtype=torch.int64)
+
+
+def _define_selection() -> None:
+    """The choice of edges by content. Its outputs are integers, so nothing is differentiated."""
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        "select_edges(Tensor q, Tensor k, str spec, Tensor? key_mask, Tensor? bias, Tensor? importance, float scale)"
+        " -> (Tensor row_ptr, Tensor col)",
+        tags=_TAGS,
+    )
+    _LIBRARY.impl("select_edges", _core.select_edges, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("sparse_mhsa::select_edges", _fake_select_edges, lib=_LIBRARY)
 
 
 def _define_edge_lists() -> None:
@@ -105,7 +157,7 @@ def _define_edge_lists() -> None:
     )
     # Without tensor arguments there is no device to dispatch on.
     _LIBRARY.impl("edge_index", _core.edge_index, "BackendSelect")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl("dropout_keep", _core.dropout_keep, "CPU")  # type: ignore[no-untyped-call]
+    _implement("dropout_keep", _dropout_keep)
     torch.library.register_fake("sparse_mhsa::edge_index", _fake_edge_index, lib=_LIBRARY)
     torch.library.register_fake("sparse_mhsa::dropout_keep", _fake_dropout_keep, lib=_LIBRARY)
 
@@ -116,7 +168,7 @@ def _define_bias_gradient() -> None:
         " Tensor? key_mask, Tensor bias, Tensor? seed, float dropout_p, float scale) -> Tensor",
         tags=_TAGS,
     )
-    _LIBRARY.impl("bias_gradient", _bias_gradient, "CPU")  # type: ignore[no-untyped-call]
+    _implement("bias_gradient", _bias_gradient)
     torch.library.register_fake(
         "sparse_mhsa::bias_gradient",
         lambda grad_out, q, k, v, lse, spec, row_ptr, col, key_mask, bias, *_: bias.new_empty(bias.shape),
@@ -127,6 +179,7 @@ def _define_bias_gradient() -> None:
 _define_kernels()
 _define_edge_lists()
 _define_bias_gradient()
+_define_selection()
 _ops = torch.ops.sparse_mhsa
 
 _Dims: TypeAlias = tuple[int | None, ...]

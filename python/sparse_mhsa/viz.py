@@ -57,7 +57,7 @@ def plot(
         figure, grid = plt.subplots(
             rows, columns, figsize=(2.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
         )
-        figure.suptitle(f"{mask.config.mask}, {mask.num_tokens} tokens, density {mask.density:.2%}")
+        figure.suptitle(f"{mask.name}, {mask.num_tokens} tokens, density {mask.density:.2%}")
         axes = list(grid.flat)[: len(chosen)]
         for unused in list(grid.flat)[len(chosen) :]:
             unused.set_axis_off()

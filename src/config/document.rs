@@ -1,22 +1,20 @@
 //! One document's keys: their types, ranges and names, and the mask they ask for.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::backend;
 use crate::error::{Error, unknown_name};
-use crate::pattern::registry::{self, ReadError, Registered, field_names};
-
-/// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
-pub(super) const SOFTMAX_BACKENDS: &[&str] = &["vit", "softmax", "sparse", "vit_qchunk"];
-/// The reference's gather backend: the mask `fibottention` with `backend_kwargs` as its parameters.
-const FIBOTTENTION_BACKEND: &str = "fibottention_sparse";
+use crate::pattern::grid::TokenOrder;
+use crate::pattern::registry::{self, Registered, check_keys, field_names};
 
 /// Largest number of heads and of prefix tokens accepted: far beyond any model, small enough to allocate.
 pub(super) const MAX_HEADS: u64 = 4096;
 const MAX_PREFIX: u64 = 1 << 20;
 
 /// What a row without any key gives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnEmptyRow {
     /// Output 0, lse -inf, zero gradients.
@@ -26,7 +24,7 @@ pub enum OnEmptyRow {
 }
 
 /// What the logit of a pair that is not kept counts as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MaskedLogits {
     /// Minus infinity: such pairs have no weight.
@@ -35,33 +33,37 @@ pub enum MaskedLogits {
     Zero,
 }
 
-/// How the tokens of a video grid are laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TokenOrder {
-    /// Time slowest, columns fastest.
-    RowMajor,
-    /// Time fastest, as TimeSformer lays out its tokens.
-    TFastest,
-}
-
-/// The keys of a document, before anything is known of the mask.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The keys of a configuration.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Document {
+    /// What computes attention; null is softmax over the edges of the mask.
     pub(super) backend: Option<String>,
+    /// Parameters of the backend.
     pub(super) backend_kwargs: Option<Map<String, Value>>,
+    /// Which keys each query keeps; null keeps all.
     pub(super) mask: Option<String>,
+    /// Parameters of the mask.
     pub(super) mask_kwargs: Option<Map<String, Value>>,
+    /// Factor of q.k; null is 1 / sqrt(head_dim).
     pub(super) scale: Option<f64>,
+    /// What the logit of a pair that is not kept counts as.
     pub(super) masked_logits: MaskedLogits,
+    /// Leading tokens off the grid (CLS, registers); null takes what the model tells, else the mask's default.
     pub(super) num_prefix_tokens: Option<u64>,
+    /// Whether prefix rows and columns are dense.
     pub(super) prefix_dense: bool,
+    /// `[H, W]` or `[T, H, W]` of the tokens after the prefix.
     pub(super) grid: Option<Vec<u64>>,
+    /// How the tokens of a video grid are laid out.
     pub(super) token_order: TokenOrder,
+    /// What a query without any key gives.
     pub(super) on_empty_row: OnEmptyRow,
+    /// Regular expression on module names -> keys that replace those above in the layers whose name matches.
     pub(super) layers: Option<Map<String, Value>>,
+    /// Width of the model.
     pub(super) embed_dim: Option<u64>,
+    /// Number of heads.
     pub(super) num_heads: Option<u64>,
 }
 
@@ -103,10 +105,19 @@ impl Broken {
     }
 }
 
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Config(error) => Broken::at(split_path(&error.key), error.message),
+            other => Broken::at([] as [&str; 0], other.to_string()),
+        }
+    }
+}
+
 impl Document {
     /// Read the keys of a mapping and check what can be checked without the mask.
     pub(super) fn read(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
-        check_keys("key", written, field_names::<Document>(), &[])?;
+        check_keys(written, field_names::<Document>(), &[])?;
         let document: Document = serde_path_to_error::deserialize(&Value::Object(written.clone()))
             .map_err(|error| Broken::at(split_path(&error.path().to_string()), error.inner().to_string()))?;
         check_numbers(&document)?;
@@ -124,44 +135,102 @@ fn check_numbers(document: &Document) -> std::result::Result<(), Broken> {
     range("num_heads", document.num_heads, 1, MAX_HEADS)?;
     range("embed_dim", document.embed_dim, 1, 1 << 20)?;
     range("num_prefix_tokens", document.num_prefix_tokens, 0, MAX_PREFIX)?;
-    if let Some(grid) = &document.grid {
-        let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
-        if !(2..=3).contains(&grid.len()) || cells.is_none_or(|cells| cells == 0 || cells > u32::MAX as u64) {
-            return Err(Broken::at(
-                ["grid"],
-                format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}"),
-            ));
+    document.grid.as_deref().map_or(Ok(()), check_shape)
+}
+
+/// The shape of a patch grid.
+pub(super) fn check_shape(grid: &[u64]) -> std::result::Result<(), Broken> {
+    let cells = grid.iter().try_fold(1u64, |cells, side| cells.checked_mul(*side));
+    if (2..=3).contains(&grid.len()) && cells.is_some_and(|cells| cells != 0 && cells <= u32::MAX as u64) {
+        return Ok(());
+    }
+    Err(Broken::at(["grid"], format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}")))
+}
+
+/// What computes the attention of a document, and over which edges.
+#[derive(Debug, Clone)]
+pub(super) struct Mechanism {
+    /// Canonical name.
+    pub(super) backend: String,
+    /// Parameters of the backend with every default filled in.
+    pub(super) backend_kwargs: Value,
+    /// The mask `none` if the backend takes no mask.
+    pub(super) mask: &'static Registered,
+    /// Parameters of the mask with every default filled in.
+    pub(super) mask_kwargs: Value,
+}
+
+/// The mechanism that `document` asks for, by `mask` or by a backend that implies one.
+pub(super) fn resolve(document: &Document) -> std::result::Result<Mechanism, Broken> {
+    let name = document.backend.as_deref().unwrap_or(backend::SOFTMAX[0]).to_lowercase();
+    let mut parameters = document.backend_kwargs.clone().unwrap_or_default();
+    let softmax = |mask, mask_kwargs| Mechanism {
+        backend: backend::SOFTMAX[0].to_owned(),
+        backend_kwargs: Value::Object(Map::new()),
+        mask,
+        mask_kwargs,
+    };
+    if let Some(own) = backend::MASKS.iter().find(|own| own.name == name) {
+        refuse_mask(document, &name)?;
+        backend::drop_ignored(&mut parameters, own.ignored, &name);
+        for (key, value) in own.defaults {
+            parameters.entry(*key).or_insert(Value::from(*value));
         }
+        let mask = registry::find(own.mask).expect("registered");
+        return Ok(softmax(mask, read_kwargs(mask, "backend_kwargs", parameters)?));
+    }
+    if backend::SOFTMAX.contains(&name.as_str()) {
+        let ignored: &[&str] = if name == "vit_qchunk" { &[backend::CHUNK_SIZE] } else { &[] };
+        check_keys(&parameters, &[], ignored)
+            .map_err(|error| Broken::from(error).below(&["backend_kwargs"]))?;
+        backend::drop_ignored(&mut parameters, ignored, &name);
+        let (mask, kwargs) = read_mask(document)?;
+        return Ok(softmax(mask, kwargs));
+    }
+    let (backend, backend_kwargs) = backend::read(&name, parameters)?;
+    refuse_mask(document, &backend)?;
+    refuse_edge_keys(document, &backend)?;
+    let mask = registry::find("none").expect("registered");
+    Ok(Mechanism { backend, backend_kwargs, mask, mask_kwargs: Value::Object(Map::new()) })
+}
+
+/// A backend that cannot apply a mask must not be given one.
+fn refuse_mask(document: &Document, backend: &str) -> std::result::Result<(), Broken> {
+    let asked = document.mask.as_deref().unwrap_or("none");
+    if registry::find(asked).is_none_or(|mask| mask.name != "none") {
+        let message = format!("the backend `{backend}` cannot apply the mask `{asked}`; allowed: none");
+        return Err(Broken::at(["mask"], message));
+    }
+    if document.mask_kwargs.as_ref().is_some_and(|kwargs| !kwargs.is_empty()) {
+        let message =
+            format!("the backend `{backend}` applies no mask; its own parameters go into backend_kwargs");
+        return Err(Broken::at(["mask_kwargs"], message));
     }
     Ok(())
 }
 
-/// The mask that `document` asks for, by `mask` or by a backend that implies one.
-pub(super) fn resolve_mask(document: &Document) -> std::result::Result<(&'static Registered, Value), Broken> {
-    let backend = document.backend.as_deref().unwrap_or("vit").to_lowercase();
-    let parameters = document.backend_kwargs.clone().unwrap_or_default();
+/// Keys that speak of edges mean nothing to a backend without edges.
+fn refuse_edge_keys(document: &Document, backend: &str) -> std::result::Result<(), Broken> {
+    let refuse = |key: &str, given: &str, allowed: &str| {
+        Err(Broken::at(
+            [key],
+            format!("the backend `{backend}` has no edges and cannot honour `{given}`; allowed: {allowed}"),
+        ))
+    };
+    if document.masked_logits != MaskedLogits::NegInf {
+        return refuse("masked_logits", "zero", "neg_inf");
+    }
+    if document.on_empty_row != OnEmptyRow::Zero {
+        return refuse("on_empty_row", "error", "zero");
+    }
+    if !document.prefix_dense {
+        return refuse("prefix_dense", "false", "true");
+    }
+    Ok(())
+}
+
+fn read_mask(document: &Document) -> std::result::Result<(&'static Registered, Value), Broken> {
     let asked = document.mask.as_deref().unwrap_or("none");
-    if backend == FIBOTTENTION_BACKEND {
-        if registry::find(asked).is_none_or(|mask| mask.name != "none") {
-            let message = format!(
-                "the backend `{FIBOTTENTION_BACKEND}` brings its own mask and cannot apply `{asked}`; allowed: none"
-            );
-            return Err(Broken::at(["mask"], message));
-        }
-        if document.mask_kwargs.as_ref().is_some_and(|kwargs| !kwargs.is_empty()) {
-            let message =
-                format!("the backend `{FIBOTTENTION_BACKEND}` takes its parameters from backend_kwargs");
-            return Err(Broken::at(["mask_kwargs"], message));
-        }
-        let mask = registry::find("fibottention").expect("registered");
-        return Ok((mask, read_kwargs(mask, "backend_kwargs", parameters)?));
-    }
-    if !SOFTMAX_BACKENDS.contains(&backend.as_str()) {
-        let allowed: Vec<_> = SOFTMAX_BACKENDS.iter().copied().chain([FIBOTTENTION_BACKEND]).collect();
-        return Err(Broken::at(["backend"], unknown_name("backend", &backend, &allowed)));
-    }
-    let ignored: &[&str] = if backend == "vit_qchunk" { &["query_chunk_size"] } else { &[] };
-    check_keys("key", &parameters, &[], ignored).map_err(|broken| broken.below(&["backend_kwargs"]))?;
     let mask = registry::find(asked)
         .ok_or_else(|| Broken::at(["mask"], unknown_name("mask", asked, &registry::names())))?;
     let kwargs = read_kwargs(mask, "mask_kwargs", document.mask_kwargs.clone().unwrap_or_default())?;
@@ -182,43 +251,14 @@ pub(super) fn resolve_mask(document: &Document) -> std::result::Result<(&'static
 fn read_kwargs(
     mask: &'static Registered,
     section: &str,
-    mut kwargs: Map<String, Value>,
+    kwargs: Map<String, Value>,
 ) -> std::result::Result<Value, Broken> {
-    check_keys("key", &kwargs, mask.keys(), mask.ignored).map_err(|broken| broken.below(&[section]))?;
-    for key in mask.ignored {
-        if kwargs.shift_remove(*key).is_some() {
-            log::debug!("{section}.{key} has no effect on the mask `{}`", mask.name);
-        }
-    }
-    match mask.read(&Value::Object(kwargs)) {
-        Ok(pattern) => Ok(pattern.kwargs()),
-        Err(ReadError::Type { path, message }) => {
-            Err(Broken::at(split_path(&path), message).below(&[section]))
-        }
-        Err(ReadError::Range(Error::Config(error))) => {
-            Err(Broken::at(split_path(&error.key), error.message).below(&[section]))
-        }
-        Err(ReadError::Range(other)) => Err(Broken::at([section], other.to_string())),
-    }
-}
-
-fn check_keys(
-    what: &str,
-    map: &Map<String, Value>,
-    allowed: &[&str],
-    ignored: &[&str],
-) -> std::result::Result<(), Broken> {
-    match map.keys().find(|key| !allowed.contains(&key.as_str()) && !ignored.contains(&key.as_str())) {
-        Some(key) => {
-            let all: Vec<_> = allowed.iter().chain(ignored).copied().collect();
-            Err(Broken::at([key.as_str()], unknown_name(what, key, &all)))
-        }
-        None => Ok(()),
-    }
+    let pattern = mask.build(kwargs).map_err(|error| Broken::from(error).below(&[section]))?;
+    Ok(pattern.kwargs())
 }
 
 /// serde's `a.b[2]` as keys.
-fn split_path(path: &str) -> Vec<String> {
+pub(super) fn split_path(path: &str) -> Vec<String> {
     path.split(['.', '[', ']']).filter(|key| !key.is_empty() && *key != "?").map(str::to_owned).collect()
 }
 

@@ -1,34 +1,42 @@
 //! The attention configuration: YAML text in, typed and range-checked values out. Nothing is guessed and nothing is replaced:
 //! what cannot be honoured is an error that names file, line, key and what is allowed.
 
+mod backend;
 mod document;
+mod schema;
 mod spec;
 mod tree;
 
 use serde_json::{Map, Value, json};
 
-use document::{Broken, Document, MAX_HEADS, SOFTMAX_BACKENDS, resolve_mask, type_name};
-pub use document::{MaskedLogits, OnEmptyRow, TokenOrder};
+pub use backend::{Parameter, UserBackend, register_backend};
+use document::{Broken, Document, MAX_HEADS, Mechanism, check_shape, resolve, type_name};
+pub use document::{MaskedLogits, OnEmptyRow};
+pub use schema::{json_schema, mask_schema};
 pub use spec::{MaskEdges, Spec};
 pub use tree::{MAX_BYTES, MAX_DEPTH, MAX_NODES};
 
 use crate::error::{ConfigError, Error, Result};
-use crate::pattern::registry::Registered;
+use crate::pattern::AnyPattern;
+pub use crate::pattern::grid::TokenOrder;
+
+/// Keys that an entry of `layers` cannot replace.
+const FIXED_FOR_ALL_LAYERS: &[&str] = &["layers", "embed_dim", "num_heads"];
 
 /// A configuration that can be honoured.
 #[derive(Debug, Clone)]
 pub struct AttentionConfig {
     document: Document,
-    mask: &'static Registered,
-    /// Parameters of the mask with every default filled in.
-    mask_kwargs: Value,
+    mechanism: Mechanism,
     /// The mapping as it was written, to which layer overrides apply.
     written: Map<String, Value>,
 }
 
 impl PartialEq for AttentionConfig {
     fn eq(&self, other: &Self) -> bool {
-        self.canonical() == other.canonical()
+        // As text, because the order of `layers` has a meaning that maps do not compare.
+        let text = |config: &Self| config.canonical().to_string();
+        text(self) == text(other)
     }
 }
 
@@ -50,9 +58,16 @@ impl AttentionConfig {
             Ok(root) => root,
             Err((message, position)) => return fail(String::new(), message, position),
         };
-        match Self::from_root(root) {
+        let hint = |path: &[String]| match tree::at(&root, path) {
+            Some(Value::String(text)) if text == "None" => " (`None` is a YAML string; write `null`)",
+            _ => "",
+        };
+        match Self::from_root(root.clone()) {
             Ok(config) => Ok(config),
-            Err(broken) => fail(broken.path.join("."), broken.message, tree::locate(text, &broken.path)),
+            Err(broken) => {
+                let message = format!("{}{}", broken.message, hint(&broken.path));
+                fail(broken.path.join("."), message, tree::locate(text, &broken.path))
+            }
         }
     }
 
@@ -82,6 +97,7 @@ impl AttentionConfig {
 
     fn from_mapping(written: Map<String, Value>) -> std::result::Result<Self, Broken> {
         let config = Self::without_layers(&written)?;
+        let mut any_uses_grid = config.pattern().uses_grid();
         // Overrides are checked here, not when a model happens to contain the layer.
         for (pattern, keys) in config.document.layers.iter().flatten() {
             let at = ["layers", pattern.as_str()];
@@ -93,20 +109,51 @@ impl AttentionConfig {
                     format!("expected a mapping of keys to replace, got {}", type_name(keys)),
                 ));
             };
-            for fixed in ["layers", "embed_dim", "num_heads"] {
-                if keys.contains_key(fixed) {
-                    return Err(Broken::at([at[0], at[1], fixed], "cannot be replaced for single layers"));
+            for fixed in FIXED_FOR_ALL_LAYERS {
+                if keys.contains_key(*fixed) {
+                    return Err(Broken::at([at[0], at[1], *fixed], "cannot be replaced for single layers"));
                 }
             }
-            Self::without_layers(&overridden(&written, keys)).map_err(|broken| broken.below(&at))?;
+            let layer =
+                Self::without_layers(&overridden(&written, keys)).map_err(|broken| broken.below(&at))?;
+            any_uses_grid |= layer.pattern().uses_grid();
+        }
+        if config.document.token_order != TokenOrder::RowMajor && !any_uses_grid {
+            let message =
+                format!("has no meaning for the mask `{}`, which does not look at the grid", config.mask());
+            return Err(Broken::at(["token_order"], message));
         }
         Ok(config)
     }
 
     fn without_layers(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
         let document = Document::read(written)?;
-        let (mask, mask_kwargs) = resolve_mask(&document)?;
-        Ok(AttentionConfig { document, mask, mask_kwargs, written: written.clone() })
+        let mechanism = resolve(&document)?;
+        let config = AttentionConfig { document, mechanism, written: written.clone() };
+        config.check_grid()?;
+        Ok(config)
+    }
+
+    /// The grid of the document against that of the mask's parameters and against the layout of tokens.
+    fn check_grid(&self) -> std::result::Result<(), Broken> {
+        let (own, pattern) = (self.document.grid.as_ref(), self.pattern());
+        let of_mask = pattern.grid().map(|grid| grid.iter().map(|&side| side as u64).collect::<Vec<_>>());
+        if let Some(of_mask) = &of_mask {
+            check_shape(of_mask).map_err(|broken| broken.below(&["mask_kwargs"]))?;
+            if let Some(own) = own.filter(|own| *own != of_mask) {
+                let message = format!("expected {of_mask:?}, as mask_kwargs.grid says, got {own:?}");
+                return Err(Broken::at(["grid"], message));
+            }
+        }
+        let order = self.document.token_order;
+        if let Some(grid) =
+            own.or(of_mask.as_ref()).filter(|grid| grid.len() != 3 && order == TokenOrder::TFastest)
+        {
+            let message =
+                format!("t_fastest needs a grid [T, H, W], but the grid is {grid:?}; allowed: row_major");
+            return Err(Broken::at(["token_order"], message));
+        }
+        Ok(())
     }
 
     /// The configuration of the layer called `name`: keys of every matching `layers` entry replace the document's, in order.
@@ -129,14 +176,22 @@ impl AttentionConfig {
         })
     }
 
+    /// The `layers` expressions that match none of these module names.
+    pub fn unmatched_layers(&self, names: &[String]) -> Vec<&str> {
+        let matches_any = |pattern: &&str| {
+            regex::Regex::new(pattern).is_ok_and(|regex| names.iter().any(|name| regex.is_match(name)))
+        };
+        self.layers().filter(|pattern| !matches_any(pattern)).collect()
+    }
+
     /// Every key with defaults filled in and names canonical; equal configurations give equal values.
     pub fn canonical(&self) -> Value {
         let document = &self.document;
         json!({
-            "backend": "vit",
-            "backend_kwargs": {},
-            "mask": self.mask.name,
-            "mask_kwargs": self.mask_kwargs,
+            "backend": self.mechanism.backend,
+            "backend_kwargs": self.mechanism.backend_kwargs,
+            "mask": self.mask(),
+            "mask_kwargs": self.mechanism.mask_kwargs,
             "scale": document.scale,
             "masked_logits": document.masked_logits,
             "num_prefix_tokens": document.num_prefix_tokens,
@@ -174,23 +229,21 @@ impl AttentionConfig {
             return Err(Error::Value(format!("num_heads: expected 1 to {MAX_HEADS}, got {num_heads}")));
         }
         let document = &self.document;
-        let pattern = self
-            .mask
-            .read(&self.mask_kwargs)
-            .expect("parameters were checked when the configuration was read");
+        let Mechanism { mask, mask_kwargs, .. } = &self.mechanism;
+        let pattern = self.pattern();
         let (by_layer, by_epoch) = (pattern.uses_layer(), pattern.uses_epoch());
         let prefix =
             document.num_prefix_tokens.or(pattern.forced_prefix().map(|p| p as u64)).or(num_prefix_tokens);
         let spec = Spec {
-            mask: self.mask.name.to_owned(),
-            mask_kwargs: self.mask_kwargs.clone(),
+            mask: mask.name.to_owned(),
+            mask_kwargs: mask_kwargs.clone(),
             masked_logits: document.masked_logits,
             heads: num_heads,
             // What a mask does not depend on is left out of its text, so that layers share plans and graphs do not recompile.
             layer: if by_layer { layer } else { 0 },
             num_layers: num_layers.filter(|_| by_layer),
             epoch: if by_epoch { epoch } else { 0 },
-            grid: document.grid.clone().or(grid),
+            grid: self.grid().or(grid.filter(|_| pattern.uses_grid())),
             token_order: document.token_order,
             num_prefix_tokens: prefix.unwrap_or(pattern.default_prefix() as u64),
             prefix_dense: document.prefix_dense,
@@ -200,11 +253,23 @@ impl AttentionConfig {
 
     /// Canonical name of the mask.
     pub fn mask(&self) -> &'static str {
-        self.mask.name
+        self.mechanism.mask.name
+    }
+    /// Whether the mask chooses keys by the content of queries and keys, so that it has no edges without them.
+    pub fn by_content(&self) -> bool {
+        self.mechanism.mask.read(&self.mechanism.mask_kwargs).is_ok_and(|pattern| pattern.choice(0).is_some())
     }
     /// Canonical name of the backend.
-    pub fn backend(&self) -> &'static str {
-        SOFTMAX_BACKENDS[0]
+    pub fn backend(&self) -> &str {
+        &self.mechanism.backend
+    }
+    /// Whether attention is softmax over the edges of the mask; otherwise the backend brings its own.
+    pub fn uses_edges(&self) -> bool {
+        self.backend() == backend::SOFTMAX[0]
+    }
+    /// The regular expressions of the `layers` overrides, in order.
+    pub fn layers(&self) -> impl Iterator<Item = &str> {
+        self.document.layers.iter().flat_map(|layers| layers.keys()).map(String::as_str)
     }
     /// Factor on q.k, if not 1 / sqrt(head_dim).
     pub fn scale(&self) -> Option<f64> {
@@ -222,9 +287,35 @@ impl AttentionConfig {
     pub fn prefix_dense(&self) -> bool {
         self.document.prefix_dense
     }
-    /// Shape of the patch grid, if the configuration says.
-    pub fn grid(&self) -> Option<&[u64]> {
-        self.document.grid.as_deref()
+    /// Shape of the patch grid, if the configuration says: at the top, or among the parameters of the mask.
+    pub fn grid(&self) -> Option<Vec<u64>> {
+        let of_mask = || self.pattern().grid().map(|grid| grid.iter().map(|&side| side as u64).collect());
+        self.document.grid.clone().or_else(of_mask)
+    }
+    /// The seeds of what the mask draws at random, in the order of its parameters; `None` is yet to be drawn.
+    pub fn seeds(&self) -> Vec<Option<i64>> {
+        self.pattern().seeds().into_iter().map(|seed| *seed).collect()
+    }
+    /// The same configuration with every missing seed given: `seed` to the first, `seed + 1` to the next, and so on.
+    #[must_use]
+    pub fn with_seed(&self, seed: i64) -> Self {
+        let mut pattern = self.pattern();
+        let missing: Vec<_> = pattern.seeds().into_iter().filter(|seed| seed.is_none()).collect();
+        if missing.is_empty() {
+            return self.clone();
+        }
+        missing.into_iter().zip(0..).for_each(|(missing, index)| *missing = Some(seed.wrapping_add(index)));
+        let mut config = self.clone();
+        config.mechanism.mask_kwargs = pattern.kwargs();
+        config.written.insert("mask_kwargs".to_owned(), pattern.kwargs());
+        config
+    }
+
+    fn pattern(&self) -> Box<dyn AnyPattern> {
+        self.mechanism
+            .mask
+            .read(&self.mechanism.mask_kwargs)
+            .expect("parameters were checked when the configuration was read")
     }
     /// What a row without keys gives.
     pub fn on_empty_row(&self) -> OnEmptyRow {

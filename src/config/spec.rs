@@ -1,12 +1,15 @@
 //! The canonical text of one layer's mask: all that an operator needs, besides tensors, to find its edges.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{MaskedLogits, TokenOrder};
 use crate::error::{Error, Result};
+use crate::pattern::edges::EdgeSet;
 use crate::pattern::registry::{self, ReadError};
-use crate::pattern::{Context, HeadEdges, head_edges};
+use crate::pattern::{AnyPattern, Context, HeadEdges, head_edges};
 
 /// A mask in one layer. Its text travels inside compiled and exported graphs, so it names the mask by content and holds nothing
 /// that depends on the process or on the number of tokens.
@@ -67,37 +70,49 @@ impl Spec {
         Ok(spec)
     }
 
-    /// The edges of every head for `num_tokens` tokens.
+    /// The mask with its parameters.
     ///
     /// # Errors
-    /// What the mask reports for parameters that do not fit this size, head count or layer.
-    pub fn edges(&self, num_tokens: usize) -> Result<MaskEdges> {
+    /// [`Error::Value`] for a name or parameters that no configuration would have.
+    pub fn pattern(&self) -> Result<Box<dyn AnyPattern>> {
         let mask = registry::find(&self.mask)
             .ok_or_else(|| Error::Value(format!("spec: unknown mask `{}`", self.mask)))?;
-        let pattern = mask.read(&self.mask_kwargs).map_err(|error| match error {
+        mask.read(&self.mask_kwargs).map_err(|error| match error {
             ReadError::Type { path, message } => Error::Value(format!("spec: mask_kwargs.{path}: {message}")),
             ReadError::Range(error) => error,
-        })?;
-        let context = Context {
+        })
+    }
+
+    /// What the mask may know at `num_tokens` tokens, prefix included.
+    pub fn context(&self, num_tokens: usize) -> Context {
+        Context {
             num_tokens,
             num_heads: self.heads,
             layer: self.layer,
             num_layers: self.num_layers,
             epoch: self.epoch,
             grid: self.grid.as_ref().map(|grid| grid.iter().map(|&side| side as usize).collect()),
-            dense_prefix: 0,
-        };
-        // An empty sequence has no prefix either.
-        let prefix = if num_tokens == 0 { 0 } else { self.num_prefix_tokens as usize };
-        let mut heads = head_edges(pattern.as_ref(), &context, prefix, self.prefix_dense).map_err(
-            |error| match error {
-                Error::Config(mut error) => {
-                    error.key = format!("mask_kwargs.{}", error.key);
-                    Error::Config(error)
-                }
-                other => other,
-            },
-        )?;
+            token_order: self.token_order,
+            prefix: self.num_prefix_tokens as usize,
+            prefix_dense: self.prefix_dense,
+        }
+    }
+
+    /// The edges of every head for `num_tokens` tokens.
+    ///
+    /// # Errors
+    /// What the mask reports for parameters that do not fit this size, head count or layer.
+    pub fn edges(&self, num_tokens: usize) -> Result<MaskEdges> {
+        let pattern = self.pattern()?;
+        // An empty sequence has no prefix and no edges, whatever the mask.
+        if num_tokens == 0 {
+            let empty = Arc::new(EdgeSet::builder(0, 0)?.build());
+            let heads = (0..self.heads).map(|_| Arc::clone(&empty)).collect();
+            return Ok(MaskEdges { heads, num_tokens, num_prefix_tokens: 0 });
+        }
+        let prefix = self.num_prefix_tokens as usize;
+        let context = self.context(num_tokens);
+        let mut heads = head_edges(pattern.as_ref(), &context)?;
         if heads.len() == 1 {
             heads.resize(self.heads, heads[0].clone());
         }

@@ -29,6 +29,14 @@ pub(super) fn read(text: &str) -> Result<Value, ReadFailure> {
     )
 }
 
+/// The value at `path`.
+pub(super) fn at<'a>(root: &'a Value, path: &[String]) -> Option<&'a Value> {
+    path.iter().try_fold(root, |value, key| match value {
+        Value::Array(list) => list.get(key.parse::<usize>().ok()?),
+        other => other.get(key),
+    })
+}
+
 /// Line and column of the key (or list item) at `path`, by reading the text again up to there.
 pub(super) fn locate(text: &str, path: &[String]) -> Option<(usize, usize)> {
     let mut path = path;
@@ -133,11 +141,8 @@ impl<'de> Visitor<'de> for Node<'_> {
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        while let Some(key) = entries.next_key::<String>()? {
+        while let Some(key) = entries.next_key_seed(NewKey { taken: &map })? {
             let value = entries.next_value_seed(self.child())?;
-            if map.contains_key(&key) {
-                return Err(serde::de::Error::custom(format!("the key `{key}` is given twice")));
-            }
             map.insert(key, value);
         }
         Ok(Value::Object(map))
@@ -145,6 +150,34 @@ impl<'de> Visitor<'de> for Node<'_> {
 
     fn visit_enum<A: EnumAccess<'de>>(self, _data: A) -> Result<Value, A::Error> {
         Err(serde::de::Error::custom("YAML tags (`!name`) are not accepted"))
+    }
+}
+
+/// A key that its mapping does not have yet; failing while it is read is what makes the parser report its own position.
+struct NewKey<'a> {
+    taken: &'a Map<String, Value>,
+}
+
+impl<'de> DeserializeSeed<'de> for NewKey<'_> {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'de> Visitor<'de> for NewKey<'_> {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<String, E> {
+        match self.taken.contains_key(key) {
+            true => Err(E::custom(format!("the key `{key}` is given twice"))),
+            false => Ok(key.to_owned()),
+        }
     }
 }
 

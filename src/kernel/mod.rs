@@ -12,6 +12,7 @@ mod cpu;
 mod dropout;
 mod element;
 pub mod oracle;
+mod selection;
 mod shape;
 pub mod simd;
 mod softmax;
@@ -22,6 +23,8 @@ mod tests;
 
 pub use dropout::Dropout;
 pub use element::{Element, Real};
+pub use selection::{NO_KEY, Selection, best};
+pub use shape::{Shapes, Sizes};
 pub use simd::Isa;
 pub use view::{View, View2, View4};
 

@@ -108,6 +108,38 @@ impl<'a, T, const RANK: usize> View<'a, T, RANK> {
         self.shape
     }
 
+    /// Without the first `start` entries of dimension `dim`.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    #[must_use]
+    pub fn after(&self, dim: usize, start: usize) -> Self {
+        assert!(start <= self.shape[dim], "{start} entries of {:?} in dimension {dim}", self.shape);
+        self.part(dim, start, self.shape[dim] - start)
+    }
+
+    /// Entry `index` of dimension `dim`, which stays with length 1.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn only(&self, dim: usize, index: usize) -> Self {
+        assert!(index < self.shape[dim], "entry {index} of {:?} in dimension {dim}", self.shape);
+        self.part(dim, index, 1)
+    }
+
+    fn part(&self, dim: usize, start: usize, len: usize) -> Self {
+        let mut part = View { ..*self };
+        part.shape[dim] = len;
+        if part.shape.contains(&0) {
+            part.origin = std::ptr::dangling();
+        } else {
+            // Every index of the part is one of the whole, whose extent was checked.
+            part.origin = self.origin.wrapping_offset(start as isize * self.strides[dim]);
+        }
+        part
+    }
+
     /// Step of dimension `dim` in elements; 0 where the dimension has fewer than two elements.
     pub(super) fn stride(&self, dim: usize) -> isize {
         self.strides[dim]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -11,7 +12,7 @@ use crate::error::Result;
 
 /// Query patch r of head h keeps key patch c if |r + c - (P - 1)| is in F_h, for P patches and the sequences F_h of
 /// [`Fibottention`](super::fibottention::Fibottention).
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct CrossDiagonal {
     add_class_token: bool,

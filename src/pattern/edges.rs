@@ -10,6 +10,11 @@ use std::ops::Range;
 use super::segments::{Segment, merge_ranges, subtract_ranges};
 use crate::error::{Error, Result};
 
+/// Up to this many diagonals are kept as such, however short.
+const MANY_DIAGONALS: usize = 128;
+/// Of more than that, those on less than one row in `SHORT` are stored as runs.
+const SHORT: usize = 8;
+
 /// Edges `(row, row + offset)` for every `row` in `rows`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Diagonal {
@@ -51,6 +56,11 @@ impl Runs {
     /// Whether there is no run at all.
     pub fn is_empty(&self) -> bool {
         self.start.is_empty()
+    }
+
+    /// Number of runs.
+    pub fn len(&self) -> usize {
+        self.start.len()
     }
 
     fn nnz(&self) -> usize {
@@ -264,6 +274,44 @@ impl EdgeSet {
         }
     }
 
+    /// The edges `(row, col)` with `row >= prefix` and `col >= prefix`, counted from there: those between patches.
+    #[must_use]
+    pub fn after(&self, prefix: usize) -> Self {
+        let (num_rows, num_cols) =
+            (self.num_rows.saturating_sub(prefix), self.num_cols.saturating_sub(prefix));
+        let moved = |ranges: &[Range<usize>]| -> Vec<Range<usize>> {
+            let cut = ranges.iter().map(|r| r.start.saturating_sub(prefix)..r.end.saturating_sub(prefix));
+            cut.filter(|range| !range.is_empty()).collect()
+        };
+        let diagonals = self.diagonals.iter().filter_map(|d| {
+            let first = (d.start as i64).max(prefix as i64).max(prefix as i64 - d.offset);
+            let (start, end) = (first as usize - prefix, d.end.saturating_sub(prefix));
+            (start < end).then_some(Diagonal { offset: d.offset, start, end })
+        });
+        let mut set = EdgeSet {
+            num_rows,
+            num_cols,
+            dense_rows: moved(&self.dense_rows),
+            dense_cols: moved(&self.dense_cols),
+            diagonals: diagonals.collect(),
+            runs: Runs::default(),
+        };
+        if !self.runs.is_empty() {
+            let mut runs = Runs { row_ptr: vec![0], ..Runs::default() };
+            for row in prefix..self.num_rows {
+                for run in self.runs.row(row).filter(|run| run.end > prefix) {
+                    runs.start.push((run.start.max(prefix) - prefix) as u32);
+                    runs.end.push((run.end - prefix) as u32);
+                }
+                runs.row_ptr.push(runs.start.len());
+            }
+            if !runs.is_empty() {
+                set.runs = runs;
+            }
+        }
+        set
+    }
+
     /// Bytes held, for the plan cache's bound.
     pub fn bytes(&self) -> usize {
         size_of::<Self>()
@@ -327,6 +375,49 @@ impl Builder {
         Ok(self)
     }
 
+    /// Keep the runs of every row: `start[i]..end[i]` for i in `row_ptr[row]..row_ptr[row + 1]`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the runs do not ascend, touch one another, or leave the mask.
+    pub fn checked_rows(self, row_ptr: &[i64], start: &[i64], end: &[i64]) -> Result<Self> {
+        let valid = row_ptr.len() == self.num_rows + 1
+            && start.len() == end.len()
+            && row_ptr[0] == 0
+            && row_ptr.is_sorted()
+            && row_ptr[self.num_rows] == start.len() as i64
+            && row_ptr.windows(2).all(|span| {
+                let (start, end) =
+                    (&start[span[0] as usize..span[1] as usize], &end[span[0] as usize..span[1] as usize]);
+                let mut last = -1;
+                start.iter().zip(end).all(|(&from, &to)| {
+                    let ascends = last < from && from < to && to <= self.num_cols as i64;
+                    last = to;
+                    ascends
+                })
+            });
+        if !valid {
+            return Err(Error::Value("runs: expected ascending runs inside the mask, row by row".into()));
+        }
+        let runs: Vec<_> = start.iter().zip(end).map(|(&from, &to)| from as usize..to as usize).collect();
+        Ok(self.rows(row_ptr.iter().map(|&pointer| pointer as usize).collect(), &runs))
+    }
+
+    /// Keep the runs of every row: `runs[row_ptr[row]..row_ptr[row + 1]]`, each inside the mask.
+    #[must_use]
+    pub(super) fn rows(mut self, row_ptr: Vec<usize>, runs: &[Range<usize>]) -> Self {
+        let start = runs.iter().map(|run| run.start as u32).collect();
+        let end = runs.iter().map(|run| run.end as u32).collect();
+        self.segments.push(Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 });
+        self
+    }
+
+    /// Keep, in every row, the columns that `columns` appends: ranges in any order, which may overlap and reach beyond the mask.
+    #[must_use]
+    pub fn by_row(mut self, columns: impl FnMut(usize, &mut Vec<Range<usize>>)) -> Self {
+        self.segments.push(Segment::by_row(self.num_rows, self.num_cols, columns));
+        self
+    }
+
     /// Keep the edges of `other`, moved by `(shift, shift)`: how a mask over patches becomes a mask over tokens.
     #[must_use]
     pub fn shifted(mut self, other: &EdgeSet, shift: usize) -> Self {
@@ -374,7 +465,18 @@ impl Builder {
         }
         merge_ranges(&mut dense_rows);
         merge_ranges(&mut dense_cols);
-        let diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        let mut diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        if diagonals.len() > MANY_DIAGONALS {
+            // Whoever visits a row looks at every diagonal, so many short pieces would cost far more than their edges.
+            let is_short = |d: &mut Diagonal| (d.end - d.start) * SHORT < num_rows;
+            rest.extend(diagonals.extract_if(.., is_short).map(|d| Segment::Band {
+                lo: d.offset,
+                hi: d.offset,
+                step: 1,
+                rows: d.start..d.end,
+                cols: 0..num_cols,
+            }));
+        }
         let mut set =
             EdgeSet { num_rows, num_cols, dense_rows, dense_cols, diagonals, runs: Runs::default() };
         if !rest.is_empty() {
@@ -434,4 +536,4 @@ fn remaining_runs(set: &EdgeSet, mut rest: Vec<Segment>) -> Runs {
 
 #[cfg(test)]
 #[path = "edges_tests.rs"]
-mod tests;
+pub(super) mod tests;

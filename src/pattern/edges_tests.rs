@@ -6,10 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 
-type Pairs = BTreeSet<(usize, usize)>;
+pub(in crate::pattern) type Pairs = BTreeSet<(usize, usize)>;
 
 #[derive(Debug, Clone)]
-enum Piece {
+pub(in crate::pattern) enum Piece {
     Rect(Range<usize>, Range<usize>),
     Band(i64, i64, usize, Range<usize>, Range<usize>),
     Anti(i64, Range<usize>, Range<usize>),
@@ -20,7 +20,7 @@ fn range(limit: usize) -> impl Strategy<Value = Range<usize>> {
     (0..=limit, 0..=limit).prop_map(|(a, b)| a.min(b)..a.max(b))
 }
 
-fn piece(rows: usize, cols: usize) -> impl Strategy<Value = Piece> {
+pub(in crate::pattern) fn piece(rows: usize, cols: usize) -> impl Strategy<Value = Piece> {
     let far = (rows + cols) as i64 + 3;
     prop_oneof![
         (range(rows + 2), range(cols + 2)).prop_map(|(r, c)| Piece::Rect(r, c)),
@@ -43,7 +43,7 @@ fn csr(pairs: &Pairs, rows: usize) -> (Vec<i64>, Vec<i64>) {
     (row_ptr, pairs.iter().map(|&(_, col)| col as i64).collect())
 }
 
-fn build(rows: usize, cols: usize, pieces: &[Piece]) -> (EdgeSet, Pairs) {
+pub(in crate::pattern) fn build(rows: usize, cols: usize, pieces: &[Piece]) -> (EdgeSet, Pairs) {
     let mut builder = EdgeSet::builder(rows, cols).unwrap();
     let mut pairs = Pairs::new();
     for piece in pieces {
@@ -120,6 +120,26 @@ proptest! {
         let (set, pairs) = build(rows, cols, &pieces);
         let expected = pairs.iter().filter(|p| p.0 >= prefix && p.1 >= prefix).count();
         prop_assert_eq!(set.nnz_after(prefix), expected);
+    }
+
+    #[test]
+    fn the_edges_after_a_prefix_are_those_between_patches((rows, cols, pieces) in description(), prefix in 0usize..4) {
+        let (set, pairs) = build(rows, cols, &pieces);
+        let expected: Pairs =
+            pairs.iter().filter(|p| p.0 >= prefix && p.1 >= prefix).map(|&(i, j)| (i - prefix, j - prefix)).collect();
+        let after = set.after(prefix);
+        prop_assert_eq!((after.num_rows(), after.num_cols()), (rows.saturating_sub(prefix), cols.saturating_sub(prefix)));
+        prop_assert_eq!(after.nnz(), expected.len());
+        prop_assert_eq!(after.iter().collect::<Pairs>(), expected);
+    }
+
+    #[test]
+    fn rows_given_one_by_one_are_kept((rows, cols, pieces) in description()) {
+        let (set, pairs) = build(rows, cols, &pieces);
+        let again = EdgeSet::builder(rows, cols).unwrap().by_row(|row, out| {
+            out.extend(pairs.range((row, 0)..(row + 1, 0)).rev().map(|&(_, col)| col..col + 1));
+        });
+        prop_assert_eq!(again.build().iter().collect::<Vec<_>>(), set.iter().collect::<Vec<_>>());
     }
 
     #[test]

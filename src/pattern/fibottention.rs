@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -16,7 +17,7 @@ use crate::rng::cpython_shuffle;
 /// w_h, which grows from `w_min` at the first head to `w_max` (default: patches / 3) at the last. `modified` puts the two
 /// preceding terms before the row. `shuffled` deals the rows to the heads by a permutation seeded with the layer;
 /// `shared_offsets` then gives every head the row of head 0. The first term is kept even beyond w_h unless `strict_window`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Fibottention {
     schedule: Schedule,
@@ -47,7 +48,7 @@ impl Default for Fibottention {
 }
 
 /// Which sequence a head's distances come from.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Schedule {
     /// Head i takes row i of the Wythoff array.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 ///
 /// With `causal` also j <= i; i = j only with `include_self`. Exactly one of `window` (half width), `window_size` (odd total
 /// width) and `window_schedule` (half width by layer) is given.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Local {
     window: Option<i64>,
@@ -38,14 +39,14 @@ impl Default for Local {
 }
 
 /// Half width as a function of the layer.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 enum WindowSchedule {
     /// One half width per layer.
     List { values: Vec<i64> },
-    /// From `start` at the first layer to `end` at the last in equal steps, rounded.
+    /// From `start` at the first layer to `end` at the last in equal steps, rounded (halves to even, as Python rounds).
     Linear { start: i64, end: i64 },
-    /// From `start` to `end` in equal ratios, rounded.
+    /// From `start` to `end` in equal ratios, rounded likewise.
     Geometric { start: i64, end: i64 },
 }
 
@@ -87,10 +88,10 @@ impl WindowSchedule {
                 values.get(layer).copied().map_or_else(|| outside(values.len()), Ok)
             }
             WindowSchedule::Linear { start, end } => {
-                Ok((*start as f64 + (end - start) as f64 * share()?).round() as i64)
+                Ok((*start as f64 + (end - start) as f64 * share()?).round_ties_even() as i64)
             }
             WindowSchedule::Geometric { start, end } => {
-                Ok((*start as f64 * (*end as f64 / *start as f64).powf(share()?)).round() as i64)
+                Ok((*start as f64 * (*end as f64 / *start as f64).powf(share()?)).round_ties_even() as i64)
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// Over all token indices, CLS included: query i keeps key j if |i - j| = k * dilation for a k in 1..=window (from 0 with
 /// `include_self`), or if i or j is global, or (with `keep_cls_dense`) a prefix token.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Longformer {
     window: Option<i64>,
@@ -41,6 +42,26 @@ impl Default for Longformer {
     }
 }
 
+/// The global tokens of the reference's masks: a list, or the first `num_global`. What lies outside `0..num_tokens` is dropped.
+pub(super) fn global_tokens(
+    mask: &str,
+    num_global: i64,
+    global_indices: Option<&[i64]>,
+    num_tokens: usize,
+) -> Vec<usize> {
+    let inside = |&index: &i64| {
+        let inside = 0 <= index && index < num_tokens as i64;
+        if !inside {
+            warn_clamped(format!("{mask}: global index {index} is outside 0..{num_tokens} and is dropped"));
+        }
+        inside
+    };
+    match global_indices {
+        Some(indices) => indices.iter().copied().filter(inside).map(|index| index as usize).collect(),
+        None => (0..num_tokens.min(num_global.max(0) as usize)).collect(),
+    }
+}
+
 /// The reference clamps a dilation below one.
 fn at_least_one(dilation: i64) -> usize {
     if dilation < 1 {
@@ -65,24 +86,6 @@ impl Longformer {
         }
     }
 
-    fn globals(&self, num_tokens: usize) -> Vec<usize> {
-        let inside = |&index: &i64| {
-            let inside = 0 <= index && index < num_tokens as i64;
-            if !inside {
-                warn_clamped(format!(
-                    "longformer: global index {index} is outside 0..{num_tokens} and is dropped"
-                ));
-            }
-            inside
-        };
-        match &self.global_indices {
-            Some(indices) => {
-                indices.iter().filter(|index| inside(index)).map(|&index| index as usize).collect()
-            }
-            None => (0..num_tokens.min(self.num_global.max(0) as usize)).collect(),
-        }
-    }
-
     fn head(&self, dilation: i64, globals: &[usize], context: &Context) -> Result<Arc<EdgeSet>> {
         let n = context.num_tokens;
         let step = at_least_one(dilation);
@@ -99,7 +102,7 @@ impl Longformer {
             builder = builder.global(index..index + 1);
         }
         if self.keep_cls_dense {
-            builder = builder.global(0..context.dense_prefix);
+            builder = builder.global(0..context.dense_prefix());
         }
         Ok(Arc::new(builder.build()))
     }
@@ -123,7 +126,8 @@ impl Pattern for Longformer {
     }
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
-        let globals = self.globals(context.num_tokens);
+        let globals =
+            global_tokens(Self::NAME, self.num_global, self.global_indices.as_deref(), context.num_tokens);
         match &self.per_head_dilation {
             None => Ok(vec![self.head(self.dilation, &globals, context)?]),
             Some(dilations) if dilations.len() != context.num_heads => Err(Error::config(

@@ -3,19 +3,30 @@
 //! One mask is one file here and one line in `registry.rs`. A pattern sees only its own tokens (patches, or all tokens) and
 //! knows nothing of prefixes, batches, kernels or devices: [`head_edges`] removes the prefix before and adds it back after.
 
+pub mod algebra;
+pub mod choice;
+mod combination;
 pub mod edges;
+pub mod grid;
 pub mod image;
+mod one_or_list;
+mod part;
 pub mod registry;
+mod regular;
 pub(crate) mod segments;
+pub mod user;
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+use choice::Choice;
 use edges::EdgeSet;
+use grid::{Grid, TokenOrder};
 
 registry::masks!(registry::declare_modules);
 
@@ -34,8 +45,33 @@ pub struct Context {
     pub epoch: u64,
     /// Shape of the patch grid, `[H, W]` or `[T, H, W]`, where known.
     pub grid: Option<Vec<usize>>,
-    /// Leading tokens off the grid that are kept dense; only meaningful for [`Domain::Tokens`].
-    pub dense_prefix: usize,
+    /// How the patches of a video grid are laid out.
+    pub token_order: TokenOrder,
+    /// Leading tokens off the grid. They are among `num_tokens` for [`Domain::Tokens`] and not for [`Domain::Patches`].
+    pub prefix: usize,
+    /// Whether the prefix is kept dense.
+    pub prefix_dense: bool,
+}
+
+impl Context {
+    /// Leading tokens off the grid that are kept dense.
+    pub fn dense_prefix(&self) -> usize {
+        if self.prefix_dense { self.prefix } else { 0 }
+    }
+
+    /// The patch grid.
+    ///
+    /// # Errors
+    /// [`Error::Config`] at `grid` if it is unknown, because no grid may be guessed, or has no `token_order`.
+    pub fn grid(&self) -> Result<Grid> {
+        match &self.grid {
+            Some(shape) => Grid::new(shape, self.token_order),
+            None => Err(Error::config(
+                "grid",
+                "expected [H, W] or [T, H, W] of the tokens after the prefix, because the mask depends on it; got null",
+            )),
+        }
+    }
 }
 
 /// Which tokens a pattern speaks about.
@@ -43,15 +79,16 @@ pub struct Context {
 pub enum Domain {
     /// The patches: prefix tokens are taken off before and become dense rows and columns after.
     Patches,
-    /// All tokens, prefix included; the pattern itself keeps [`Context::dense_prefix`] dense if it wants to.
+    /// All tokens, prefix included; the pattern itself keeps [`Context::dense_prefix()`] dense if it wants to.
     Tokens,
 }
 
 /// The edges of every head: one set shared by all, or one per head.
 pub type HeadEdges = Vec<Arc<EdgeSet>>;
 
-/// One registered mask. Its fields are the `mask_kwargs` of a configuration.
-pub trait Pattern: Serialize + DeserializeOwned + Debug + Send + Sync + 'static {
+/// One registered mask. Its fields are the `mask_kwargs` of a configuration; their comments and that of the type itself are the
+/// definition that the JSON Schema and the gallery show.
+pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sync + 'static {
     /// The name in a configuration, lower case.
     const NAME: &'static str;
     /// Other names for the same mask.
@@ -60,6 +97,14 @@ pub trait Pattern: Serialize + DeserializeOwned + Debug + Send + Sync + 'static 
     const ABOUT: &'static str;
     /// Keys of the reference system that have no effect here: accepted, and logged at debug level.
     const IGNORED: &'static [&'static str] = &[];
+
+    /// Finish reading, for parameters that are masks themselves.
+    ///
+    /// # Errors
+    /// [`Error::Config`] whose key is the path below `mask_kwargs`.
+    fn resolve(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Range checks that need no sizes.
     ///
@@ -94,10 +139,37 @@ pub trait Pattern: Serialize + DeserializeOwned + Debug + Send + Sync + 'static 
         false
     }
 
+    /// Whether the edges depend on the shape of the patch grid.
+    fn uses_grid(&self) -> bool {
+        false
+    }
+
+    /// The grid that the parameters themselves give.
+    fn grid(&self) -> Option<&[usize]> {
+        None
+    }
+
+    /// The seeds of what is drawn at random. One that is `None` is drawn when a mask or module is built, and kept from then on.
+    fn seeds(&mut self) -> Vec<&mut Option<i64>> {
+        Vec::new()
+    }
+
+    /// Whether prefix tokens are dense; a pattern over all tokens may be told not to.
+    fn keeps_prefix_dense(&self) -> bool {
+        true
+    }
+
+    /// How keys are chosen in training epoch `epoch`, where that depends on the content of queries and keys. Such a pattern has no
+    /// edges of its own.
+    fn choice(&self, _epoch: u64) -> Option<Choice> {
+        None
+    }
+
     /// The edges over the pattern's own tokens: one set for all heads, or one per head.
     ///
     /// # Errors
-    /// [`Error::Config`] when the parameters do not fit the context (for example a list with the wrong number of heads).
+    /// [`Error::Config`] when the parameters do not fit the context (for example a list with the wrong number of heads);
+    /// [`Error::Value`] where keys are chosen by content.
     fn edges(&self, context: &Context) -> Result<HeadEdges>;
 }
 
@@ -117,6 +189,26 @@ pub trait AnyPattern: Debug + Send + Sync {
     fn uses_layer(&self) -> bool;
     /// [`Pattern::uses_epoch`].
     fn uses_epoch(&self) -> bool;
+    /// [`Pattern::uses_grid`].
+    fn uses_grid(&self) -> bool {
+        false
+    }
+    /// [`Pattern::grid`].
+    fn grid(&self) -> Option<&[usize]> {
+        None
+    }
+    /// [`Pattern::seeds`].
+    fn seeds(&mut self) -> Vec<&mut Option<i64>> {
+        Vec::new()
+    }
+    /// [`Pattern::keeps_prefix_dense`].
+    fn keeps_prefix_dense(&self) -> bool {
+        true
+    }
+    /// [`Pattern::choice`].
+    fn choice(&self, _epoch: u64) -> Option<Choice> {
+        None
+    }
     /// [`Pattern::edges`].
     ///
     /// # Errors
@@ -146,45 +238,82 @@ impl<P: Pattern> AnyPattern for P {
     fn uses_epoch(&self) -> bool {
         Pattern::uses_epoch(self)
     }
+    fn uses_grid(&self) -> bool {
+        Pattern::uses_grid(self)
+    }
+    fn grid(&self) -> Option<&[usize]> {
+        Pattern::grid(self)
+    }
+    fn seeds(&mut self) -> Vec<&mut Option<i64>> {
+        Pattern::seeds(self)
+    }
+    fn keeps_prefix_dense(&self) -> bool {
+        Pattern::keeps_prefix_dense(self)
+    }
+    fn choice(&self, epoch: u64) -> Option<Choice> {
+        Pattern::choice(self, epoch)
+    }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         Pattern::edges(self, context)
     }
 }
 
-/// The edges of all heads over `context.num_tokens` tokens of which the first `prefix` are off the patch grid.
+/// The edges of all heads over `context.num_tokens` tokens, of which the first `context.prefix` are off the patch grid.
 ///
-/// Prefix rows and columns are dense if `prefix_dense`, otherwise empty apart from what a [`Domain::Tokens`] pattern puts there.
+/// Prefix rows and columns are dense if `context.prefix_dense`, otherwise empty apart from what a [`Domain::Tokens`] pattern
+/// puts there.
 ///
 /// # Errors
-/// [`Error::Value`] when there are fewer tokens than prefix tokens; otherwise what the pattern reports.
-pub fn head_edges(
-    pattern: &dyn AnyPattern,
-    context: &Context,
-    prefix: usize,
-    prefix_dense: bool,
-) -> Result<HeadEdges> {
-    let num_tokens = context.num_tokens;
+/// [`Error::Value`] when there are fewer tokens than prefix tokens; [`Error::Config`] when the grid does not fit the number of
+/// patches; otherwise what the pattern reports. Keys are those of a configuration document.
+pub fn head_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdges> {
+    let Context { num_tokens, prefix, .. } = *context;
     if prefix > num_tokens {
         return Err(Error::Value(format!(
             "num_prefix_tokens: expected at most the {num_tokens} tokens there are, got {prefix}"
         )));
     }
-    let dense_prefix = if prefix_dense { prefix } else { 0 };
+    let context =
+        Context { grid: pattern.grid().map(<[_]>::to_vec).or_else(|| context.grid.clone()), ..*context };
+    check_grid(&context)?;
+    let edges = |context: &Context| pattern.edges(context).map_err(|error| below(error, "mask_kwargs"));
     match pattern.domain() {
-        Domain::Tokens => pattern.edges(&Context { dense_prefix, ..context.clone() }),
-        Domain::Patches if prefix == 0 => pattern.edges(context),
+        Domain::Tokens => edges(&context),
+        Domain::Patches if prefix == 0 => edges(&context),
         Domain::Patches => {
-            let patches = pattern.edges(&Context {
-                num_tokens: num_tokens - prefix,
-                dense_prefix: 0,
-                ..context.clone()
-            })?;
-            let with_prefix = |edges: &Arc<EdgeSet>| -> Result<Arc<EdgeSet>> {
+            let dense_prefix = context.dense_prefix();
+            let patches = edges(&Context { num_tokens: num_tokens - prefix, ..context })?;
+            share(&patches, |edges| {
                 let builder = EdgeSet::builder(num_tokens, num_tokens)?.shifted(edges, prefix);
                 Ok(Arc::new(builder.global(0..dense_prefix).build()))
-            };
-            share(&patches, with_prefix)
+            })
         }
+    }
+}
+
+/// The error with its key below `path`, except for the grid and its layout, which are keys of the document for every mask in it.
+fn below(error: Error, path: &str) -> Error {
+    match &error {
+        Error::Config(config) if config.key == "grid" || config.key == "token_order" => error,
+        _ => error.below(path),
+    }
+}
+
+/// A grid that is given must be the grid of these tokens, whether the mask looks at it or not.
+fn check_grid(context: &Context) -> Result<()> {
+    let Some(shape) = &context.grid else { return Ok(()) };
+    let patches = context.num_tokens - context.prefix;
+    match shape.iter().try_fold(1usize, |cells, &side| cells.checked_mul(side)) {
+        Some(cells) if cells == patches => Ok(()),
+        cells => Err(Error::config(
+            "grid",
+            format!(
+                "{shape:?} has {} cells, but {} tokens with {} prefix tokens leave {patches} patches",
+                cells.map_or_else(|| "too many".to_owned(), |cells| cells.to_string()),
+                context.num_tokens,
+                context.prefix,
+            ),
+        )),
     }
 }
 
@@ -199,6 +328,13 @@ fn share(sets: &HeadEdges, change: impl Fn(&Arc<EdgeSet>) -> Result<Arc<EdgeSet>
         });
     }
     Ok(changed)
+}
+
+/// What a mask answers that is asked for its edges and has none before it sees queries and keys.
+fn by_content(name: &str) -> Result<HeadEdges> {
+    Err(Error::Value(format!(
+        "the mask `{name}` chooses keys by the content of queries and keys, so its edges exist only inside attention"
+    )))
 }
 
 /// Log, once per process and message, that a parameter was clamped as the reference system does.

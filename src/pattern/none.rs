@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
@@ -9,7 +10,7 @@ use super::{Context, Domain, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Every query keeps every key.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct None {}
 
 impl Pattern for None {

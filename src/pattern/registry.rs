@@ -1,10 +1,12 @@
 //! Every mask, one line each. A new mask is a file beside this one, a line here, and a YAML in `configs/attention/`.
 
+use schemars::{Schema, SchemaGenerator};
 use serde::de::{Deserializer, Visitor, value::Error as NoData};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use super::user::{self, UserMask};
 use super::{AnyPattern, Pattern};
-use crate::error::Result;
+use crate::error::{Error, Result, unknown_name};
 
 /// Calls `$then!` with `file::Type` of every mask.
 macro_rules! masks {
@@ -12,10 +14,28 @@ macro_rules! masks {
         $($then)+! {
             none::None,
             local::Local,
-            longformer::Longformer,
+            strided::Strided,
+            strided_columns::StridedColumns,
+            block::Block,
+            global::Global,
+            vertical_slash::VerticalSlash,
             sparse::Sparse,
+            longformer::Longformer,
+            bigbird::BigBird,
+            random::Random,
             fibottention::Fibottention,
             crossdiag::CrossDiagonal,
+            neighborhood::Neighborhood,
+            axial::Axial,
+            grid_window::GridWindow,
+            space_time::SpaceTime,
+            union::Union,
+            intersection::Intersection,
+            difference::Difference,
+            per_head::PerHead,
+            topk::TopK,
+            block_topk::BlockTopK,
+            importance::Importance,
         }
     };
 }
@@ -47,8 +67,26 @@ pub struct Registered {
     pub about: &'static str,
     /// Keys that are accepted without effect.
     pub ignored: &'static [&'static str],
-    keys: fn() -> &'static [&'static str],
-    read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
+    /// Where its edges come from.
+    pub origin: Origin,
+}
+
+/// Where the edges of a mask come from.
+#[derive(Debug)]
+pub enum Origin {
+    /// A [`Pattern`] of this crate.
+    BuiltIn {
+        /// The names of its fields.
+        keys: fn() -> &'static [&'static str],
+        /// JSON Schema of `mask_kwargs` from the types and comments of the fields; ranges are the loader's.
+        schema: fn(&mut SchemaGenerator) -> Schema,
+        /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters without a default.
+        default_prefix: fn() -> Option<usize>,
+        /// The pattern with given parameters.
+        read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
+    },
+    /// The program, at run time.
+    User(UserMask),
 }
 
 /// Why `mask_kwargs` could not be read.
@@ -62,7 +100,7 @@ pub enum ReadError {
         message: String,
     },
     /// A value out of range.
-    Range(crate::error::Error),
+    Range(Error),
 }
 
 impl Registered {
@@ -72,41 +110,114 @@ impl Registered {
             aliases: P::ALIASES,
             about: P::ABOUT,
             ignored: P::IGNORED,
-            keys: field_names::<P>,
-            read: |value| {
-                let pattern: P = serde_path_to_error::deserialize(value).map_err(|e| ReadError::Type {
-                    path: e.path().to_string(),
-                    message: e.inner().to_string(),
-                })?;
-                pattern.check().map_err(ReadError::Range)?;
-                Ok(Box::new(pattern))
+            origin: Origin::BuiltIn {
+                keys: field_names::<P>,
+                schema: P::json_schema,
+                default_prefix: || {
+                    let mut pattern = P::deserialize(Value::Object(Map::new())).ok()?;
+                    pattern.resolve().ok()?;
+                    Some(pattern.default_prefix())
+                },
+                read: |value| {
+                    let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
+                        ReadError::Type { path: e.path().to_string(), message: e.inner().to_string() }
+                    })?;
+                    pattern.resolve().and_then(|()| pattern.check()).map_err(ReadError::Range)?;
+                    Ok(Box::new(pattern))
+                },
             },
         }
     }
 
     /// The names allowed in `mask_kwargs`.
-    pub fn keys(&self) -> &'static [&'static str] {
-        (self.keys)()
+    pub fn keys(&'static self) -> &'static [&'static str] {
+        match &self.origin {
+            Origin::BuiltIn { keys, .. } => keys(),
+            Origin::User(mask) => mask.keys,
+        }
+    }
+
+    /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters that have no default.
+    pub fn default_prefix(&self) -> Option<usize> {
+        match &self.origin {
+            Origin::BuiltIn { default_prefix, .. } => default_prefix(),
+            Origin::User(_) => Some(0),
+        }
+    }
+
+    /// JSON Schema of the `mask_kwargs`; ranges are the loader's.
+    pub fn schema(&self, generator: &mut SchemaGenerator) -> Value {
+        match &self.origin {
+            Origin::BuiltIn { schema, .. } => schema(generator).to_value(),
+            Origin::User(mask) => {
+                let properties: Map<String, Value> =
+                    mask.keys.iter().map(|key| ((*key).to_owned(), Value::Object(Map::new()))).collect();
+                let mut schema = serde_json::json!({ "type": "object", "properties": properties });
+                if !mask.required.is_empty() {
+                    schema["required"] = mask.required.clone().into();
+                }
+                schema
+            }
+        }
     }
 
     /// The pattern with these `mask_kwargs` (a mapping whose keys are known).
     ///
     /// # Errors
     /// [`ReadError`] for a wrong type or a number out of range.
-    pub fn read(&self, kwargs: &Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError> {
-        (self.read)(kwargs)
+    pub fn read(&'static self, kwargs: &Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError> {
+        match &self.origin {
+            Origin::BuiltIn { read, .. } => read(kwargs),
+            Origin::User(mask) => mask.read(self.name, kwargs),
+        }
+    }
+
+    /// The pattern with the `mask_kwargs` of a document: unknown keys are refused, keys without effect are dropped.
+    ///
+    /// # Errors
+    /// [`Error::Config`] whose key is the path below `mask_kwargs`.
+    pub fn build(&'static self, mut kwargs: Map<String, Value>) -> Result<Box<dyn AnyPattern>> {
+        check_keys(&kwargs, self.keys(), self.ignored)?;
+        for key in self.ignored {
+            if kwargs.shift_remove(*key).is_some() {
+                log::debug!("{key} has no effect on the mask `{}`", self.name);
+            }
+        }
+        self.read(&Value::Object(kwargs)).map_err(|error| match error {
+            ReadError::Type { path, message } => Error::config(path, message),
+            ReadError::Range(error) => error,
+        })
     }
 }
 
 /// The mask called `name` (canonical or alias, any case).
 pub fn find(name: &str) -> Option<&'static Registered> {
     let name = name.to_lowercase();
-    MASKS.iter().find(|mask| mask.name == name || mask.aliases.contains(&name.as_str()))
+    let matches = |mask: &&'static Registered| mask.name == name || mask.aliases.contains(&name.as_str());
+    MASKS.iter().find(matches).or_else(|| user::all().into_iter().find(matches))
 }
 
-/// Canonical names and aliases of all masks.
+/// Canonical names and aliases of all masks, those of the program included.
 pub fn names() -> Vec<&'static str> {
-    MASKS.iter().flat_map(|mask| std::iter::once(mask.name).chain(mask.aliases.iter().copied())).collect()
+    MASKS
+        .iter()
+        .chain(user::all())
+        .flat_map(|mask| std::iter::once(mask.name).chain(mask.aliases.iter().copied()))
+        .collect()
+}
+
+/// Refuse keys of `map` that are neither `allowed` nor `ignored`.
+///
+/// # Errors
+/// [`Error::Config`] at the first such key, with a suggestion.
+pub fn check_keys(map: &Map<String, Value>, allowed: &[&str], ignored: &[&str]) -> Result<()> {
+    match map.keys().find(|key| !allowed.contains(&key.as_str()) && !ignored.contains(&key.as_str())) {
+        Some(key) => {
+            let all: Vec<_> = allowed.iter().chain(ignored).copied().collect();
+            Err(Error::config(key.as_str(), unknown_name("key", key, &all)))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The field names of a struct, asked of serde itself so that no list can go stale.
@@ -143,7 +254,7 @@ impl<'de> Deserializer<'de> for FieldNames<'_> {
 }
 
 /// Require `value` to lie in `range`, or say what is allowed.
-pub(super) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive<i64>) -> Result<()> {
+pub(crate) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive<i64>) -> Result<()> {
     if range.contains(&value) {
         return Ok(());
     }
@@ -151,5 +262,5 @@ pub(super) fn check_range(key: &str, value: i64, range: std::ops::RangeInclusive
         (low, i64::MAX) => format!("at least {low}"),
         (low, high) => format!("{low} to {high}"),
     };
-    Err(crate::error::Error::config(key, format!("expected {allowed}, got {value}")))
+    Err(Error::config(key, format!("expected {allowed}, got {value}")))
 }

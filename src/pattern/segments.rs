@@ -70,6 +70,27 @@ impl Segment {
         Ok(Segment::Rows { first_row: 0, row_ptr: runs.0, start: runs.1, end: runs.2, shift: 0 })
     }
 
+    /// The columns that `columns` appends for each row, as ranges in any order.
+    pub(super) fn by_row(
+        num_rows: usize,
+        num_cols: usize,
+        mut columns: impl FnMut(usize, &mut Vec<Range<usize>>),
+    ) -> Self {
+        let (mut row_ptr, mut start, mut end) = (Vec::with_capacity(num_rows + 1), Vec::new(), Vec::new());
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        row_ptr.push(0);
+        for row in 0..num_rows {
+            ranges.clear();
+            columns(row, &mut ranges);
+            ranges.iter_mut().for_each(|range| range.end = range.end.min(num_cols));
+            merge_ranges(&mut ranges);
+            start.extend(ranges.iter().map(|range| range.start as u32));
+            end.extend(ranges.iter().map(|range| range.end as u32));
+            row_ptr.push(start.len());
+        }
+        Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 }
+    }
+
     pub(super) fn shifted_runs(row_ptr: &[usize], start: &[u32], end: &[u32], shift: usize) -> Self {
         Segment::Rows {
             first_row: shift,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::{Builder, EdgeSet};
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 /// - fixed: r and c in the same block of x patches, or c among the last `fixed_c` patches of an earlier block.
 ///
 /// `symmetric` adds the transpose. `per_head_distinct` (fixed) splits the `fixed_c` summary columns among the heads.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Sparse {
     pattern: Option<String>,

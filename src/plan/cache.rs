@@ -55,6 +55,13 @@ impl<T: AsRef<Plan>> PlanCache<T> {
         Ok(plan)
     }
 
+    /// Forget everything.
+    pub fn clear(&self) {
+        let mut entries = self.lock();
+        entries.plans.clear();
+        entries.bytes = 0;
+    }
+
     /// Number of plans held.
     pub fn len(&self) -> usize {
         self.lock().plans.len()
@@ -141,5 +148,7 @@ mod tests {
             })
             .unwrap();
         assert!(rebuilt);
+        cache.clear();
+        assert!(cache.is_empty());
     }
 }

@@ -6,7 +6,34 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::error::to_python;
-use crate::config::AttentionConfig;
+use crate::config::{self, AttentionConfig, Parameter, UserBackend};
+use crate::error::Error;
+
+/// Make a backend of the user known to configurations. Each parameter is a JSON mapping `{name, types, default}`; without
+/// `default` it is required.
+#[pyfunction]
+#[pyo3(signature = (name, about, parameters, replace=false))]
+pub(super) fn register_backend(
+    py: Python<'_>,
+    name: String,
+    about: String,
+    parameters: Vec<String>,
+    replace: bool,
+) -> PyResult<()> {
+    let parameters = parameters
+        .iter()
+        .map(|text| serde_json::from_str(text).map_err(|error| Error::Value(format!("parameters: {error}"))))
+        .collect::<Result<Vec<Parameter>, _>>();
+    parameters
+        .and_then(|parameters| config::register_backend(UserBackend { name, about, parameters }, replace))
+        .map_err(|error| to_python(py, error))
+}
+
+/// JSON Schema of a configuration document.
+#[pyfunction]
+pub(super) fn config_schema() -> String {
+    config::json_schema().to_string()
+}
 
 /// A parsed, range-checked attention configuration.
 #[pyclass(name = "AttentionConfig", module = "sparse_mhsa._core", frozen, eq)]
@@ -27,13 +54,28 @@ impl PyAttentionConfig {
     }
 
     #[getter]
-    fn backend(&self) -> &'static str {
+    fn backend(&self) -> &str {
         self.0.backend()
+    }
+
+    #[getter]
+    fn uses_edges(&self) -> bool {
+        self.0.uses_edges()
+    }
+
+    #[getter]
+    fn layers(&self) -> Vec<String> {
+        self.0.layers().map(str::to_owned).collect()
     }
 
     #[getter]
     fn mask(&self) -> &'static str {
         self.0.mask()
+    }
+
+    #[getter]
+    fn by_content(&self) -> bool {
+        self.0.by_content()
     }
 
     #[getter]
@@ -58,7 +100,16 @@ impl PyAttentionConfig {
 
     #[getter]
     fn grid(&self) -> Option<Vec<u64>> {
-        self.0.grid().map(<[u64]>::to_vec)
+        self.0.grid()
+    }
+
+    #[getter]
+    fn seeds(&self) -> Vec<Option<i64>> {
+        self.0.seeds()
+    }
+
+    fn with_seed(&self, seed: i64) -> Self {
+        Self(self.0.with_seed(seed))
     }
 
     #[getter]
@@ -74,6 +125,10 @@ impl PyAttentionConfig {
     #[getter]
     fn num_heads(&self) -> Option<u64> {
         self.0.num_heads()
+    }
+
+    fn unmatched_layers(&self, names: Vec<String>) -> Vec<&str> {
+        self.0.unmatched_layers(&names)
     }
 
     fn to_json(&self) -> String {

@@ -2,20 +2,30 @@
 
 use std::sync::Arc;
 
-use numpy::ndarray::{Array2, Array3};
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3};
-use pyo3::exceptions::PyIndexError;
+use numpy::ndarray::Array2;
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+    PyUntypedArrayMethods,
+};
+use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
+use super::edge_lists::{
+    Parts, compressed_rows, from_dense, from_parts, reserved, same_edges, to_dense, to_parts,
+};
 use super::enter::enter;
+use crate::attention::edge_lists;
 use crate::config::{MaskEdges, Spec};
 use crate::error::{Error, Result};
+use crate::pattern::HeadEdges;
+use crate::pattern::algebra::Operation;
 use crate::pattern::edges::EdgeSet;
 use crate::pattern::image;
 
 /// The edges of every head of one mask.
 #[pyclass(name = "Edges", module = "sparse_mhsa._core", frozen)]
-pub(super) struct PyEdges(MaskEdges);
+pub(super) struct PyEdges(pub(super) MaskEdges);
 
 impl PyEdges {
     fn head(&self, head: usize) -> PyResult<&Arc<EdgeSet>> {
@@ -37,17 +47,15 @@ impl PyEdges {
     }
 }
 
-/// Compressed rows of one edge set, columns ascending.
-pub(super) fn compressed_rows(set: &EdgeSet) -> (Vec<i64>, Vec<i64>) {
-    let mut row_ptr = Vec::with_capacity(set.num_rows() + 1);
-    let (mut col, mut runs) = (Vec::with_capacity(set.nnz()), Vec::new());
-    row_ptr.push(0);
-    for row in 0..set.num_rows() {
-        set.row(row, &mut runs);
-        col.extend(runs.iter().cloned().flatten().map(|c| c as i64));
-        row_ptr.push(col.len() as i64);
+fn operation(name: &str) -> PyResult<Operation> {
+    match name {
+        "union" => Ok(Operation::Union),
+        "intersection" => Ok(Operation::Intersection),
+        "difference" => Ok(Operation::Difference),
+        other => Err(PyValueError::new_err(format!(
+            "operation: expected union, intersection or difference, got {other}"
+        ))),
     }
-    (row_ptr, col)
 }
 
 #[pymethods]
@@ -55,6 +63,181 @@ impl PyEdges {
     #[staticmethod]
     fn from_spec(py: Python<'_>, spec: &str, num_tokens: usize) -> PyResult<Self> {
         enter(py, |_| Spec::from_text(spec)?.edges(num_tokens)).map(Self)
+    }
+
+    #[staticmethod]
+    fn from_csr(
+        py: Python<'_>,
+        row_ptr: PyReadonlyArray2<'_, i64>,
+        col: PyReadonlyArray1<'_, i64>,
+    ) -> PyResult<Self> {
+        let pointers = row_ptr.shape()[1];
+        let (row_ptr, col) = (row_ptr.as_slice()?, col.as_slice()?);
+        let num_tokens = pointers
+            .checked_sub(1)
+            .ok_or_else(|| PyValueError::new_err("row_ptr: expected N + 1 entries for each head, got 0"))?;
+        enter(py, |_| {
+            let heads = edge_lists(row_ptr, col, num_tokens, num_tokens)?;
+            Ok(MaskEdges { heads, num_tokens, num_prefix_tokens: 0 })
+        })
+        .map(Self)
+    }
+
+    #[staticmethod]
+    fn from_dense(py: Python<'_>, cells: PyReadonlyArray3<'_, u8>) -> PyResult<Self> {
+        let cells = cells.as_array();
+        let (_, rows, cols) = cells.dim();
+        if rows != cols {
+            return Err(PyValueError::new_err(format!(
+                "dense: expected shape (H, N, N), got {:?}",
+                cells.shape()
+            )));
+        }
+        enter(py, |_| Ok(MaskEdges { heads: from_dense(cells)?, num_tokens: rows, num_prefix_tokens: 0 }))
+            .map(Self)
+    }
+
+    #[staticmethod]
+    fn from_heads(heads: Vec<(Bound<'_, PyEdges>, usize)>) -> PyResult<Self> {
+        let sets: PyResult<HeadEdges> =
+            heads.iter().map(|(edges, head)| edges.get().head(*head).cloned()).collect();
+        let Some((first, _)) = heads.first() else {
+            return Err(PyValueError::new_err("heads: expected at least one, got none"));
+        };
+        let first = &first.get().0;
+        for (edges, _) in &heads {
+            let (expected, got) = (first.num_tokens, edges.get().0.num_tokens);
+            if expected != got {
+                return Err(PyValueError::new_err(format!(
+                    "heads: expected {expected} tokens in each, got {got}"
+                )));
+            }
+        }
+        Ok(Self(MaskEdges { heads: sets?, num_tokens: first.num_tokens, num_prefix_tokens: 0 }))
+    }
+
+    #[staticmethod]
+    fn from_parts(py: Python<'_>, num_tokens: usize, sets: Vec<Parts>, heads: Vec<usize>) -> PyResult<Self> {
+        enter(py, |_| {
+            let sets: HeadEdges = sets
+                .iter()
+                .map(|parts| Ok(Arc::new(from_parts(num_tokens, parts)?)))
+                .collect::<Result<_>>()?;
+            let heads = heads.iter().map(|&index| {
+                sets.get(index).cloned().ok_or_else(|| {
+                    Error::Value(format!("heads: expected indices below {}, got {index}", sets.len()))
+                })
+            });
+            Ok(MaskEdges { heads: heads.collect::<Result<_>>()?, num_tokens, num_prefix_tokens: 0 })
+        })
+        .map(Self)
+    }
+
+    fn to_parts(&self, py: Python<'_>) -> PyResult<(usize, Vec<Parts>, Vec<usize>)> {
+        enter(py, |_| {
+            let mut distinct: HeadEdges = Vec::new();
+            let mut heads = Vec::with_capacity(self.0.heads.len());
+            for set in &self.0.heads {
+                let index =
+                    distinct.iter().position(|other| Arc::ptr_eq(other, set)).unwrap_or(distinct.len());
+                if index == distinct.len() {
+                    distinct.push(Arc::clone(set));
+                }
+                heads.push(index);
+            }
+            Ok((self.0.num_tokens, distinct.iter().map(|set| to_parts(set)).collect(), heads))
+        })
+    }
+
+    fn with_prefix(&self, num_prefix_tokens: usize) -> Self {
+        Self(MaskEdges { num_prefix_tokens: num_prefix_tokens.min(self.0.num_tokens), ..self.0.clone() })
+    }
+
+    fn with_heads(&self, num_heads: usize) -> PyResult<Self> {
+        let mut heads = self.0.heads.clone();
+        if heads.len() == 1 {
+            heads.resize(num_heads, heads[0].clone());
+        }
+        if heads.len() != num_heads || num_heads == 0 {
+            return Err(PyValueError::new_err(format!(
+                "num_heads: expected {}, the heads that the edges are for, got {num_heads}",
+                heads.len()
+            )));
+        }
+        Ok(Self(MaskEdges { heads, ..self.0.clone() }))
+    }
+
+    fn combine(&self, py: Python<'_>, name: &str, other: &Bound<'_, Self>) -> PyResult<Self> {
+        let (operation, other) = (operation(name)?, &other.get().0);
+        let mine = &self.0;
+        let prefix =
+            if mine.num_prefix_tokens == other.num_prefix_tokens { mine.num_prefix_tokens } else { 0 };
+        enter(py, |_| {
+            let heads = operation.apply_per_head(&mine.heads, &other.heads)?;
+            Ok(MaskEdges { heads, num_tokens: mine.num_tokens, num_prefix_tokens: prefix })
+        })
+        .map(Self)
+    }
+
+    fn complement(&self, py: Python<'_>) -> PyResult<Self> {
+        let mine = &self.0;
+        enter(py, |_| {
+            let n = mine.num_tokens;
+            let full = Arc::new(EdgeSet::builder(n, n)?.rect(0..n, 0..n).build());
+            let heads = Operation::Difference.apply_per_head(&vec![full], &mine.heads)?;
+            Ok(MaskEdges { heads, ..mine.clone() })
+        })
+        .map(Self)
+    }
+
+    fn overlap<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f64>>> {
+        let heads = &self.0.heads;
+        let matrix = enter(py, |_| {
+            let mut matrix = Array2::from_elem((heads.len(), heads.len()), 1.0);
+            for a in 0..heads.len() {
+                for b in 0..a {
+                    let index =
+                        if Arc::ptr_eq(&heads[a], &heads[b]) { 1.0 } else { heads[a].jaccard(&heads[b])? };
+                    (matrix[[a, b]], matrix[[b, a]]) = (index, index);
+                }
+            }
+            Ok(matrix)
+        })?;
+        Ok(matrix.into_pyarray(py))
+    }
+
+    fn same_edges(&self, py: Python<'_>, other: &Bound<'_, Self>) -> PyResult<bool> {
+        let (mine, other) = (&self.0, &other.get().0);
+        let same_shape = (mine.num_tokens, mine.heads.len()) == (other.num_tokens, other.heads.len());
+        enter(py, |_| {
+            Ok(same_shape
+                && mine.heads.iter().zip(&other.heads).all(|(a, b)| Arc::ptr_eq(a, b) || same_edges(a, b)))
+        })
+    }
+
+    fn describe<'py>(&self, py: Python<'py>, head: usize) -> PyResult<Bound<'py, PyDict>> {
+        let set = self.head(head)?;
+        let (dense_rows, dense_cols): (usize, usize) =
+            (set.dense_rows().iter().map(|r| r.len()).sum(), set.dense_cols().iter().map(|c| c.len()).sum());
+        let on_diagonals: usize = set.diagonals().iter().map(|d| d.end - d.start).sum();
+        let in_dense = dense_rows * set.num_cols() + dense_cols * (set.num_rows() - dense_rows);
+        let nnz = enter(py, |_| Ok(set.nnz()))?;
+        let entry = PyDict::new(py);
+        for (key, value) in [
+            ("dense_rows", dense_rows),
+            ("dense_cols", dense_cols),
+            ("diagonals", set.diagonals().len()),
+            ("runs", set.runs().len()),
+            ("edges", nnz),
+            ("edges_in_dense", in_dense),
+            ("edges_on_diagonals", on_diagonals),
+            ("edges_in_runs", nnz - in_dense - on_diagonals),
+            ("bytes", set.bytes()),
+            ("shared_with", self.0.heads.iter().position(|other| Arc::ptr_eq(other, set)).unwrap_or(head)),
+        ] {
+            entry.set_item(key, value)?;
+        }
+        Ok(entry)
     }
 
     #[getter]
@@ -82,8 +265,11 @@ impl PyEdges {
 
     fn degrees<'py>(&self, py: Python<'py>, head: usize) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let set = self.head(head)?;
-        let degrees =
-            enter(py, |_| Ok((0..set.num_rows()).map(|row| set.degree(row) as i64).collect::<Vec<_>>()))?;
+        let degrees = enter(py, |_| {
+            let mut degrees = reserved("degrees", set.num_rows())?;
+            degrees.extend((0..set.num_rows()).map(|row| set.degree(row) as i64));
+            Ok(degrees)
+        })?;
         Ok(degrees.into_pyarray(py))
     }
 
@@ -91,15 +277,18 @@ impl PyEdges {
     fn to_csr<'py>(
         &self,
         py: Python<'py>,
-        head: usize,
-    ) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>)> {
-        let set = self.head(head)?;
-        let (row_ptr, col) = enter(py, |_| Ok(compressed_rows(set)))?;
+    ) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray1<i64>>)> {
+        let (heads, n) = (&self.0.heads, self.0.num_tokens);
+        let (row_ptr, col) = enter(py, |_| {
+            let (row_ptr, col) = compressed_rows("to_csr", heads.iter().map(|set| &**set))?;
+            let row_ptr = Array2::from_shape_vec((heads.len(), n + 1), row_ptr);
+            Ok((row_ptr.map_err(|error| Error::Shape(error.to_string()))?, col))
+        })?;
         Ok((row_ptr.into_pyarray(py), col.into_pyarray(py)))
     }
 
     fn to_dense<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray3<bool>>> {
-        let dense = enter(py, |_| dense(&self.0))?;
+        let dense = enter(py, |_| to_dense(&self.0))?;
         Ok(dense.into_pyarray(py))
     }
 
@@ -117,26 +306,4 @@ impl PyEdges {
         })?;
         Ok(pixels.into_pyarray(py))
     }
-}
-
-fn dense(mask: &MaskEdges) -> Result<Array3<bool>> {
-    let (heads, n) = (mask.heads.len(), mask.num_tokens);
-    let too_large = || {
-        Error::Value(format!(
-            "to_dense: {heads} heads x {n} x {n} cells do not fit in memory; use to_csr, which grows with the edges"
-        ))
-    };
-    let size = heads.checked_mul(n).and_then(|rows| rows.checked_mul(n)).ok_or_else(too_large)?;
-    let mut cells = Vec::new();
-    cells.try_reserve_exact(size).map_err(|_| too_large())?;
-    cells.resize(size, false);
-    let mut runs = Vec::new();
-    for (head, set) in mask.heads.iter().enumerate() {
-        for row in 0..n {
-            set.row(row, &mut runs);
-            let cells = &mut cells[(head * n + row) * n..][..n];
-            runs.iter().for_each(|run| cells[run.clone()].fill(true));
-        }
-    }
-    Array3::from_shape_vec((heads, n, n), cells).map_err(|error| Error::Shape(error.to_string()))
 }

@@ -7,6 +7,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use super::error::to_python;
+use super::user_mask::take_raised;
 use crate::error::{Error, Result};
 use crate::pool::Interrupt;
 
@@ -38,13 +39,20 @@ pub(super) fn enter<T: Send>(
     work: impl FnOnce(&dyn Interrupt) -> Result<T> + Send,
 ) -> PyResult<T> {
     let signals = Signals::default();
+    drop(take_raised());
     match py.detach(|| catch_unwind(AssertUnwindSafe(|| work(&signals)))) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(Error::Interrupted)) => {
             let raised = signals.raised.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
-            Err(raised.unwrap_or_else(|| to_python(py, Error::Interrupted)))
+            Err(raised.or_else(take_raised).unwrap_or_else(|| to_python(py, Error::Interrupted)))
         }
-        Ok(Err(error)) => Err(to_python(py, error)),
+        Ok(Err(error)) => {
+            let error = to_python(py, error);
+            if let Some(cause) = take_raised() {
+                error.set_cause(py, Some(cause));
+            }
+            Err(error)
+        }
         Err(panic) => {
             let message = panic
                 .downcast_ref::<String>()

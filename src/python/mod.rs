@@ -1,15 +1,20 @@
 //! The Python extension `sparse_mhsa._core`: thin, typed, and the only place that knows PyO3, numpy and torch.
 
+mod aten;
 mod config;
+mod edge_lists;
 mod edges;
 mod enter;
 mod error;
 mod ops;
+mod selection;
 mod tensor;
+mod user_mask;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
+use crate::config::mask_schema;
 use crate::pattern::registry::MASKS;
 
 /// The torch release that torch-sys links.
@@ -25,6 +30,8 @@ fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         entry.set_item("aliases", mask.aliases)?;
         entry.set_item("about", mask.about)?;
         entry.set_item("keys", mask.keys())?;
+        entry.set_item("default_prefix", mask.default_prefix())?;
+        entry.set_item("schema", mask_schema(mask).to_string())?;
         masks.append(entry)?;
     }
     Ok(masks)
@@ -40,8 +47,13 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<config::PyAttentionConfig>()?;
     module.add_class::<edges::PyEdges>()?;
     module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
+    module.add_function(wrap_pyfunction!(config::register_backend, module)?)?;
+    module.add_function(wrap_pyfunction!(config::config_schema, module)?)?;
+    module.add_function(wrap_pyfunction!(user_mask::register_mask, module)?)?;
     module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
+    module.add_function(wrap_pyfunction!(selection::selection_room, module)?)?;
+    module.add_function(wrap_pyfunction!(selection::select_edges, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::backward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward_edges, module)?)?;

@@ -5,21 +5,44 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::edges::compressed_rows;
+use super::aten;
+use super::aten::expand_bias;
+use super::edge_lists::compressed_rows;
 use super::enter::enter;
 use super::error::to_python;
 use super::tensor::{
     Output, PyTensor, Stored, TensorRef, accumulator_kind, double_tensor, dtype_name, int64_tensor,
     seed_value, slice, view,
 };
-use crate::attention::{ResolvedMask, plan_of_edge_lists, resolve};
-use crate::error::{Error, Result};
+use crate::attention::{ResolvedMask, resolve, resolve_edge_lists};
+use crate::error::{Error, Result, unknown_name};
 use crate::kernel::{Attention, Dropout, Element, Gradients, Isa, MaskedLogits, Run};
 use crate::pattern::edges::EdgeSet;
 use crate::plan::Plan;
-use crate::pool::Pool;
+use crate::pool::{Interrupt, Pool};
+
+/// What computes a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Engine {
+    /// Kernels that read the memory of CPU tensors.
+    Cpu,
+    /// ATen operators, on any device.
+    Aten,
+}
+
+impl FromPyObject<'_, '_> for Engine {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        match object.extract::<&str>()? {
+            "cpu" => Ok(Engine::Cpu),
+            "aten" => Ok(Engine::Aten),
+            other => Err(PyValueError::new_err(unknown_name("engine", other, &["cpu", "aten"]))),
+        }
+    }
+}
 
 /// Where the edges of a call come from.
 enum Edges<'a> {
@@ -40,12 +63,29 @@ impl Edges<'_> {
                 }))
             }
             Edges::Lists { row_ptr, col } => {
-                let plan =
-                    plan_of_edge_lists(slice("row_ptr", row_ptr, 2)?, slice("col", col, 1)?, queries, keys)?;
-                Ok(Arc::new(ResolvedMask { plan, masked_logits: MaskedLogits::NegInf }))
+                // The lists of a call on another device are read here.
+                let (row_ptr, col) = (row_ptr.f_to(Device::Cpu)?, col.f_to(Device::Cpu)?);
+                let (row_ptr, col) = (slice::<i64, 2>("row_ptr", &row_ptr)?, slice::<i64, 1>("col", &col)?);
+                resolve_edge_lists(row_ptr, col, queries, keys)
             }
         }
     }
+}
+
+/// Call a method of [`Call`] for the dtype of q.
+macro_rules! by_dtype {
+    ($py:expr, $call:expr, $method:ident($($argument:expr),*)) => {
+        match $call.q.kind() {
+            Kind::Float => $call.$method::<f32>($($argument),*),
+            Kind::Double => $call.$method::<f64>($($argument),*),
+            Kind::BFloat16 => $call.$method::<bf16>($($argument),*),
+            Kind::Half => $call.$method::<f16>($($argument),*),
+            other => Err(to_python($py, Error::Dtype(format!(
+                "q: expected torch.float32, torch.float64, torch.bfloat16 or torch.float16, got {}",
+                dtype_name(other)
+            )))),
+        }
+    };
 }
 
 /// The arguments that every operator shares.
@@ -100,18 +140,9 @@ impl<'a> Call<'a> {
     ) -> Result<R> {
         let (q, k, v) = (view("q", &self.q)?, view("k", &self.k)?, view("v", &self.v)?);
         let resolved = self.edges.resolve(q.shape()[0], q.shape()[2], k.shape()[2], q.shape()[1])?;
-        // Broadcasting is a matter of strides: an expanded view costs nothing.
-        let bias = self.bias.map(|bias| {
-            let [batch, heads, queries, _] = q.shape().map(|side| side as i64);
-            let size = [batch, heads, queries, k.shape()[2] as i64];
-            bias.f_expand(size, false).map_err(|_| {
-                Error::Shape(format!(
-                    "bias: expected a shape that broadcasts to {size:?}, got {:?}",
-                    bias.size()
-                ))
-            })
-        });
-        let bias = bias.transpose()?;
+        let [batch, heads, queries, _] = q.shape();
+        let bias =
+            self.bias.map(|bias| expand_bias(&bias, [batch, heads, queries, k.shape()[2]])).transpose()?;
         work(Attention {
             plan: &resolved.plan,
             q,
@@ -123,6 +154,53 @@ impl<'a> Call<'a> {
             scale: self.scale,
             masked_logits: resolved.masked_logits,
         })
+    }
+
+    /// Bind the arguments to a plan and hand them to `work`, as tensors of any device.
+    fn on_any_device<R: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&aten::Arguments<'_>, &dyn Interrupt) -> Result<R> + Send,
+    ) -> PyResult<R> {
+        let (q, k) = (Self::shape::<4>("q", &self.q)?, Self::shape::<4>("k", &self.k)?);
+        enter(py, |interrupt| {
+            let resolved = self.edges.resolve(q[0], q[2], k[2], q[1])?;
+            let arguments = aten::Arguments {
+                resolved: &resolved,
+                q: &self.q,
+                k: &self.k,
+                v: &self.v,
+                key_mask: self.key_mask.as_deref(),
+                bias: self.bias.as_deref(),
+                dropout: self.dropout,
+                scale: self.scale,
+            };
+            work(&arguments, interrupt)
+        })
+    }
+
+    fn run_forward(&self, py: Python<'_>, engine: Engine) -> PyResult<(PyTensor, PyTensor)> {
+        if engine == Engine::Aten {
+            let (out, lse) = self.on_any_device(py, aten::forward)?;
+            return Ok((PyTensor(out), PyTensor(lse)));
+        }
+        by_dtype!(py, self, forward(py))
+    }
+
+    fn run_backward(
+        &self,
+        py: Python<'_>,
+        engine: Engine,
+        [grad_out, out, lse]: [TensorRef<'_>; 3],
+    ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
+        if engine == Engine::Aten {
+            let gradients = |arguments: &aten::Arguments<'_>, interrupt: &dyn Interrupt| {
+                aten::backward(arguments, &grad_out, interrupt)
+            };
+            let (dq, dk, dv) = self.on_any_device(py, gradients)?;
+            return Ok((PyTensor(dq), PyTensor(dk), PyTensor(dv)));
+        }
+        by_dtype!(py, self, backward(py, grad_out, out, lse))
     }
 
     fn forward<T: Element + Stored>(&self, py: Python<'_>) -> PyResult<(PyTensor, PyTensor)>
@@ -169,35 +247,20 @@ impl<'a> Call<'a> {
 }
 
 /// As many threads as torch would use here: one inside a DataLoader worker, for example.
-fn pool() -> Pool {
+pub(super) fn pool() -> Pool {
     Pool::of(usize::try_from(tch::get_num_threads()).unwrap_or(1))
 }
 
-fn isa(py: Python<'_>) -> PyResult<Isa> {
+pub(super) fn isa(py: Python<'_>) -> PyResult<Isa> {
     Isa::selected().map_err(|error| to_python(py, error))
 }
 
-/// Call a method of [`Call`] for the dtype of q.
-macro_rules! by_dtype {
-    ($py:expr, $call:expr, $method:ident($($argument:expr),*)) => {
-        match $call.q.kind() {
-            Kind::Float => $call.$method::<f32>($($argument),*),
-            Kind::Double => $call.$method::<f64>($($argument),*),
-            Kind::BFloat16 => $call.$method::<bf16>($($argument),*),
-            Kind::Half => $call.$method::<f16>($($argument),*),
-            other => Err(to_python($py, Error::Dtype(format!(
-                "q: expected torch.float32, torch.float64, torch.bfloat16 or torch.float16, got {}",
-                dtype_name(other)
-            )))),
-        }
-    };
-}
-
 #[pyfunction]
-#[pyo3(signature = (q, k, v, spec, key_mask, bias, seed, dropout_p, scale))]
+#[pyo3(signature = (engine, q, k, v, spec, key_mask, bias, seed, dropout_p, scale))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn forward(
     py: Python<'_>,
+    engine: Engine,
     q: PyTensor,
     k: PyTensor,
     v: PyTensor,
@@ -210,14 +273,15 @@ pub(super) fn forward(
 ) -> PyResult<(PyTensor, PyTensor)> {
     let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
     let call = Call::new(&q, &k, &v, Edges::Spec(spec), key_mask, bias, seed, dropout_p, scale)?;
-    by_dtype!(py, call, forward(py))
+    call.run_forward(py, engine)
 }
 
 #[pyfunction]
-#[pyo3(signature = (grad_out, q, k, v, out, lse, spec, key_mask, bias, seed, dropout_p, scale))]
+#[pyo3(signature = (engine, grad_out, q, k, v, out, lse, spec, key_mask, bias, seed, dropout_p, scale))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn backward(
     py: Python<'_>,
+    engine: Engine,
     grad_out: PyTensor,
     q: PyTensor,
     k: PyTensor,
@@ -233,14 +297,15 @@ pub(super) fn backward(
 ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
     let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
     let call = Call::new(&q, &k, &v, Edges::Spec(spec), key_mask, bias, seed, dropout_p, scale)?;
-    by_dtype!(py, call, backward(py, grad_out.as_ref(), out.as_ref(), lse.as_ref()))
+    call.run_backward(py, engine, [grad_out.as_ref(), out.as_ref(), lse.as_ref()])
 }
 
 #[pyfunction]
-#[pyo3(signature = (q, k, v, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
+#[pyo3(signature = (engine, q, k, v, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn forward_edges(
     py: Python<'_>,
+    engine: Engine,
     q: PyTensor,
     k: PyTensor,
     v: PyTensor,
@@ -255,14 +320,15 @@ pub(super) fn forward_edges(
     let edges = Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref() };
     let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
     let call = Call::new(&q, &k, &v, edges, key_mask, bias, seed, dropout_p, scale)?;
-    by_dtype!(py, call, forward(py))
+    call.run_forward(py, engine)
 }
 
 #[pyfunction]
-#[pyo3(signature = (grad_out, q, k, v, out, lse, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
+#[pyo3(signature = (engine, grad_out, q, k, v, out, lse, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn backward_edges(
     py: Python<'_>,
+    engine: Engine,
     grad_out: PyTensor,
     q: PyTensor,
     k: PyTensor,
@@ -280,7 +346,7 @@ pub(super) fn backward_edges(
     let edges = Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref() };
     let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
     let call = Call::new(&q, &k, &v, edges, key_mask, bias, seed, dropout_p, scale)?;
-    by_dtype!(py, call, backward(py, grad_out.as_ref(), out.as_ref(), lse.as_ref()))
+    call.run_backward(py, engine, [grad_out.as_ref(), out.as_ref(), lse.as_ref()])
 }
 
 /// `row_ptr` (H, N + 1) with absolute offsets into `col`.
@@ -294,13 +360,8 @@ pub(super) fn edge_index(
     let (heads, row_ptr, col) = enter(py, |_| {
         let heads = crate::config::Spec::from_text(spec)?.heads;
         let resolved = resolve(spec, num_queries, num_keys, heads)?;
-        let (mut row_ptr, mut col) = (Vec::with_capacity(heads * (num_queries + 1)), Vec::new());
-        for head in 0..heads {
-            let (pointers, columns) = compressed_rows(resolved.plan.head(0, head, heads).by_query());
-            let before = col.len() as i64;
-            row_ptr.extend(pointers.into_iter().map(|pointer| pointer + before));
-            col.extend(columns);
-        }
+        let sets = (0..heads).map(|head| resolved.plan.head(0, head, heads).by_query());
+        let (row_ptr, col) = compressed_rows("edge_index", sets)?;
         Ok((heads, row_ptr, col))
     })?;
     let row_ptr = int64_tensor(&row_ptr, &[heads as i64, num_queries as i64 + 1])?;
@@ -321,7 +382,7 @@ pub(super) fn dropout_keep(
     let dropout = Dropout { seed: seed_value(&seed.0)?, p: dropout_p };
     let (row_ptr, col, edges) = (row_ptr.as_ref(), col.as_ref(), col.0.numel());
     let factors = enter(py, |_| {
-        let (row_ptr, col): (&[i64], &[i64]) = (slice("row_ptr", &row_ptr, 2)?, slice("col", &col, 1)?);
+        let (row_ptr, col) = (slice::<i64, 2>("row_ptr", &row_ptr)?, slice::<i64, 1>("col", &col)?);
         if num_heads == 0 || row_ptr.len() % num_heads != 0 || row_ptr.len() < num_heads {
             let got = row_ptr.len();
             return Err(Error::Shape(format!(
@@ -331,7 +392,7 @@ pub(super) fn dropout_keep(
         let rows = row_ptr.len() / num_heads - 1;
         // Checks the lists, so that the loop below cannot leave them.
         let keys = col.iter().max().map_or(0, |&last| last.max(0) as usize + 1);
-        plan_of_edge_lists(row_ptr, col, rows, keys)?;
+        resolve_edge_lists(row_ptr, col, rows, keys)?;
         let mut factors = Vec::with_capacity(batch * edges);
         for unit in 0..batch * num_heads {
             let pointers = &row_ptr[unit % num_heads * (rows + 1)..][..rows + 1];

@@ -90,13 +90,12 @@ macro_rules! stored {
 // Booleans are read as bytes: torch promises 0 or 1 but does not enforce it.
 stored!(f32 => Float, f64 => Double, half::bf16 => BFloat16, half::f16 => Half, i64 => Int64, u8 => Bool);
 
-fn check_layout(name: &str, tensor: &Tensor, kind: Kind, rank: usize) -> Result<()> {
-    if tensor.device() != Device::Cpu {
-        return Err(Error::Device(format!(
-            "{name}: this version has kernels for CPU tensors only, got a tensor on {:?}",
-            tensor.device()
-        )));
-    }
+/// The shape of a strided tensor, on any device, if it has the dtype and the rank that are expected.
+pub(super) fn check_strided<const RANK: usize>(
+    name: &str,
+    tensor: &Tensor,
+    kind: Kind,
+) -> Result<[usize; RANK]> {
     if tensor.is_sparse() || tensor.is_mkldnn() {
         return Err(Error::Value(format!("{name}: expected a strided tensor, got another layout")));
     }
@@ -104,13 +103,17 @@ fn check_layout(name: &str, tensor: &Tensor, kind: Kind, rank: usize) -> Result<
         let (expected, got) = (dtype_name(kind), dtype_name(tensor.kind()));
         return Err(Error::Dtype(format!("{name}: expected dtype {expected}, got {got}")));
     }
-    if tensor.dim() != rank {
-        return Err(Error::Shape(format!(
-            "{name}: expected {rank} dimensions, got shape {:?}",
-            tensor.size()
-        )));
+    let size: Vec<usize> = tensor.size().iter().map(|&side| side as usize).collect();
+    size.try_into().map_err(|size: Vec<usize>| {
+        Error::Shape(format!("{name}: expected {RANK} dimensions, got shape {size:?}"))
+    })
+}
+
+fn check_on_cpu(name: &str, tensor: &Tensor) -> Result<()> {
+    if tensor.device() == Device::Cpu {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::Device(format!("{name}: expected a CPU tensor, got one on another device")))
 }
 
 /// Read access to a tensor's elements with whatever strides it has.
@@ -118,10 +121,9 @@ pub(super) fn view<'a, T: Stored, const RANK: usize>(
     name: &str,
     tensor: &'a Tensor,
 ) -> Result<View<'a, T, RANK>> {
-    check_layout(name, tensor, T::KIND, RANK)?;
-    let size = tensor.size();
+    check_on_cpu(name, tensor)?;
+    let shape = check_strided::<RANK>(name, tensor, T::KIND)?;
     let strides = tensor.stride();
-    let shape: [usize; RANK] = std::array::from_fn(|axis| size[axis] as usize);
     let strides: [i64; RANK] = std::array::from_fn(|axis| strides[axis]);
     // The last element reachable through torch's non-negative strides. Torch keeps it inside the tensor's storage.
     let span = if shape.contains(&0) {
@@ -135,8 +137,9 @@ pub(super) fn view<'a, T: Stored, const RANK: usize>(
 }
 
 /// Read access to a contiguous tensor's elements.
-pub(super) fn slice<'a, T: Stored>(name: &str, tensor: &'a Tensor, rank: usize) -> Result<&'a [T]> {
-    check_layout(name, tensor, T::KIND, rank)?;
+pub(super) fn slice<'a, T: Stored, const RANK: usize>(name: &str, tensor: &'a Tensor) -> Result<&'a [T]> {
+    check_on_cpu(name, tensor)?;
+    check_strided::<RANK>(name, tensor, T::KIND)?;
     if !tensor.is_contiguous() {
         return Err(Error::Value(format!("{name}: expected a contiguous tensor")));
     }

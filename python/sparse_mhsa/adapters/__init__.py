@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from .._core import AttentionConfig
+from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
 from ..masks import LayerMask
 from . import timm, torch_nn
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported
 from .report import Report, Row
+from .timm import SparseTimmAttention
 from .verify import sparse_calls
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Report",
     "Row",
     "Site",
+    "SparseTimmAttention",
     "adapters",
     "densify",
     "find_attention",
@@ -68,17 +71,19 @@ def sparsify(
 
     Raises:
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
-        ValueError: nothing was swapped, an override matches no layer, or ``verify`` needs a ``sample``.
+        ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
+            no layer, or ``verify`` needs a ``sample``.
         RuntimeError: ``verify`` found a layer that stayed dense.
     """
     parsed = _with_overrides(load_config(config), overrides)
+    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     sites = find_attention(model)
     if strict:
-        _refuse_idle_overrides(overrides, sites)
+        _refuse_idle_patterns(overrides, parsed, sites)
     plan: list[tuple[Site, LayerMask]] = []
     rows = []
     for site in sites:
-        reason = _why_not(site, _patterns(include), _patterns(exclude))
+        reason = _why_not(site, included, excluded)
         if reason is None:
             try:
                 layer_mask, row = _plan(site, parsed)
@@ -119,16 +124,27 @@ def densify(model: nn.Module) -> None:
         adapter.finish(model)
 
 
-def _patterns(patterns: str | Sequence[str] | None) -> Sequence[str] | None:
-    return [patterns] if isinstance(patterns, str) else patterns
+def _patterns(name: str, patterns: str | Sequence[str] | None) -> list[re.Pattern[str]] | None:
+    if patterns is None:
+        return None
+    return [_pattern(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
 
 
-def _why_not(site: Site, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str | None:
+def _pattern(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: `{pattern}` is not a regular expression: {error}") from error
+
+
+def _why_not(
+    site: Site, include: Sequence[re.Pattern[str]] | None, exclude: Sequence[re.Pattern[str]] | None
+) -> str | None:
     """Why a layer is not selected, or None if it is."""
-    if exclude is not None and any(re.search(pattern, site.name) for pattern in exclude):
+    if exclude is not None and any(pattern.search(site.name) for pattern in exclude):
         return "excluded"
     if include is not None:
-        return None if any(re.search(pattern, site.name) for pattern in include) else "not included"
+        return None if any(pattern.search(site.name) for pattern in include) else "not included"
     return site.dense_by_design
 
 
@@ -142,8 +158,9 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         grid=site.grid,
         num_prefix_tokens=site.num_prefix_tokens,
     )
+    check_backend(layer_mask, site.adapter.heads(site.module)[1], site.adapter.dropout(site.module), site.num_tokens)
     density = nnz = None
-    if site.num_tokens is not None:
+    if site.num_tokens is not None and layer_mask.config.uses_edges and not layer_mask.by_content:
         mask = layer_mask.at(site.num_tokens)
         density, nnz = mask.density, mask.nnz
     row = Row(
@@ -170,11 +187,13 @@ def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str
     return load_config(document)
 
 
-def _refuse_idle_overrides(overrides: Mapping[str, Mapping[str, object]] | None, sites: Sequence[Site]) -> None:
+def _refuse_idle_patterns(
+    overrides: Mapping[str, Mapping[str, object]] | None, config: AttentionConfig, sites: Sequence[Site]
+) -> None:
     names = [site.name for site in sites]
-    for pattern in overrides or ():
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"overrides: `{pattern}` matches none of the attention layers {names}")
+    for pattern in config.unmatched_layers(names):
+        key = "overrides" if pattern in (overrides or ()) else "layers"
+        raise config_error(f"{key}: `{pattern}` matches none of the attention layers {names}", key=key)
 
 
 def _verify(
@@ -188,7 +207,7 @@ def _verify(
         raise ValueError(
             f"sample: expected an input for {type(model).__name__}, which does not tell its size; got None"
         )
-    watched = {site.name: site.module for site, layer_mask in plan if not layer_mask.is_dense}
+    watched = {site.name: site.module for site, layer_mask in plan if layer_mask.is_sparse}
     idle = [name for name, calls in sparse_calls(model, watched, sample).items() if calls == 0]
     if idle:
         raise RuntimeError(f"verify: stayed dense, no sparse operator was called in: {', '.join(idle)}")

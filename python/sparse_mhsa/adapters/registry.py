@@ -3,13 +3,15 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from ..backends import Backend
 from ..layer import SparseLayer
-from ..masks import LayerMask
+from ..masks import LayerMask, Mask
 
 _ADAPTERS: "list[Adapter]" = []
 
@@ -29,8 +31,12 @@ class Adapter(ABC):
         """Number of heads and head dimension."""
 
     @abstractmethod
-    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap ``module`` in place, or give an already swapped one another mask."""
+
+    def dropout(self, module: nn.Module) -> float:
+        """Probability that ``module`` drops an attention weight in training."""
+        return 0.0
 
     @abstractmethod
     def densify(self, module: nn.Module) -> None:
@@ -38,6 +44,10 @@ class Adapter(ABC):
 
     def dense_by_design(self, parent: nn.Module | None, name: str) -> str | None:
         """Why the attention ``name`` inside ``parent`` stays dense unless asked for, or None."""
+        return None
+
+    def layout(self, module: nn.Module) -> "Layout | None":
+        """How tokens are arranged in ``module``, a model or a part of one, or None if it does not tell."""
         return None
 
     def finish(self, model: nn.Module) -> None:  # noqa: B027  (optional)
@@ -79,9 +89,14 @@ class Site:
         return self.adapter.heads(self.module)[0]
 
     @property
-    def layer_mask(self) -> LayerMask | None:
+    def layer_mask(self) -> LayerMask | Mask | None:
         """The mask of an already swapped layer."""
         return self.module.layer_mask if isinstance(self.module, SparseLayer) else None
+
+    @property
+    def backend(self) -> Backend | None:
+        """The backend of an already swapped layer, if it is not softmax over edges."""
+        return self.module.backend if isinstance(self.module, SparseLayer) else None
 
 
 @dataclass(frozen=True)
@@ -158,29 +173,29 @@ def _by_name(name: str) -> str | None:
 
 
 def _layout(model: nn.Module, name: str) -> Layout:
-    """Read from the innermost module around ``name`` that embeds patches."""
+    """What the innermost module around ``name`` tells that tells anything."""
     ancestors = [model]
     for part in name.split(".")[:-1]:
         ancestors.append(ancestors[-1].get_submodule(part))
     for module in reversed(ancestors):
-        embedding = getattr(module, "patch_embed", None)
-        if embedding is not None:
-            return Layout(_grid(embedding), _prefix(module))
+        for adapter in _ADAPTERS:
+            layout = adapter.layout(module)
+            if layout is not None:
+                return layout
     return Layout()
 
 
-def _grid(embedding: nn.Module) -> tuple[int, ...] | None:
-    # With images of any size, the grid of the configured size is not the one that arrives.
-    if getattr(embedding, "dynamic_img_pad", False) or not getattr(embedding, "strict_img_size", True):
+def random_image(projection: object, sides: Sequence[int]) -> Tensor | None:
+    """One random image for the convolution that cuts images into patches, or the first one of several layers.
+
+    Returns:
+        (1, channels, *sides) on the device and in the dtype of the weights, or None without a convolution.
+    """
+    layers = projection.modules() if isinstance(projection, nn.Module) else ()
+    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    if convolution is None:
         return None
-    grid = getattr(embedding, "grid_size", None)
-    return tuple(int(side) for side in grid) if isinstance(grid, (tuple, list)) else None
-
-
-def _prefix(module: nn.Module) -> int | None:
-    tokens = getattr(module, "num_prefix_tokens", None)
-    if isinstance(tokens, int):
-        return tokens
-    if isinstance(getattr(module, "cls_token", None), Tensor):
-        return 2 if isinstance(getattr(module, "dist_token", None), Tensor) else 1
-    return None
+    weight = convolution.weight
+    generator = torch.Generator(weight.device) if weight.device.type != "meta" else None
+    shape = (1, convolution.in_channels, *sides)
+    return torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)

@@ -1,10 +1,10 @@
-"""`torch.nn.MultiheadAttention`, and with it torch's own transformer layers."""
+"""`torch.nn.MultiheadAttention`, and with it torch's transformer layers and torchvision's Vision Transformers."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..masks import LayerMask
+from ..masks import LayerMask, Mask
 from ..module import SparseMHSA
-from .registry import Adapter, register_adapter
+from .registry import Adapter, Layout, random_image, register_adapter
 
 _DENSE_NESTED_TENSOR = "_dense_use_nested_tensor"
 """Where an encoder keeps the ``use_nested_tensor`` it had before the swap."""
@@ -25,10 +25,15 @@ class TorchAdapter(Adapter):
         assert isinstance(module, nn.MultiheadAttention)
         return module.num_heads, module.head_dim
 
-    def sparsify(self, module: nn.Module, layer_mask: LayerMask) -> None:
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
         assert isinstance(module, nn.MultiheadAttention)
         SparseMHSA.convert(module, layer_mask)
+
+    def dropout(self, module: nn.Module) -> float:
+        """Of the attention weights."""
+        assert isinstance(module, nn.MultiheadAttention)
+        return float(module.dropout)
 
     def densify(self, module: nn.Module) -> None:
         """Swap back in place."""
@@ -41,6 +46,19 @@ class TorchAdapter(Adapter):
             return "cross-attention"
         return "decoder" if isinstance(parent, nn.TransformerDecoderLayer) else None
 
+    def layout(self, module: nn.Module) -> Layout | None:
+        """Of torchvision's Vision Transformers, which have a class token and take square images of one size."""
+        side = _image_side(module)
+        patch = getattr(module, "patch_size", None)
+        if side is None or not isinstance(patch, int):
+            return None
+        return Layout((side // patch, side // patch), 1)
+
+    def sample(self, model: nn.Module) -> Tensor | None:
+        """One random image for torchvision's Vision Transformers."""
+        side = _image_side(model)
+        return None if side is None else random_image(getattr(model, "conv_proj", None), (side, side))
+
     def finish(self, model: nn.Module) -> None:
         """Keep encoders with sparse layers from turning padded inputs into nested tensors."""
         for encoder in model.modules():
@@ -52,3 +70,10 @@ class TorchAdapter(Adapter):
                 encoder.use_nested_tensor = False
             elif not sparse and _DENSE_NESTED_TENSOR in encoder.__dict__:
                 encoder.use_nested_tensor = encoder.__dict__.pop(_DENSE_NESTED_TENSOR)
+
+
+def _image_side(module: nn.Module) -> int | None:
+    """Of the images that a torchvision Vision Transformer takes, which is known by its parts; else None."""
+    side = getattr(module, "image_size", None)
+    is_vit = isinstance(getattr(module, "class_token", None), Tensor) and hasattr(module, "conv_proj")
+    return side if is_vit and isinstance(side, int) else None

@@ -1,1 +1,5 @@
-"""Speed against dense attention, measured as ratios in one process behind a correctness gate."""
+"""Speed and memory of attention over edges against the alternatives, behind a correctness gate.
+
+``sparse-mhsa bench kernels`` and ``python -m sparse_mhsa.bench`` are the same tool. All methods of a row are timed
+in one process, taking turns; nothing that computes the wrong thing is timed.
+"""

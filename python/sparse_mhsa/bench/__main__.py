@@ -1,7 +1,8 @@
-"""``python -m sparse_mhsa.bench``."""
+"""``python -m sparse_mhsa.bench``: the same as ``sparse-mhsa bench kernels``."""
 
 import sys
 
-from .speed import main
+from ..cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["bench", "kernels", *sys.argv[1:]]))

@@ -5,11 +5,15 @@ Nothing here is needed to use sparse attention; it needs the packages of ``pip i
 
 from importlib.util import find_spec
 
-__all__ = ["TrainingError", "UsageError", "require_packages"]
+__all__ = ["DataError", "TrainingError", "UsageError", "require_packages"]
 
 
 class UsageError(ValueError):
     """An option, a path, a data set or a checkpoint that cannot be used as given."""
+
+
+class DataError(UsageError):
+    """An image that cannot be read, found while training."""
 
 
 class TrainingError(RuntimeError):

@@ -9,53 +9,148 @@ Keys of the file:
     history: what ``log.txt`` holds, one mapping per finished epoch.
     rng: states of the random generators of torch, NumPy and Python.
     args: the options of the run.
+    data: ``classes`` (names, in the order of the outputs) and ``train_images`` (their number).
     attention: the attention configuration as YAML text, or ``None`` for dense attention.
+
+What a file claims is checked here as far as one field allows; the module `resume` holds it against a run.
 """
 
+import math
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from . import UsageError
+from . import TrainingError, UsageError
 
-FORMAT = "sparse_mhsa-finetune-1"
-CONTENTS: dict[str, type | tuple[type, ...]] = {
-    "model": dict,
-    "optimizer": dict,
-    "epoch": int,
-    "step": int,
-    "meter": dict,
-    "best_acc1": (float, type(None)),
-    "history": list,
-    "rng": dict,
-    "args": dict,
-    "attention": (str, type(None)),
-}
+FORMAT = "sparse_mhsa-finetune-2"
+HISTORY = (
+    "epoch",
+    "train_lr",
+    "train_loss",
+    "train_acc1",
+    "test_loss",
+    "test_acc1",
+    "test_acc5",
+    "n_parameters",
+    "step_time",
+    "attention_time",
+    "train_time",
+)
+"""The numbers that ``log.txt`` has for every epoch."""
+METER = {"images": int, "loss": float, "correct": int, "step_seconds": list, "attention_seconds": list}
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace ``path`` in one step: a crash or a full disk leaves the previous file as it was."""
+class Field:
+    """One value of a checkpoint, with the name that an error gives it.
+
+    Args:
+        path: the file.
+        name: dotted path of the value inside it.
+        value: what the file holds there; ``NotImplemented`` if it holds nothing.
+    """
+
+    def __init__(self, path: Path, name: str, value: Any) -> None:  # noqa: ANN401
+        self.path, self.name, self.value = path, name, value
+
+    def reject(self, expected: str, got: object = None) -> NoReturn:
+        """Raise the `UsageError` that says what should stand here and what does."""
+        if got is None:
+            got = "nothing" if self.value is NotImplemented else f"{type(self.value).__name__} {self.value!r:.60}"
+        raise UsageError(f"--resume: '{self.path}' is damaged: {self.name}: expected {expected}, got {got}")
+
+    def __getitem__(self, key: str | int) -> "Field":
+        if isinstance(key, int):
+            return Field(self.path, f"{self.name}[{key}]", self.value[key])
+        return Field(self.path, f"{self.name}.{key}" if self.name else key, self.value.get(key, NotImplemented))
+
+    def instance(self, kind: type, expected: str) -> Any:  # noqa: ANN401
+        """The value, if it is a ``kind``; ``True`` is not an `int` here."""
+        if not isinstance(self.value, kind) or (isinstance(self.value, bool) and kind is not bool):
+            self.reject(expected)
+        return self.value
+
+    def integer(self, least: int, most: int | None = None) -> int:
+        """The value, if it is an integer of the range, both ends included."""
+        expected = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+        value: int = self.instance(int, expected)
+        if value < least or (most is not None and value > most):
+            self.reject(expected, value)
+        return value
+
+    def number(self, least: float = -math.inf) -> float:
+        """The value, if it is a finite number of at least ``least``."""
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            self.reject("a finite number")
+        if not math.isfinite(self.value) or self.value < least:
+            self.reject("a finite number" if least == -math.inf else f"a number of at least {least:g}", self.value)
+        return self.value
+
+    def mapping(self) -> dict[str, Any]:
+        """The value, if it is a mapping whose keys are names."""
+        value: dict[str, Any] = self.instance(dict, "a mapping")
+        for key in value:
+            if not isinstance(key, str):
+                self.reject("a mapping with names as keys", f"the key {key!r:.60}")
+        return value
+
+    def items(self) -> "list[Field]":
+        """One field per item, if the value is a list."""
+        return [self[index] for index in range(len(self.instance(list, "a list")))]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The value, if it is a mapping of names to tensors."""
+        value = self.mapping()
+        for key in value:
+            self[key].instance(Tensor, "a tensor")
+        return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` once all of it is on the disk.
+
+    Raises:
+        TrainingError: it cannot be written; ``path`` is as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except (OSError, RuntimeError) as error:
+        # torch.save turns a write that failed into a RuntimeError about its own bookkeeping.
+        cause = next((each for each in (error, error.__cause__, error.__context__) if isinstance(each, OSError)), error)
+        kept = ", what it held before is kept" if path.exists() else ""
+        raise TrainingError(f"cannot write '{path}'{kept}: {first_line(cause)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replace ``path`` in one step: a crash or a full disk leaves the previous file as it was.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of `write_checkpoint` onto the CPU.
 
     Raises:
-        UsageError: the file is missing, damaged, or not a checkpoint of a training run.
+        UsageError: the file is missing, damaged, or not a checkpoint of a training run; the message names the field.
     """
     if not path.is_file():
         raise UsageError(f"--resume: no such file: '{path}'")
@@ -64,11 +159,47 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the damaged part of the file leads to
         raise UsageError(f"--resume: '{path}' is not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"--resume: '{path}' is not a checkpoint of sparse-mhsa finetune")
-    for key, kind in CONTENTS.items():
-        if not isinstance(state.get(key, NotImplemented), kind):
-            raise UsageError(f"--resume: '{path}' is damaged: its {key!r} is missing or of the wrong kind")
+        raise UsageError(f"--resume: '{path}' is not a checkpoint of sparse-mhsa finetune, or of another version of it")
+    _check(Field(path, "", state))
     return state
+
+
+def _check(state: Field) -> None:
+    """Every field on its own: kind and range."""
+    state["model"].tensors()
+    state["optimizer"].mapping()
+    epoch, _ = state["epoch"].integer(0), state["step"].integer(0)
+    history = state["history"].items()
+    if len(history) != epoch:
+        state["epoch"].reject(f"the {len(history)} epochs of the history", epoch)
+    for index, entry in enumerate(history):
+        if entry.mapping().keys() != set(HISTORY):
+            entry.reject(f"the keys {', '.join(HISTORY)}", f"{', '.join(entry.value)}"[:200])
+        entry["epoch"].integer(index, index)
+        for key in HISTORY:
+            entry[key].number()
+    if epoch == 0:
+        state["best_acc1"].instance(type(None), "nothing before the first epoch is finished")
+    elif state["best_acc1"].number() != (best := max(entry.value["test_acc1"] for entry in history)):
+        state["best_acc1"].reject(f"{best}, the highest of the history", state["best_acc1"].value)
+    meter = state["meter"]
+    if meter.mapping().keys() != METER.keys():
+        meter.reject(f"the keys {', '.join(METER)}", f"{', '.join(meter.value)}"[:200])
+    meter["correct"].integer(0, meter["images"].integer(0))
+    meter["loss"].number()
+    for name in ("step_seconds", "attention_seconds"):
+        for each in meter[name].items():
+            each.number(0)
+    state["rng"].mapping()
+    for key, value in state["args"].mapping().items():
+        if not isinstance(value, (str, int, float, type(None))):
+            state["args"][key].reject("text, a number or nothing")
+    state["data"].mapping()
+    state["data"]["train_images"].integer(1)
+    for each in state["data"]["classes"].items():
+        each.instance(str, "the name of a class")
+    if state["attention"].value is not None:
+        state["attention"].instance(str, "YAML text or nothing")
 
 
 def random_state() -> dict[str, Any]:
@@ -84,14 +215,30 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo everything drawn since `random_state` returned ``state``."""
-    torch.set_rng_state(state["torch"])
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    random.setstate(state["python"])
+def set_random_state(state: dict[str, Any], path: Path) -> None:
+    """Undo everything drawn since `random_state` returned ``state``, which the checkpoint ``path`` held.
+
+    Raises:
+        UsageError: a generator does not accept its state.
+    """
+
+    def restore_numpy(value: Any) -> None:  # noqa: ANN401
+        keys, position, has_gauss, cached = value
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+    restore: dict[str, Callable[[Any], None]] = {
+        "torch": torch.set_rng_state,
+        "numpy": restore_numpy,
+        "python": random.setstate,
+    }
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        restore["cuda"] = torch.cuda.set_rng_state_all
+    for name, restore_one in restore.items():
+        field = Field(path, "rng", state)[name]
+        try:
+            restore_one(field.value)
+        except Exception as error:  # whatever a generator raises for a state that is none
+            field.reject(f"the state of a generator ({first_line(error)})")
 
 
 def seed_everything(seed: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler, TensorDataset
 
-from . import UsageError, require_packages
+from . import DataError, UsageError, require_packages
+from .checkpoint import first_line
 from .options import TrainOptions
 
 SPLIT_SEED = 0
@@ -214,8 +215,8 @@ def _read_image(path: str) -> Any:  # noqa: ANN401  (a PIL image)
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: not a readable image: {error}") from error
+    except Exception as error:  # the decoders raise whatever the damaged part of the file leads to
+        raise DataError(f"{path}: not a readable image: {first_line(error)}") from error
 
 
 def _length(dataset: Dataset[Any]) -> int:

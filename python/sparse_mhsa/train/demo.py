@@ -2,8 +2,6 @@
 
 import datetime
 import logging
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,12 +14,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import Mask, __version__, load_config, sparse_attention
+from .. import Mask, load_config, sparse_attention
 from ..adapters import find_attention
 from ..flops import attention_cost
+from ..machine import environment
 from . import UsageError, require_packages
 
-require_packages("matplotlib")
+require_packages("matplotlib", "timm")
+
+import timm  # noqa: E402
 
 from . import figures  # noqa: E402
 from .datasets import ImageData  # noqa: E402
@@ -91,7 +92,7 @@ def assemble(runs: Mapping[str, Run], masks: Sequence[Mask], command: str) -> di
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "environment": environment(),
+        "environment": {**environment(), "timm": timm.__version__},
         "data": {
             "name": options.dataset,
             "train_images": train_images,
@@ -201,21 +202,6 @@ def measure(
     return {"batch_size": options.batch_size, **timings}
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine."""
-    import timm
-
-    return {
-        "sparse_mhsa": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "machine": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, Any]) -> dict[str, str]:
     """The pictures of the report."""
     data = runs["sparse"].data
@@ -266,12 +252,3 @@ def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArr
     """(C, H, W) normalised -> (H, W) or (H, W, 3) in [0, 1]."""
     restored = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return restored.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy().astype(np.float32)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

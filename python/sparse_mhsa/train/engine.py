@@ -24,29 +24,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..adapters import find_attention
-from . import TrainingError, UsageError
-from .checkpoint import first_line, random_state, set_random_state, write_checkpoint
+from . import DataError, TrainingError, UsageError
+from .checkpoint import first_line, random_state, replacing, set_random_state, write_checkpoint
 from .datasets import EpochOrder, ImageData
-from .options import TrainOptions, flag_name
+from .options import TrainOptions
+from .resume import check_data, check_model, check_run
 from .timing import AttentionClock, synchronize
 
 logger = logging.getLogger("sparse_mhsa")
 
 LAST, BEST, LOG = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt"
-MUST_AGREE = ("model", "dataset", "batch_size", "seed")
-"""Options without which "the same step of the same run" has no meaning."""
-MAY_DIFFER = (
-    "data_path",
-    "attn_cfg",
-    "finetune",
-    "device",
-    "num_workers",
-    "output_dir",
-    "progress",
-    "resume",
-    "eval",
-)
-"""Options that do not change what is computed (``attn_cfg``: its content is compared, not its path)."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -115,6 +102,8 @@ class Trainer:
         self.epoch = self.step = 0
         self.meter = Meter()
         self.best_acc1: float | None = None
+        self.best: Path | None = None
+        """The checkpoint that reached it: in the output folder, or beside the checkpoint this run goes on from."""
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -126,7 +115,8 @@ class Trainer:
         """Train to the last epoch; `history` then holds one mapping per epoch.
 
         Raises:
-            TrainingError: the loss became infinite or NaN.
+            TrainingError: the loss became infinite or NaN, or a file cannot be written.
+            DataError: an image cannot be read; `LAST` continues after the last finished step.
             Interrupted: Ctrl-C was pressed; `LAST` continues after the last finished step.
         """
         # Now rather than after an epoch: a folder that cannot be made should cost nothing.
@@ -141,6 +131,12 @@ class Trainer:
                         self._stop_if(interrupted)
                     self._finish_epoch(self.evaluate(lambda: self._stop_if(interrupted)))
                     self._stop_if(interrupted, saved=True)
+        except DataError as error:
+            if self.epoch == self.step == 0:
+                raise
+            self.save(LAST)
+            path = self.options.output_dir / LAST
+            raise DataError(f"{error}; once that is mended, continue with --resume {path}") from error
         finally:
             clock.close()
 
@@ -178,6 +174,7 @@ class Trainer:
             "history": self.history,
             "rng": random_state(),
             "args": self.options.as_dict(),
+            "data": {"classes": list(self.data.class_names), "train_images": self.data.sizes[0]},
             "attention": self.attention,
         }
 
@@ -190,40 +187,31 @@ class Trainer:
         Raises:
             UsageError: it belongs to another model, data set, attention or run.
         """
-        self.load_weights(state, path)
-        given = self.options.as_dict()
-        for name, value in given.items():
-            before = state["args"].get(name, value)
-            if before == value or name in MAY_DIFFER:
-                continue
-            message = f"'{path}' was written with {flag_name(name)} {before}, this run has {value}"
-            if name in MUST_AGREE:
-                raise UsageError(f"--resume: {message}")
-            logger.warning("%s: the result will differ from an uninterrupted run", message)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.meter = Meter(**state["meter"])
-            set_random_state(state["rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UsageError(f"--resume: '{path}' does not fit this run: {first_line(error)}") from error
+        check_data(self, state, path)
+        check_model(self, state, path)
+        for warning in check_run(self, state, path):
+            logger.warning("%s: the result will differ from an uninterrupted run", warning)
+        set_random_state(state["rng"], path)
+        self.model.load_state_dict(state["model"])
+        # The groups hold what this run's options say; the checkpoint has the moments.
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
+        self.meter = Meter(**state["meter"])
         self.epoch, self.step = state["epoch"], state["step"]
+        self.scheduler.step_update(max(0, self.epoch * self.steps_per_epoch + self.step - 1))
         self.best_acc1, self.history = state["best_acc1"], list(state["history"])
+        beside = path.with_name(BEST)
+        self.best = beside if beside.is_file() else None
 
     def load_weights(self, state: dict[str, Any], path: Path) -> None:
         """Take over only the model of a checkpoint.
 
         Raises:
-            UsageError: it belongs to another model or was trained with another attention.
+            UsageError: it belongs to another model or other classes.
         """
-        if state["attention"] != self.attention:
-            was = "dense attention" if state["attention"] is None else "another attention configuration"
-            now = "--attn-cfg is not given" if self.attention is None else f"--attn-cfg is '{self.options.attn_cfg}'"
-            raise UsageError(f"--resume: '{path}' was trained with {was}, but {now}")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            details = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-            raise UsageError(f"--resume: '{path}' holds another model than {self.options.model}: {details}") from error
+        check_data(self, state, path)
+        check_model(self, state, path)
+        self.model.load_state_dict(state["model"])
 
     def _train_steps(self, clock: AttentionClock) -> Iterator[None]:
         """The steps of this epoch that are not done yet, yielding after each."""
@@ -297,6 +285,8 @@ class Trainer:
             1e3 * entry["attention_time"],
         )
         self.save(LAST, *([BEST] if is_best else []))
+        if is_best:
+            self.best = self.options.output_dir / BEST
 
     def save(self, *names: str) -> None:
         """Write the log and the checkpoints of these names into the output folder."""
@@ -305,9 +295,9 @@ class Trainer:
         for name in names:
             write_checkpoint(folder / name, state)
         # Rewritten from the history, so that a resumed run neither repeats nor loses lines.
-        temporary = folder / (LOG + ".tmp")
-        temporary.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.history))
-        temporary.replace(folder / LOG)
+        lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.history)
+        with replacing(folder / LOG) as file:
+            file.write(lines.encode())
 
     def _stop_if(self, interrupted: threading.Event, *, saved: bool = False) -> None:
         if not interrupted.is_set():
@@ -341,7 +331,26 @@ class Trainer:
     def _progress(self, loader: DataLoader[Any], title: str, **kwargs: Any) -> Any:  # noqa: ANN401
         # For tqdm, None means: quiet unless the stream is a terminal.
         disable = {"auto": None, "on": False, "off": True}[self.options.progress]
-        return tqdm(loader, desc=title, unit="step", leave=False, disable=disable, **kwargs)
+        kwargs.setdefault("total", len(loader))
+        return tqdm(_batches(loader), desc=title, unit="step", leave=False, disable=disable, **kwargs)
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader, whose processes send their errors back with a traceback in the message.
+
+    Raises:
+        DataError: an image cannot be read.
+        TrainingError: a loader process ended.
+    """
+    try:
+        yield from loader
+    except DataError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise DataError(last.partition("DataError: ")[2] or last) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(f"a process of --num-workers ended: {first_line(error)}") from error
 
 
 @contextmanager

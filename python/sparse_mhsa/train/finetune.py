@@ -17,6 +17,7 @@ require_packages("timm", "torchvision", "tqdm")
 
 from .engine import BEST, Trainer  # noqa: E402
 from .models import build_model, num_tokens  # noqa: E402
+from .resume import resolve_attention  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -56,6 +57,8 @@ def finetune(options: FinetuneOptions) -> Run:
     # Read first: a bad checkpoint or configuration should not cost the time that data and model take.
     state = read_checkpoint(options.resume) if options.resume else None
     attention = attention_text(options)
+    if state is not None and options.resume is not None:
+        attention = resolve_attention(state, options.resume, options.attn_cfg, attention)
     data = load_data(options)
     model = build_model(options, data)
     if attention is not None:
@@ -74,7 +77,8 @@ def finetune(options: FinetuneOptions) -> Run:
     else:
         trainer.fit()
         results = trainer.history[-1]
-        logger.info("best test top-1 %.2f %% in %s", trainer.best_acc1, options.output_dir / BEST)
+        where = trainer.best or f"an earlier run's {BEST}, which is not beside {options.resume}"
+        logger.info("best test top-1 %.2f %% in %s", trainer.best_acc1, where)
     return Run(options, data, model, trainer, attention, results)
 
 

@@ -87,7 +87,11 @@ def build_model(options: TrainOptions, data: ImageData) -> nn.Module:
             patch_size=patch_size,
             drop_path_rate=options.drop_path,
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except TypeError as error:  # it does not know img_size or patch_size
+        raise UsageError(
+            f"--model {options.model}: expected a Vision Transformer, whose image and patch size can be chosen: {error}"
+        ) from error
+    except (ValueError, AssertionError, RuntimeError) as error:
         given = f" with --finetune '{options.finetune}'" if weights else ""
         raise UsageError(f"--model {options.model}{given}: {error}") from error
     return model.to(torch.device(options.device))

@@ -44,7 +44,9 @@ class TrainOptions:
     )
     data_path: Path | None = option(None, "root of an image folder with train/ and val/", metavar="DIR")
     attn_cfg: Path | None = option(
-        None, "attention configuration; without it the model keeps its dense attention", metavar="YAML"
+        None,
+        "attention configuration; without it, dense attention or what the checkpoint of --resume was trained with",
+        metavar="YAML",
     )
     model: str = option("vit_micro", "vit_micro (dim 64, depth 4, 4 heads) or any timm model")
     finetune: Path | None = option(

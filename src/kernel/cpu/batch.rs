@@ -104,7 +104,8 @@ impl<T: Element> Allowed<'_, T> {
         !keys.is_empty()
     }
 
-    fn keeps(&self, row: usize, column: usize) -> bool {
+    /// Whether the call allows `column` in `row`.
+    pub(super) fn keeps(&self, row: usize, column: usize) -> bool {
         let (query, key) = if self.by_key { (column, row) } else { (row, column) };
         self.keeps_key(key)
             // SAFETY: the bias has an entry per (query, key).

@@ -13,8 +13,10 @@ mod forward;
 mod gather;
 mod matrix;
 mod panel;
+mod select;
 mod tasks;
 mod tile;
 
 pub(super) use backward::backward;
 pub(super) use forward::forward;
+pub(super) use select::select;

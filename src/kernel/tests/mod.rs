@@ -6,6 +6,7 @@ mod dropout;
 mod layout;
 mod panels;
 mod rejected;
+mod selection;
 mod semantics;
 
 use std::sync::Arc;

@@ -1,0 +1,110 @@
+"""Extra memory and first-call cost, each in a process of its own that has imported everything and done nothing else.
+
+The processes are forked from one that has only imported this module, so that neither the allocations of other rows
+nor plans cached by them are seen.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .gate import make_inputs
+from .methods import METHODS, Attention, Problem
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one call costs a fresh process.
+
+    Attributes:
+        extra_bytes: growth of the resident memory beyond inputs, outputs and gradients, at its peak.
+        mask_seconds: making the mask, and whatever the method prepares once per mask.
+        first_call_seconds: the first call, which builds and caches a plan.
+        second_call_seconds: the next, which finds it.
+    """
+
+    extra_bytes: int
+    mask_seconds: float
+    first_call_seconds: float
+    second_call_seconds: float
+
+
+class FootprintError(Exception):
+    """No measurement; the message says why."""
+
+
+def footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool, threads: int) -> Footprint:
+    """Measure one method of one case in a fresh process.
+
+    Raises:
+        FootprintError: the system has no /proc, or the process ended.
+    """
+    if not CLEAR.exists():
+        raise FootprintError("needs /proc (Linux)")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_measure, case, method, dtype, backward, threads).result()
+    except BrokenProcessPool as error:
+        raise FootprintError("the process ended: out of memory?") from error
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping; half of what the machine has where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _measure(case: Case, name: str, dtype: torch.dtype, backward: bool, threads: int) -> Footprint:
+    torch.set_num_threads(threads)
+    method = next(method for method in METHODS if method.name == name)
+    # Pools and libraries come up once per process, whatever they compute first.
+    tiny = Case("tiny", {"mask": "local", "mask_kwargs": {"window": 1}}, 8, num_heads=1, head_dim=8)
+    warm = Problem(tiny, tiny.mask(), dtype)
+    inputs = make_inputs(tiny, dtype)
+    _call(method.prepare(warm), inputs, torch.ones_like(inputs[0]) if backward else None)
+    warm_up = torch.ones(1 << 16)
+    warm_up.add_(1)
+
+    inputs = make_inputs(case, dtype)
+    grad = torch.ones_like(inputs[0]) if backward else None
+    before = _resident("VmRSS")
+    CLEAR.write_text("5", encoding="ascii")  # lowers the high-water mark to what is resident now
+    start = time.perf_counter()
+    attend = method.prepare(Problem(case, case.mask(), dtype))
+    prepared = time.perf_counter()
+    _call(attend, inputs, grad)
+    first = time.perf_counter()
+    peak = _resident("VmHWM")
+    _call(attend, inputs, grad)
+    second = time.perf_counter()
+    results = inputs[0].nbytes * (4 if backward else 1)
+    return Footprint(max(0, peak - before - results), prepared - start, first - prepared, second - first)
+
+
+def _call(attend: Attention, inputs: Sequence[Tensor], grad: Tensor | None) -> object:
+    if grad is None:
+        with torch.no_grad():
+            return attend(*(x.detach() for x in inputs))
+    out = attend(*inputs)
+    return out, torch.autograd.grad(out, inputs, grad)
+
+
+def _resident(field: str) -> int:
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,248 @@
+"""Running the benchmark: gate, time, relate to the machine's limits, measure memory."""
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..machine import environment
+from ..train import require_packages
+from .cases import Case, select
+from .gate import Gate, WrongResultError, make_inputs
+from .limits import Bandwidth, peak_flops
+from .measure import Call, interleave, paired_ratio, spread
+from .memory import FootprintError, available_memory, footprint
+from .methods import DENSE, METHODS, OURS, Attention, Method, Problem, UnsupportedError
+from .options import BenchOptions
+from .plots import plot
+from .table import markdown, row_line, table_head
+
+logger = logging.getLogger("sparse_mhsa")
+
+SCHEMA = "sparse_mhsa-bench-1"
+FLOPS = {"forward": 4, "step": 14}
+"""Operations per edge and channel: two matrix products forward, five more (with the scores again) backward."""
+ROWS_READ = {"forward": 2, "step": 8}
+"""Rows of keys, values, queries or gradients that an edge needs, if none is shared with a neighbouring edge."""
+
+
+def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHODS) -> int:
+    """Measure the rows that ``options`` select and write ``kernels.json``, ``kernels.md`` and the plots.
+
+    Args:
+        options: what the command line says.
+        command: what the user typed; the files quote it.
+        methods: what to compare; `METHODS` but for tests.
+
+    Returns:
+        The exit code: 1 if a method computed the wrong thing, else 0.
+
+    Raises:
+        UsageError: an option cannot be used as given.
+    """
+    if options.plots:
+        require_packages("matplotlib")
+    cases = select(options.rows, quick=options.quick)
+    methods = [method for method in methods if method.quick or not options.quick]
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with _threads(options.threads):
+        report: dict[str, Any] = {
+            "schema": SCHEMA,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": command,
+            "environment": environment(),
+            "limits": {"bandwidth": {}, "flops": {}},
+            "methods": {method.name: method.title for method in methods},
+            "rows": [],
+        }
+        start = time.perf_counter()
+        bandwidth = Bandwidth()
+        report["limits"]["bandwidth"].update({str(size): rate for size, rate in bandwidth.rates.items()})
+        for name in options.dtypes:
+            dtype = getattr(torch, name)
+            peak = report["limits"]["flops"][name] = peak_flops(dtype)
+            logger.info("%s", table_head(report, name))
+            for case in cases:
+                for row in measure_case(case, dtype, methods, options, peak, bandwidth):
+                    report["rows"].append(row)
+                    logger.info("%s", row_line(row, report))
+                write(report, options.output_dir)  # what is measured survives a Ctrl-C
+        report["seconds"] = time.perf_counter() - start
+    write(report, options.output_dir)
+    if options.plots:
+        plot(report, options.output_dir)
+    logger.info("written: %s", options.output_dir / "kernels.md")
+    wrong = [
+        f"{row['case']} {row['dtype']} {row['direction']} {name}: {result['reason']}"
+        for row in report["rows"]
+        for name, result in row["methods"].items()
+        if result["status"] == "failed"
+    ]
+    for line in wrong:
+        logger.error("FAILED %s", line)
+    return 1 if wrong else 0
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write ``kernels.json`` and ``kernels.md``."""
+    (folder / "kernels.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "kernels.md").write_text(markdown(report), encoding="utf-8")
+
+
+def measure_case(
+    case: Case,
+    dtype: torch.dtype,
+    methods: Sequence[Method],
+    options: BenchOptions,
+    peak: float,
+    bandwidth: Bandwidth,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one case and dtype: forward, then forward and backward."""
+    problem = Problem(case, case.mask(), dtype)
+    gates = {
+        kind: Gate(problem, masked=kind[0], stepwise=kind[1])
+        for kind in {(method.masked, method.stepwise) for method in methods}
+    }
+    prepared: dict[str, Attention | dict[str, Any]] = {}
+    for direction in ("forward", "step"):
+        backward = direction == "step"
+        results: dict[str, dict[str, Any]] = {}
+        calls: dict[str, Call] = {}
+        inputs = make_inputs(case, dtype)
+        grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        for method in methods:
+            refusal = admit(method, problem, gates[method.masked, method.stepwise], prepared, backward=backward)
+            if refusal is not None:
+                results[method.name] = refusal
+                continue
+            attend: Any = prepared[method.name]
+            calls[method.name] = partial(_step, attend, inputs, grad) if backward else partial(_forward, attend, inputs)
+        seconds = interleave(calls, repeat=options.repeat, budget=options.budget)
+        edges = case.batch * problem.mask.nnz
+        for name, times in seconds.items():
+            measured = spread(times)
+            result: dict[str, Any] = {"status": "ok", "seconds": asdict(measured)}
+            if DENSE in seconds:
+                result["speedup_over_sdpa"] = asdict(paired_ratio(seconds[DENSE], times))
+            if name != OURS and OURS in seconds:
+                result["speedup_of_ours"] = asdict(paired_ratio(times, seconds[OURS]))
+            dense = name == DENSE
+            work = case.batch * case.num_heads * case.num_tokens**2 if dense else edges
+            result["ns_per_edge"] = 1e9 * measured.median / work
+            result["flops_share"] = FLOPS[direction] * work * case.head_dim / measured.median / peak
+            results[name] = result
+        if OURS in calls:
+            results[OURS]["bandwidth"] = traffic(problem, direction, results[OURS]["seconds"]["median"], bandwidth)
+        if options.memory:
+            for name in calls:
+                if name == OURS or (not options.quick and name != "flex"):
+                    results[name].update(_footprint(case, name, dtype, backward=backward))
+        yield {
+            "case": case.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "direction": direction,
+            "batch": case.batch,
+            "heads": case.num_heads,
+            "head_dim": case.head_dim,
+            "tokens": case.num_tokens,
+            "edges": problem.mask.nnz,
+            "density": problem.mask.density,
+            "methods": {method.name: results[method.name] for method in methods},
+        }
+
+
+def admit(
+    method: Method,
+    problem: Problem,
+    gate: Gate,
+    prepared: dict[str, Attention | dict[str, Any]],
+    *,
+    backward: bool,
+) -> dict[str, Any] | None:
+    """Prepare a method and send it through the gate.
+
+    Returns:
+        ``None`` if it may be timed (its function is in ``prepared``), else its result: why it may not.
+    """
+    if backward and not method.backward:
+        return _refused("unsupported", "has no backward pass on this device")
+    need, free = method.memory(problem, backward=backward), available_memory()
+    if need > free // 2:
+        return _refused("oom", f"needs {need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free")
+    try:
+        if method.name not in prepared:
+            try:
+                prepared[method.name] = method.prepare(problem)
+            except UnsupportedError as error:
+                prepared[method.name] = _refused("unsupported", str(error))
+        attend = prepared[method.name]
+        if isinstance(attend, dict):
+            return attend
+        gate.check(attend, backward=backward)
+    except WrongResultError as error:
+        return _refused("failed", str(error))
+    except (MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())[:200]
+        short = isinstance(error, MemoryError) or "allocate memory" in message
+        # Ours has no excuse: an error of it is a wrong result.
+        return _refused("oom" if short else "failed" if method.name == OURS else "unsupported", message)
+    return None
+
+
+def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwidth) -> dict[str, float]:
+    """How close our kernel comes to the memory's limits.
+
+    Returns:
+        ``compulsory_share``: time to move every input and output once at the bandwidth of a working set of their size,
+        over the time taken; no kernel passes 1. ``gather_share``: the same for reading a row of every operand per edge
+        from the cache that holds one head; above 1 where neighbouring edges share what they read.
+    """
+    case, item = problem.case, problem.item
+    one = case.num_tokens * case.head_dim * item
+    tensors = {"forward": 4, "step": 4 + 8}[direction]
+    every = one * case.batch * case.num_heads * tensors
+    threads = torch.get_num_threads()
+    compulsory = every / bandwidth.at(every // threads)
+    rows = case.batch * problem.mask.nnz * ROWS_READ[direction] * case.head_dim * item
+    gather = rows / bandwidth.at(one * (2 if direction == "forward" else 4))
+    return {"compulsory_share": compulsory / seconds, "gather_share": gather / seconds}
+
+
+def _forward(attend: Attention, inputs: Sequence[Tensor]) -> object:
+    with torch.no_grad():
+        return attend(*(x.detach() for x in inputs))
+
+
+def _step(attend: Attention, inputs: Sequence[Tensor], grad: Tensor) -> object:
+    return torch.autograd.grad(attend(*inputs), inputs, grad)
+
+
+def _footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
+    try:
+        return asdict(footprint(case, method, dtype, backward=backward, threads=torch.get_num_threads()))
+    except FootprintError as error:
+        return {"footprint_missing": str(error)}
+
+
+def _refused(status: str, reason: str) -> dict[str, Any]:
+    return {"status": status, "reason": reason}
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

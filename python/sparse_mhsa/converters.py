@@ -1,0 +1,272 @@
+"""Edges from and to other forms: dense, compressed rows, torch and scipy sparse, callables.
+
+`True` and every stored entry mean *keep this edge*. Only the dense forms take N x N memory.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._core import Edges
+
+if TYPE_CHECKING:
+    import scipy.sparse  # type: ignore[import-untyped]
+    from torch.nn.attention.flex_attention import BlockMask
+
+Array: TypeAlias = Tensor | NDArray[np.generic] | Sequence[object]
+RowFunction: TypeAlias = Callable[[int, int], Array]
+"""``keep(head, row)``: the keys of one query, as bool (N,) or as integer indices in any order."""
+
+
+def edges_from_dense(dense: Array, num_heads: int | None = None) -> Edges:
+    """Edges of a dense mask.
+
+    Args:
+        dense: (N, N), shared by all heads, or (H, N, N); bool, True = keep.
+        num_heads: H; default is what ``dense`` has, 1 for two dimensions.
+
+    Returns:
+        The edges of H heads.
+
+    Raises:
+        TypeError: ``dense`` is not bool.
+        ValueError: a shape does not fit.
+    """
+    cells = _array("dense", dense)
+    if cells.dtype != np.bool_:
+        raise TypeError(f"dense: expected dtype bool (True = keep), got {cells.dtype}")
+    if cells.ndim == 2:
+        cells = cells[None]
+    if cells.ndim != 3 or cells.shape[0] < 1 or cells.shape[1] != cells.shape[2]:
+        raise ValueError(f"dense: expected shape (N, N) or (H, N, N), got {cells.shape}")
+    edges = Edges.from_dense(cells.view(np.uint8))
+    return edges if num_heads is None else edges.with_heads(num_heads)
+
+
+def edges_from_csr(row_ptr: object, col: Array | None = None, num_heads: int | None = None) -> Edges:
+    """Edges of compressed rows.
+
+    Args:
+        row_ptr: integers (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``.
+            Or a torch sparse CSR tensor, (N, N) or (H, N, N), or a scipy sparse matrix: then ``col`` is left out.
+        col: (nnz,) key indices, ascending strictly within a row.
+        num_heads: H; default is what ``row_ptr`` has.
+
+    Returns:
+        The edges of H heads. What values a sparse tensor or matrix stores does not matter, only where.
+
+    Raises:
+        TypeError: an argument is of another kind or not integer.
+        ValueError: the lists contradict themselves; the message says where.
+    """
+    if col is None:
+        row_ptr, col = _compressed(row_ptr)
+    pointers, columns = _integers("row_ptr", row_ptr), _integers("col", col)
+    if pointers.ndim == 1:
+        pointers = pointers[None]
+    if pointers.ndim != 2 or pointers.shape[0] < 1:
+        raise ValueError(f"row_ptr: expected shape (N + 1,) or (H, N + 1), got {pointers.shape}")
+    if columns.ndim != 1:
+        raise ValueError(f"col: expected one dimension, got {columns.shape}")
+    edges = Edges.from_csr(pointers, columns)
+    return edges if num_heads is None else edges.with_heads(num_heads)
+
+
+def edges_from_function(keep: RowFunction, num_tokens: int, num_heads: int) -> Edges:
+    """Edges of a callable that is asked row by row, so that a mask over many tokens never exists as N x N.
+
+    Args:
+        keep: ``keep(head, row)`` returns bool (N,), True = keep, or integer key indices in any order.
+        num_tokens: N.
+        num_heads: H.
+
+    Returns:
+        The edges of H heads. Heads that follow one another and are equal share memory.
+
+    Raises:
+        TypeError: a row is neither bool nor integer.
+        ValueError: a row has the wrong shape, or an index that is out of range or given twice.
+    """
+    if num_tokens < 0 or num_heads < 1:
+        raise ValueError(f"expected num_tokens >= 0 and num_heads >= 1, got {num_tokens} and {num_heads}")
+    row_ptr, rows, edges = np.zeros((num_heads, num_tokens + 1), dtype=np.int64), [], 0
+    for head in range(num_heads):
+        row_ptr[head, 0] = edges
+        for row in range(num_tokens):
+            keys = _keys(keep(head, row), num_tokens, f"row {row} of head {head}")
+            rows.append(keys)
+            edges += len(keys)
+            row_ptr[head, row + 1] = edges
+    return Edges.from_csr(row_ptr, np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
+
+
+def edges_from_rows(rows: Sequence[Array]) -> Edges:
+    """Edges of a list with the key indices of each query, shared by all heads.
+
+    Args:
+        rows: N sequences of key indices, in any order.
+
+    Returns:
+        The edges of one head.
+
+    Raises:
+        TypeError: a row is not integer.
+        ValueError: an index is out of range or given twice.
+    """
+    return edges_from_function(lambda _, row: rows[row], len(rows), 1)
+
+
+def to_torch_sparse(edges: Edges, head: int, dtype: torch.dtype) -> Tensor:
+    """(N, N) sparse CSR tensor of one head, ones where edges are kept."""
+    row_ptr, col = _one_head(edges, head).to_csr()
+    size = (edges.num_tokens, edges.num_tokens)
+    pointers, columns = torch.from_numpy(row_ptr[0]), torch.from_numpy(col)
+    return torch.sparse_csr_tensor(
+        pointers, columns, torch.ones(len(col), dtype=dtype), size, dtype=dtype, check_invariants=False
+    )
+
+
+def to_scipy(edges: Edges, head: int) -> "scipy.sparse.csr_array":
+    """(N, N) `scipy.sparse.csr_array` of one head, True where edges are kept.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    try:
+        import scipy.sparse
+    except ImportError as error:
+        raise ImportError("to_scipy needs scipy: pip install scipy") from error
+    row_ptr, col = _one_head(edges, head).to_csr()
+    size = (edges.num_tokens, edges.num_tokens)
+    return scipy.sparse.csr_array((np.ones(len(col), dtype=np.bool_), col, row_ptr[0]), shape=size)
+
+
+def to_block_mask(edges: Edges, block_size: int = 128) -> "BlockMask":
+    """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
+
+    Blocks that keep every pair are full; for the others the pairs are stored, ``block_size`` squared bools each. Beside
+    those, memory is one number per pair of blocks, as in any `BlockMask`, and never N x N. A query without a key gives
+    zero in FlexAttention too.
+
+    Args:
+        edges: of H heads.
+        block_size: side of a block in tokens.
+
+    Returns:
+        The block mask for (1, H, N, N), which broadcasts over the batch.
+
+    Raises:
+        ValueError: ``block_size`` is not positive, or there are no tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    n, heads = edges.num_tokens, edges.num_heads
+    if n == 0:
+        raise ValueError("to_block_mask: expected at least one token, got 0")
+    side = -(-n // block_size)
+    pointers, columns = (torch.from_numpy(array) for array in edges.to_csr())
+    rows = torch.repeat_interleave(torch.arange(heads * n), (pointers[:, 1:] - pointers[:, :-1]).flatten())
+    head, row = rows // n, rows % n
+    # Blocks are numbered through (head, block row, block column); pairs are numbered within their block.
+    block = (head * side + row // block_size) * side + columns // block_size
+    pair = row % block_size * block_size + columns % block_size
+    kept, place, count = torch.unique(block, return_inverse=True, return_counts=True)
+    is_full = count == block_size**2
+    tiles = torch.zeros(len(kept) + 1, block_size**2, dtype=torch.bool)
+    tiles[place, pair] = True
+    tile_of = torch.full((heads * side * side,), len(kept), dtype=torch.int32)
+    tile_of[kept] = torch.arange(len(kept), dtype=torch.int32)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = (head * side + query // block_size) * side + key // block_size
+        return tiles[tile_of[at], query % block_size * block_size + key % block_size]
+
+    def blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of chosen blocks in each row of blocks, and their columns, padded with the others."""
+        present = torch.zeros(heads * side * side, dtype=torch.bool)
+        present[kept[chosen]] = True
+        present = present.view(1, heads, side, side)
+        indices = torch.argsort(present.to(torch.int8), dim=-1, descending=True, stable=True)
+        return present.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+    partial_blocks, full_blocks = blocks(~is_full), blocks(is_full)
+    return BlockMask.from_kv_blocks(
+        *partial_blocks, *full_blocks, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(n, n)
+    )
+
+
+def _one_head(edges: Edges, head: int) -> Edges:
+    if not 0 <= head < edges.num_heads:
+        raise ValueError(f"head: expected a number from 0 to {edges.num_heads - 1}, got {head}")
+    return Edges.from_heads([(edges, head)])
+
+
+def _compressed(matrix: object) -> tuple[Array, Array]:
+    """``row_ptr`` and ``col`` of a torch or scipy sparse matrix."""
+    if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr:
+        if matrix.dim() not in (2, 3) or matrix.shape[-1] != matrix.shape[-2]:
+            raise ValueError(f"row_ptr: expected a sparse tensor of (N, N) or (H, N, N), got {tuple(matrix.shape)}")
+        pointers, columns = matrix.crow_indices(), matrix.col_indices()
+        starts = torch.arange(pointers[..., 0].numel(), device=pointers.device) * columns.shape[-1]
+        return pointers + starts.view(*pointers.shape[:-1], 1), columns.flatten()
+    scipy_sparse = sys.modules.get("scipy.sparse")
+    if scipy_sparse is not None and scipy_sparse.issparse(matrix):
+        if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:  # type: ignore[attr-defined]
+            raise ValueError(f"row_ptr: expected a square matrix, got {matrix.shape}")  # type: ignore[attr-defined]
+        rows = matrix.tocsr(copy=True)  # type: ignore[attr-defined]
+        rows.sum_duplicates()
+        return rows.indptr, rows.indices
+    raise TypeError(
+        "row_ptr: without `col`, expected a torch sparse CSR tensor or a scipy sparse matrix, "
+        f"got {type(matrix).__name__}"
+    )
+
+
+def _keys(row: object, num_tokens: int, where: str) -> NDArray[np.int64]:
+    """One row as ascending key indices."""
+    cells = _array(where, row)
+    if cells.dtype == np.bool_:
+        if cells.shape != (num_tokens,):
+            raise ValueError(f"{where}: expected {num_tokens} bools, got shape {cells.shape}")
+        return np.flatnonzero(cells)
+    if cells.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    keys = np.sort(_integers(where, cells).ravel())
+    if cells.ndim != 1:
+        raise ValueError(f"{where}: expected key indices in one dimension, got shape {cells.shape}")
+    if keys[0] < 0 or keys[-1] >= num_tokens:
+        wrong = keys[0] if keys[0] < 0 else keys[-1]
+        raise ValueError(f"{where}: expected key indices from 0 to {num_tokens - 1}, got {wrong}")
+    twice = np.flatnonzero(keys[1:] == keys[:-1])
+    if len(twice):
+        raise ValueError(f"{where}: expected every key index once, got {keys[twice[0]]} twice")
+    return keys
+
+
+def _integers(name: str, values: object) -> NDArray[np.int64]:
+    array = _array(name, values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected numbers below 2**63, got {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _array(name: str, values: object) -> NDArray[np.generic]:
+    if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_meta or values.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor with values, got {values.layout} on {values.device}")
+        values = values.detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise TypeError(f"{name}: expected an array, got {type(values).__name__}: {error}") from error

@@ -1,0 +1,153 @@
+//! BigBird (Zaheer et al., 2020, arXiv 2007.14062): window, global tokens and a few random keys per query.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::edges::{Builder, EdgeSet};
+use super::longformer::global_tokens;
+use super::random::head_draws;
+use super::segments::merge_ranges;
+use super::{Context, Domain, HeadEdges, Pattern, warn_clamped};
+use crate::error::Result;
+use crate::rng::{HeadDraws, Sampler};
+
+/// Over all token indices, CLS included: query i keeps key j if |i - j| <= window (for a window of at least 1), or if i or j is
+/// global, or (with `keep_cls_dense`) a prefix token. Besides, each query keeps `num_random` distinct keys, every subset of
+/// those that are neither kept already nor the query itself equally likely; all of them where there are fewer. `symmetric`
+/// adds the transpose. The draws depend on (seed, layer, head, epoch) and the query alone.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct BigBird {
+    window: i64,
+    num_random: i64,
+    num_global: i64,
+    global_indices: Option<Vec<i64>>,
+    symmetric: bool,
+    keep_cls_dense: bool,
+    per_head_same: bool,
+    per_batch_same: bool,
+    seed: Option<i64>,
+    reseed_each_epoch: bool,
+}
+
+impl Default for BigBird {
+    fn default() -> Self {
+        BigBird {
+            window: 1,
+            num_random: 1,
+            num_global: 1,
+            global_indices: None,
+            symmetric: false,
+            keep_cls_dense: true,
+            per_head_same: false,
+            per_batch_same: true,
+            seed: Some(1234),
+            reseed_each_epoch: true,
+        }
+    }
+}
+
+impl BigBird {
+    /// Window, globals and prefix; and the globals and prefix as ranges.
+    fn base(&self, context: &Context) -> Result<(Builder, Vec<Range<usize>>)> {
+        let n = context.num_tokens;
+        let tokens = global_tokens(Self::NAME, self.num_global, self.global_indices.as_deref(), n);
+        let mut globals: Vec<_> = tokens.into_iter().map(|token| token..token + 1).collect();
+        if self.keep_cls_dense {
+            globals.push(0..context.dense_prefix());
+        }
+        merge_ranges(&mut globals);
+        let mut builder = EdgeSet::builder(n, n)?;
+        if self.window > 0 {
+            builder = builder.band((-self.window, self.window, 1), 0..n, 0..n);
+        }
+        builder = globals.iter().fold(builder, |builder, tokens| builder.global(tokens.clone()));
+        Ok((builder, globals))
+    }
+
+    fn head(&self, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
+        let n = context.num_tokens;
+        let (base, globals) = self.base(context)?;
+        let (window, num_random) = (self.window.clamp(0, n as i64) as usize, self.num_random.max(0) as usize);
+        let (mut sampler, mut chosen, mut taken) = (Sampler::new(n), Vec::new(), Vec::new());
+        let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
+            if globals.iter().any(|range| range.contains(&query)) {
+                return;
+            }
+            taken.clear();
+            taken.extend(globals.iter().cloned());
+            taken.push(query.saturating_sub(window)..(query + window + 1).min(n));
+            merge_ranges(&mut taken);
+            let allowed = n - taken.iter().map(ExactSizeIterator::len).sum::<usize>();
+            sampler.choose(&mut draws.row(query), allowed, num_random, &mut chosen);
+            chosen.sort_unstable();
+            // The allowed keys are counted with the taken ranges left out; walking both in order puts them back.
+            let (mut skipped, mut ahead) = (0, taken.iter().peekable());
+            for &rank in &chosen {
+                while let Some(range) = ahead.next_if(|range| range.start <= rank + skipped) {
+                    skipped += range.len();
+                }
+                out.push(rank + skipped..rank + skipped + 1);
+            }
+        });
+        let drawn = drawn.build();
+        let mut builder = base.shifted(&drawn, 0);
+        if self.symmetric {
+            builder = builder.shifted(&drawn.transposed(), 0);
+        }
+        Ok(Arc::new(builder.build()))
+    }
+}
+
+impl Pattern for BigBird {
+    const NAME: &'static str = "bigbird";
+    const ABOUT: &'static str = "sliding window, global tokens and a few random keys per query";
+    const IGNORED: &'static [&'static str] = &["plot_once"];
+
+    fn check(&self) -> Result<()> {
+        for (key, value) in
+            [("window", self.window), ("num_random", self.num_random), ("num_global", self.num_global)]
+        {
+            if value < 0 {
+                warn_clamped(format!("bigbird: {key} {value} acts as 0"));
+            }
+        }
+        if !self.per_batch_same {
+            log::info!("bigbird: per_batch_same has no effect, because masks do not depend on the batch");
+        }
+        Ok(())
+    }
+
+    fn domain(&self) -> Domain {
+        Domain::Tokens
+    }
+
+    fn default_prefix(&self) -> usize {
+        1
+    }
+
+    fn uses_layer(&self) -> bool {
+        self.num_random > 0
+    }
+
+    fn uses_epoch(&self) -> bool {
+        self.num_random > 0 && self.reseed_each_epoch
+    }
+
+    fn seeds(&mut self) -> Vec<&mut Option<i64>> {
+        vec![&mut self.seed]
+    }
+
+    fn edges(&self, context: &Context) -> Result<HeadEdges> {
+        if self.num_random <= 0 {
+            return Ok(vec![Arc::new(self.base(context)?.0.build())]);
+        }
+        let heads = if self.per_head_same { 1 } else { context.num_heads };
+        (0..heads)
+            .map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context))
+            .collect()
+    }
+}

@@ -1,0 +1,174 @@
+//! Keys drawn at random for each query.
+
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::de::{Deserializer, Error as _};
+use serde::{Deserialize, Serialize};
+
+use super::edges::EdgeSet;
+use super::registry::check_range;
+use super::{Context, Domain, HeadEdges, Pattern, warn_clamped};
+use crate::error::{Error, Result};
+use crate::rng::{HeadDraws, Sampler};
+
+/// Over all token indices: each query keeps exactly k distinct keys, every subset of its allowed keys equally likely.
+///
+/// Allowed are the keys outside the dense prefix, with `causal` those up to the query; where fewer than k are allowed, all are kept.
+/// Exactly one of `k`, `keep_ratio` (r) and `mask_ratio` (1 - r) is given; a ratio means k = max(1, round(r * allowed)) for the
+/// query's number of allowed keys, halves rounded to even. `symmetric` adds the transpose; with `keep_cls_dense` the prefix is
+/// dense last of all. The draws depend on (seed, layer, head, epoch) and the query alone.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Random {
+    k: Option<i64>,
+    keep_ratio: Option<f64>,
+    mask_ratio: Option<f64>,
+    causal: bool,
+    symmetric: bool,
+    keep_cls_dense: bool,
+    per_head_same: bool,
+    #[serde(deserialize_with = "seed_or_none")]
+    #[schemars(extend("type" = ["integer", "string", "null"]))]
+    seed: Option<i64>,
+    reseed_each_epoch: bool,
+}
+
+impl Default for Random {
+    fn default() -> Self {
+        Random {
+            k: None,
+            keep_ratio: None,
+            mask_ratio: None,
+            causal: false,
+            symmetric: false,
+            keep_cls_dense: true,
+            per_head_same: false,
+            seed: None,
+            reseed_each_epoch: true,
+        }
+    }
+}
+
+/// An integer or null. The reference's own file writes `seed: None`, which YAML reads as a string, so that string is null too.
+fn seed_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<i64>, D::Error> {
+    match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::Null => Ok(None),
+        serde_json::Value::String(text) if text.eq_ignore_ascii_case("none") => Ok(None),
+        value => value.as_i64().map(Some).ok_or_else(|| {
+            D::Error::custom(format!("expected an integer, or null for a drawn one; got {value}"))
+        }),
+    }
+}
+
+impl Random {
+    /// Keys to draw for a query with this many allowed ones.
+    fn count(&self, allowed: usize) -> usize {
+        match (self.k, self.keep_ratio, self.mask_ratio) {
+            (Some(k), ..) => (k as usize).min(allowed),
+            (_, Some(keep), _) => of_ratio(keep, allowed),
+            (.., mask) => of_ratio(1.0 - mask.unwrap_or_default(), allowed),
+        }
+    }
+
+    fn head(&self, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
+        let n = context.num_tokens;
+        let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
+        let (mut sampler, mut chosen) = (Sampler::new(n), Vec::new());
+        let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
+            if query >= first {
+                let allowed = if self.causal { query + 1 } else { n } - first;
+                sampler.choose(&mut draws.row(query), allowed, self.count(allowed), &mut chosen);
+                out.extend(chosen.iter().map(|&key| first + key..first + key + 1));
+            }
+        });
+        let mut builder = drawn;
+        if self.symmetric {
+            let transposed = builder.clone().build().transposed();
+            builder = builder.shifted(&transposed, 0);
+        }
+        Ok(Arc::new(builder.global(0..first).build()))
+    }
+}
+
+fn of_ratio(keep: f64, allowed: usize) -> usize {
+    ((keep * allowed as f64).round_ties_even() as usize).clamp(1, allowed.max(1)).min(allowed)
+}
+
+impl Pattern for Random {
+    const NAME: &'static str = "random";
+    const ABOUT: &'static str = "a given number of keys per query, drawn uniformly without replacement";
+    const IGNORED: &'static [&'static str] = &["plot_once"];
+
+    fn check(&self) -> Result<()> {
+        let given = [self.k.is_some(), self.keep_ratio.is_some(), self.mask_ratio.is_some()];
+        if given.into_iter().filter(|given| *given).count() != 1 {
+            let message = "give exactly one of k (keys per query), keep_ratio, mask_ratio";
+            return Err(Error::config("", message));
+        }
+        if let Some(k) = self.k {
+            check_range("k", k, 1..=i64::MAX)?;
+        }
+        if let Some(keep) = self.keep_ratio.filter(|keep| !(*keep > 0.0 && *keep <= 1.0)) {
+            return Err(Error::config(
+                "keep_ratio",
+                format!("expected more than 0 and at most 1, got {keep}"),
+            ));
+        }
+        if let Some(mask) = self.mask_ratio.filter(|mask| !(*mask >= 0.0 && *mask < 1.0)) {
+            return Err(Error::config(
+                "mask_ratio",
+                format!("expected at least 0 and less than 1, got {mask}"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn domain(&self) -> Domain {
+        Domain::Tokens
+    }
+
+    fn default_prefix(&self) -> usize {
+        1
+    }
+
+    fn uses_layer(&self) -> bool {
+        true
+    }
+
+    fn uses_epoch(&self) -> bool {
+        self.reseed_each_epoch
+    }
+
+    fn seeds(&mut self) -> Vec<&mut Option<i64>> {
+        vec![&mut self.seed]
+    }
+
+    fn edges(&self, context: &Context) -> Result<HeadEdges> {
+        let n = context.num_tokens;
+        if let Some(k) = self.k.filter(|&k| k > n as i64) {
+            warn_clamped(format!("random: k {k} acts as {n} for {n} tokens"));
+        }
+        let heads = if self.per_head_same { 1 } else { context.num_heads };
+        (0..heads)
+            .map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context))
+            .collect()
+    }
+}
+
+/// The draws of head `head` here.
+pub(super) fn head_draws(
+    seed: Option<i64>,
+    reseed_each_epoch: bool,
+    head: usize,
+    context: &Context,
+) -> Result<HeadDraws> {
+    let seed = seed.ok_or_else(|| {
+        Error::config(
+            "seed",
+            "expected a number: null means one that is drawn when a mask or module is built",
+        )
+    })?;
+    let epoch = if reseed_each_epoch { context.epoch } else { 0 };
+    Ok(HeadDraws::new(seed, context.layer, head, epoch))
+}

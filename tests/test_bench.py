@@ -1,0 +1,318 @@
+"""The benchmark: what it refuses to time, what it writes, which rows it selects. Times themselves are not tested."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sparse_mhsa.bench import cases, memory, run
+from sparse_mhsa.bench.cases import Case, all_cases, select
+from sparse_mhsa.bench.gate import Gate, WrongResultError
+from sparse_mhsa.bench.measure import Spread, interleave, paired_ratio
+from sparse_mhsa.bench.memory import footprint
+from sparse_mhsa.bench.methods import DENSE, METHODS, OURS, Flex, Method, Problem, Sparse, UnsupportedError
+from sparse_mhsa.bench.options import BenchOptions
+from sparse_mhsa.bench.run import bench
+from sparse_mhsa.cli import main
+from sparse_mhsa.train import UsageError
+
+BY_NAME = {method.name: method for method in METHODS}
+COMPILED = {"flex"}
+TINY = {
+    "fibottention": Case("fibottention-26", {"mask": "fibottention"}, 26, 2, num_heads=3, head_dim=8),
+    "local": Case("local-20", {"mask": "local", "mask_kwargs": {"window": 2}}, 20, num_heads=2, head_dim=8),
+    "none": Case("none-9", {"mask": "none"}, 9, num_heads=2, head_dim=8),
+    "sampled": Case("local-700", {"mask": "local", "mask_kwargs": {"window": 2}}, 700, num_heads=1, head_dim=8),
+}
+
+
+def problem(name, dtype=torch.float32):
+    return Problem(TINY[name], TINY[name].mask(), dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The problems are tiny: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# The gate.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("name", BY_NAME.keys() - COMPILED)
+def test_every_method_computes_attention_over_the_edges(name, case, dtype):
+    method, one = BY_NAME[name], problem(case, dtype)
+    if name == "torch_sparse" and dtype is torch.bfloat16:
+        with pytest.raises(UnsupportedError, match="no bfloat16 kernels"):
+            method.prepare(one)
+        return
+    attend = method.prepare(one)
+    gate = Gate(one, masked=method.masked, stepwise=method.stepwise)
+    gate.check(attend, backward=False)
+    gate.check(attend, backward=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_flex_attention_computes_attention_over_the_edges():
+    one = problem("local")
+    Gate(one, masked=True).check(Flex().prepare(one), backward=False)
+
+
+class Wrong(Method):
+    """Our attention, spoiled."""
+
+    name, title = OURS, "wrong"
+
+    def __init__(self, spoil):
+        self.spoil = spoil
+
+    def prepare(self, problem):
+        attend = Sparse().prepare(problem)
+        return lambda q, k, v: self.spoil(attend, q, k, v)
+
+
+def one_row_off(attend, q, k, v):
+    out = attend(q, k, v).clone()
+    out[:, :, -1] += 1e-3
+    return out
+
+
+def backward_off(attend, q, k, v):
+    """The right output with a gradient that is 0.1 % too large."""
+    out = attend(q, k, v)
+    return out.detach() + 1.001 * (out - out.detach())
+
+
+SPOILED = {
+    "scaled": (lambda attend, q, k, v: 1.0001 * attend(q, k, v), "out"),
+    "one row": (one_row_off, "out"),
+    "NaN": (lambda attend, q, k, v: attend(q, k, v) * math.nan, "out"),
+    "no mask": (lambda attend, q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v), "out"),
+    "keys swapped": (lambda attend, q, k, v: attend(q, k.flip(2), v.flip(2)), "out"),
+    "backward": (backward_off, "d[qkv]"),
+}
+
+
+@pytest.mark.parametrize("case", ["local", "sampled"])
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_wrong_kernel_does_not_pass(spoiled, case):
+    one = problem(case)
+    spoil, where = SPOILED[spoiled]
+    with pytest.raises(WrongResultError, match=rf"^{where} differs by .*, allowed are "):
+        Gate(one, masked=True).check(Wrong(spoil).prepare(one), backward=True)
+
+
+def test_a_wrong_kernel_is_printed_as_failed_without_a_speed_and_ends_the_command_with_1(tmp_path, monkeypatch):
+    wrong = Wrong(SPOILED["scaled"][0])
+    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"]])
+    options = BenchOptions(repeat=1, memory=False, plots=False, output_dir=tmp_path)
+    assert bench(options, "command", [wrong, BY_NAME[DENSE]]) == 1
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    for row in report["rows"]:
+        result = row["methods"][OURS]
+        assert result.keys() == {"status", "reason"}
+        assert result["status"] == "failed"
+        assert "speedup_of_ours" not in row["methods"][DENSE]
+    page = (tmp_path / "kernels.md").read_text()
+    assert "| local-20 | forward | 23.50% | FAILED |" in page
+    assert "differs by" in page
+
+
+# What is not timed.
+
+
+class Raises(Method):
+    """A method that fails in some other way."""
+
+    name, title = "raises", "raises"
+
+    def __init__(self, error, bytes_needed=0):
+        self.error, self.bytes_needed = error, bytes_needed
+
+    def memory(self, problem, *, backward):
+        return self.bytes_needed
+
+    def prepare(self, problem):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "reason"),
+    [
+        (Raises(UnsupportedError("no such thing")), "unsupported", "no such thing"),
+        (Raises(RuntimeError("no compiler\nfound")), "unsupported", "no compiler found"),
+        (Raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")), "oom", "allocate"),
+        (Raises(MemoryError()), "oom", ""),
+        (Raises(None, bytes_needed=1 << 60), "oom", "needs 1073741824.0 GiB or more, "),
+    ],
+)
+def test_a_method_that_cannot_run_is_shown_with_the_reason(method, status, reason):
+    result = run.admit(method, problem("local"), None, {}, backward=False)
+    assert result["status"] == status
+    assert reason in result["reason"]
+
+
+def test_our_own_error_is_a_failure_and_not_an_excuse():
+    method = Raises(RuntimeError("broken"))
+    method.name = OURS
+    assert run.admit(method, problem("local"), None, {}, backward=False)["status"] == "failed"
+
+
+def test_a_method_without_a_backward_pass_is_timed_forward_only():
+    assert run.admit(Flex(), problem("local"), None, {}, backward=True)["status"] == "unsupported"
+
+
+# Timing.
+
+
+def test_calls_take_turns_and_every_turn_starts_with_another():
+    order = []
+    seconds = interleave({name: lambda name=name: order.append(name) for name in "abc"}, repeat=4, budget=100.0)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # a warm-up, then four turns
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_slow_call_takes_part_in_fewer_turns(monkeypatch):
+    from sparse_mhsa.bench import measure
+
+    lengths = {"fast": 0.001, "slow": 0.3, "endless": 9.0}
+    monkeypatch.setattr(measure, "seconds_of", lambda call: lengths[call()])
+    seconds = interleave({name: lambda name=name: name for name in lengths}, repeat=10, budget=1.5)
+    took_part = {name: sum(value is not None for value in values) for name, values in seconds.items()}
+    assert took_part == {"fast": 10, "slow": 5, "endless": 1}
+
+
+def test_ratios_are_those_of_the_same_turn():
+    """Other work slows the second turn three times: the ratio does not move."""
+    assert paired_ratio([2.0, 6.0, None], [1.0, 3.0, 100.0]) == Spread(2.0, 2.0, 2.0, 2)
+
+
+# Rows.
+
+
+def test_the_full_table_has_the_sizes_of_the_targets_and_every_registered_mask():
+    names = [case.name for case in all_cases()]
+    assert len(set(names)) == len(names)
+    for name in ("fibottention-197x8", "fibottention-577x2", "fibottention-16385", "local_w512-4096", "none-1025"):
+        assert name in names
+    assert any(name.startswith("longformer-1025") for name in names)
+    assert {case.name for case in all_cases() if case.quick} == {
+        "fibottention-197x8", "fibottention-1025", "local_w64-1024", "none-197x8"
+    }  # fmt: skip
+
+
+def test_rows_are_selected_by_pattern_and_a_pattern_without_rows_is_an_error():
+    assert [case.name for case in select(["none-1025", "local_w*"], quick=False)] == [
+        "local_w64-1024", "local_w64-4096", "local_w256-4096", "local_w512-4096", "none-1025"
+    ]  # fmt: skip
+    assert select((), quick=True) == [case for case in all_cases() if case.quick]
+    with pytest.raises(UsageError, match="--rows fibo: no such row; there are fibottention-197x8, "):
+        select(["fibo"], quick=False)
+
+
+# Memory.
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs /proc")
+@pytest.mark.parametrize("backward", [False, True])
+def test_extra_memory_is_seen_and_belongs_to_one_method(backward):
+    """Dense scores of 2 x 1024 x 1024 floats are 8 MiB; the edges of a narrow window are next to nothing."""
+    case = Case("local-1024", {"mask": "local", "mask_kwargs": {"window": 2}}, 1024, num_heads=2, head_dim=8)
+    ask = {"dtype": torch.float32, "backward": backward, "threads": 1}
+    dense = footprint(case, "reference_masked", **ask)
+    assert dense.extra_bytes >= 3 * 2 * 1024 * 1024 * 4
+    ours = footprint(case, OURS, **ask)
+    assert ours.extra_bytes < 4 << 20
+    assert ours.second_call_seconds > 0
+    assert ours.mask_seconds > 0
+
+
+# The command.
+
+
+RESULT = {"status", "seconds", "speedup_over_sdpa", "ns_per_edge", "flops_share"}
+
+
+def test_the_command_writes_json_markdown_and_pictures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"], TINY["fibottention"]])
+    code = main(
+        ["bench", "kernels", "--quick", "--rows", "*", "--repeat", "2", "--threads", "1", "--output-dir", str(tmp_path)]
+    )
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert torch.get_num_threads() == 1
+
+    report = json.loads((tmp_path / "kernels.json").read_text())
+    assert report["schema"] == "sparse_mhsa-bench-1"
+    assert report["environment"]["threads"] == 1
+    assert report["command"].startswith("sparse-mhsa bench kernels --quick")
+    assert report["limits"]["flops"]["float32"] > 0
+    assert all(rate > 0 for rate in report["limits"]["bandwidth"].values())
+    assert "flex" not in report["methods"]
+    rows = report["rows"]
+    assert [(row["case"], row["direction"]) for row in rows] == [
+        (case, direction) for case in ("local-20", "fibottention-26") for direction in ("forward", "step")
+    ]
+    # A window of 2 over 20 tokens: 3 + 4 + 16 * 5 + 4 + 3 edges per head, two heads.
+    assert rows[0]["edges"] == 2 * 94
+    for row in rows:
+        assert row["methods"].keys() == report["methods"].keys()
+        for name, result in row["methods"].items():
+            assert result["status"] == "ok", result
+            assert result.keys() >= RESULT
+            assert result["seconds"].keys() == {"median", "lower_quartile", "upper_quartile", "repeats"}
+            assert ("speedup_of_ours" in result) == (name != OURS)
+        ours = row["methods"][OURS]
+        assert ours["bandwidth"].keys() == {"compulsory_share", "gather_share"}
+        if memory.CLEAR.exists():
+            assert {"extra_bytes", "mask_seconds", "first_call_seconds", "second_call_seconds"} <= ours.keys()
+        work = row["batch"] * row["edges"]
+        assert ours["ns_per_edge"] == pytest.approx(1e9 * ours["seconds"]["median"] / work)
+
+    page = (tmp_path / "kernels.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + len(rows)
+    assert len({line.count("|") for line in table}) == 1
+    for line in table:
+        assert line in out
+    for direction in ("forward", "step"):
+        assert (tmp_path / f"kernels-float32-{direction}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_measured_before_ctrl_c_are_kept(tmp_path, monkeypatch):
+    measure_case = run.measure_case
+
+    def interrupted(case, *arguments):
+        if case is TINY["none"]:
+            raise KeyboardInterrupt
+        return measure_case(case, *arguments)
+
+    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"], TINY["none"]])
+    monkeypatch.setattr(run, "measure_case", interrupted)
+    options = BenchOptions(repeat=1, memory=False, plots=False, output_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        bench(options, "command", [BY_NAME[OURS], BY_NAME[DENSE]])
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["case"] for row in rows} == {"local-20"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rows nothing", "--rows nothing: no such row"),
+        ("--dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("--budget 0", "--budget must be above 0, got 0"),
+        ("--threads 0", "--threads: must be at least 1"),
+    ],
+)
+def test_bad_usage_is_named(capsys, tmp_path, words, message):
+    assert main(["bench", "kernels", *words.split(), "--output-dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

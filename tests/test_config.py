@@ -1,0 +1,240 @@
+"""Configurations as users write them: files, mappings, OmegaConf nodes, their schema, and overrides by layer."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparse_mhsa as sm
+from sparse_mhsa import _core
+from sparse_mhsa.catalogue import registered
+from sparse_mhsa.cli import main
+
+ROOT = Path(__file__).parents[1]
+YAMLS = sorted((ROOT / "configs" / "attention").glob("*.yaml"))
+CONTRADICTING = sorted((Path(__file__).parent / "contradicting_configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def schema():
+    document = json.loads(_core.config_schema())
+    jsonschema.Draft202012Validator.check_schema(document)
+    return jsonschema.Draft202012Validator(document)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_shipped_yaml_fits_the_schema_also_in_its_canonical_form(schema, path):
+    schema.validate(yaml.safe_load(path.read_text()))
+    config = sm.load_config(path)
+    schema.validate(json.loads(config.to_json()))
+    schema.validate(yaml.safe_load(config.to_yaml()))
+    assert sm.load_config(config.to_yaml()) == config
+
+
+BROKEN = [
+    "[]",
+    "attention: null",
+    "{attention: {mask: none}, model: vit}",
+    "mask: fibotention",
+    "msk: none",
+    "{mask: local, mask_kwargs: {windw: 1}}",
+    "{mask: local, mask_kwargs: {window: many}}",
+    "{mask: local, mask_kwargs: {window: 1, causal: 1}}",
+    "{mask: local, mask_kwargs: {window_schedule: {kind: step, values: []}}}",
+    "{mask_kwargs: {window: 1}}",
+    "{mask: fibo, mask_kwargs: {schedule: lucas}}",
+    "{mask: none, masked_logits: one}",
+    "{mask: none, num_heads: -1}",
+    "{mask: none, scale: None}",
+    "{mask: none, layers: {'0': {mask: locl}}}",
+    "{mask: none, layers: {'0': {mask: local, mask_kwargs: {windw: 1}}}}",
+    "{mask: none, layers: {'0': {num_heads: 3}}}",
+    "{backend: efficent}",
+    "{backend: efficient, mask: fibottention}",
+    "{backend: efficient, backend_kwargs: {r: 1}}",
+    "{backend: efficient_local, backend_kwargs: {normalize: rows}}",
+    "{backend: linformer}",
+    "{backend: linformer, backend_kwargs: {projector: {max_seq_len: 9}}}",
+    "{backend: linformer, backend_kwargs: {projector: {max_seq_len: 9, r: 1, rank: 2}}}",
+    "{backend: fibottention_sparse, mask: local}",
+    "{backend: vit, backend_kwargs: {query_chunk_size: 3}}",
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_the_schema_refuses_what_the_loader_refuses(schema, text):
+    with pytest.raises(sm.ConfigError):
+        sm.load_config(text)
+    with pytest.raises(jsonschema.ValidationError):
+        schema.validate(yaml.safe_load(text))
+
+
+def test_the_schema_knows_every_mask_and_parameter_from_the_registry(schema):
+    definitions = schema.schema["$defs"]
+    for entry in _core.registered_masks():
+        kwargs = definitions[f"mask_{entry['name']}"]
+        assert set(entry["keys"]) <= set(kwargs["properties"])
+        assert kwargs["additionalProperties"] is False
+        for name in (entry["name"], *entry["aliases"]):
+            assert name in definitions["document"]["properties"]["mask"]["enum"]
+
+
+def test_the_command_line_prints_the_schema(schema, capsys):
+    assert main(["config", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == schema.schema
+
+
+def plain_masks():
+    """Names of masks that need no parameter."""
+    names = []
+    for mask in registered():
+        try:
+            sm.load_config({"mask": mask.name})
+        except sm.ConfigError:
+            continue
+        names += [mask.name, *mask.aliases]
+    return names
+
+
+DOCUMENTS = st.fixed_dictionaries(
+    {"mask": st.sampled_from(plain_masks())},
+    optional={
+        "scale": st.floats(allow_nan=False, allow_infinity=False) | st.none(),
+        "masked_logits": st.sampled_from(["neg_inf", "zero"]),
+        "num_prefix_tokens": st.integers(0, 5),
+        "prefix_dense": st.booleans(),
+        "on_empty_row": st.sampled_from(["zero", "error"]),
+        "embed_dim": st.integers(1, 999),
+        "num_heads": st.integers(1, 99),
+        "layers": st.dictionaries(st.sampled_from(["a", "b.*", r"\d", "#'\": x"]), st.just({"scale": 0.1})),
+    },
+)
+
+
+def test_the_order_of_layers_makes_a_difference():
+    first, second = "'0': {mask: fibo}", "'1': {mask: local, mask_kwargs: {window: 1}}"
+    text = "{{mask: none, layers: {{{}, {}}}}}"
+    assert sm.load_config(text.format(first, second)) != sm.load_config(text.format(second, first))
+
+
+@settings(deadline=None, max_examples=60)
+@given(DOCUMENTS, st.booleans())
+def test_every_document_reads_the_same_as_mapping_yaml_json_and_omegaconf(document, wrapped):
+    omegaconf = pytest.importorskip("omegaconf")
+    document = {"attention": document} if wrapped else document
+    config = sm.load_config(document)
+    for twin in (
+        yaml.safe_dump(document, sort_keys=False),
+        json.dumps(document, indent=1),
+        omegaconf.OmegaConf.create(document),
+        config.to_yaml(),
+        json.loads(config.to_json()),
+        config,
+    ):
+        assert sm.load_config(twin) == config
+        assert hash(sm.load_config(twin)) == hash(config)
+
+
+def test_omegaconf_interpolation_is_resolved_and_its_failures_are_configuration_errors():
+    omegaconf = pytest.importorskip("omegaconf")
+    node = omegaconf.OmegaConf.create({"w": 3, "attention": {"mask": "local", "mask_kwargs": {"window": "${w}"}}})
+    assert sm.load_config(node.attention) == sm.load_config("mask: local\nmask_kwargs: {window: 3}")
+    for broken in ({"mask": "${nothing}"}, {"mask": "???"}, ["mask"]):
+        with pytest.raises(sm.ConfigError):
+            sm.load_config(omegaconf.OmegaConf.create(broken))
+
+
+@pytest.mark.parametrize("path", CONTRADICTING, ids=lambda path: path.stem)
+def test_a_mask_for_a_backend_that_cannot_apply_it_is_refused_by_name(path):
+    backend = path.stem.partition("_")[0]
+    with pytest.raises(sm.ConfigError, match=f"the backend `{backend}` cannot apply the mask `fibottention`") as raised:
+        sm.load_config(path)
+    assert raised.value.key == "attention.mask"
+    assert raised.value.source == str(path)
+    assert raised.value.line == path.read_text().splitlines().index("  mask: fibottention") + 1
+
+
+PUBLISHED = {
+    "dna", "efficient_local", "efficient_none", "fibottention_high_overlap", "linformer_none", "vit_bigbird",
+    "vit_fibottention", "vit_fibottention_crossdiag", "vit_fibottention_shuffled", "vit_fibottention_true_sparse",
+    "vit_longformer", "vit_none", "vit_qchunk", "vit_qchunk_topk", "vit_random", "vit_sparse_fixed",
+    "vit_sparse_local", "vit_sparse_strided", "vit_topk",
+}  # fmt: skip
+NEEDS = {"vit_bigbird": "bigbird", "vit_random": "random", "vit_topk": "topk", "vit_qchunk_topk": "topk"}
+
+
+def test_every_published_configuration_ships_once_its_mask_exists():
+    names = {mask.name for mask in registered()}
+    expected = {name for name in PUBLISHED if NEEDS.get(name, "none") in names}
+    assert expected <= {path.stem for path in YAMLS}
+    assert {path.stem for path in CONTRADICTING} == {"efficient_fibottention", "linformer_fibottention"}
+
+
+# Overrides by layer.
+
+
+def encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 3, enable_nested_tensor=False)
+
+
+def test_layers_replace_keys_where_their_expression_matches():
+    model = encoder()
+    layers = {r"layers\.[01]\.": {"mask": "fibo"}, r"layers\.1\.": {"backend": "efficient", "mask": "none"}}
+    config = {"mask": "local", "mask_kwargs": {"window": 2}, "scale": 0.5, "layers": layers}
+    with pytest.raises(sm.ConfigError, match="dropout"):
+        sm.sparsify(model, config)
+    for layer in model.layers:
+        layer.self_attn.dropout = 0.0
+    config["layers"][r"layers\.2\."] = {"mask_kwargs": {"window": 1, "causal": True}}
+    report = sm.sparsify(model, config)
+    assert [row.mask for row in report.swapped] == ["fibottention", "efficient", "local"]
+    assert [layer.self_attn.layer_mask.scale for layer in model.layers] == [0.5, 0.5, 0.5]
+    kwargs = json.loads(model.layers[2].self_attn.layer_mask.config.to_json())["mask_kwargs"]
+    assert (kwargs["window"], kwargs["causal"]) == (1, True)
+
+
+def test_a_layers_entry_that_matches_no_layer_is_an_error_unless_lenient():
+    config = {"mask": "fibo", "layers": {"blocks": {"mask": "none"}, r"layers\.0": {"mask": "none"}}}
+    with pytest.raises(sm.ConfigError, match="layers: `blocks` matches none of the attention layers") as raised:
+        sm.sparsify(encoder(), config)
+    assert raised.value.key == "layers"
+    assert [row.mask for row in sm.sparsify(encoder(), config, strict=False).swapped] == ["none"] + ["fibottention"] * 2
+    with pytest.raises(sm.ConfigError, match="overrides: `blocks` matches none"):
+        sm.sparsify(encoder(), "mask: fibo", overrides={"blocks": {"mask": "none"}})
+
+
+def test_layers_without_a_model_are_an_error_and_not_ignored(capsys, tmp_path):
+    text = "mask: fibo\nlayers: {'blocks.0': {mask: none}}"
+    for use in (
+        lambda: sm.SparseMHSA(8, 2, config=text),
+        lambda: sm.Mask.from_config(text, 9, 2),
+        lambda: sm.SparseMHSA.from_dense(nn.MultiheadAttention(8, 2), text),
+    ):
+        with pytest.raises(sm.ConfigError, match=r"layers: .* there is no model here") as raised:
+            use()
+        assert raised.value.key == "layers"
+    sm.SparseMHSA(8, 2, config=sm.load_config(text).for_layer("blocks.0"))
+    (tmp_path / "a.yaml").write_text(text)
+    sizes = ["--tokens", "9", "--heads", "2"]
+    assert main(["masks", str(tmp_path / "a.yaml"), *sizes]) == 2
+    assert "layers" in capsys.readouterr().err
+    assert main(["masks", str(tmp_path / "a.yaml"), *sizes, "--module", "blocks.0.attn"]) == 0
+    assert capsys.readouterr().out.startswith("none: 9 tokens")
+
+
+def test_the_list_of_masks_names_every_mask_and_parameter(capsys):
+    for arguments in (["--list"], ["--list", "--markdown"]):
+        assert main(["masks", *arguments]) == 0
+        out = capsys.readouterr().out
+        for mask in registered():
+            assert mask.name in out
+            assert mask.about in out
+            assert all(parameter.name in out for parameter in mask.parameters)
+    assert out.count("\n") == len(registered()) + 2
+    assert main(["masks", "--tokens", "9"]) == 2
+    assert "arguments are required: FILE" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Laws of numbers: data types, NaN and infinities, large and tiny scores, rows without keys, layouts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sparse_mhsa as sm
+from comparison import assert_as_good_as_dense, assert_same, oracle_with_grads
+from sparse_mhsa.reference import dense_attention
+
+pytestmark = pytest.mark.usefixtures("engine")
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def local(num_tokens, window=2, heads=2):
+    config = {"mask": "local", "mask_kwargs": {"window": window}}
+    return sm.Mask.from_config(config, num_tokens=num_tokens, num_heads=heads)
+
+
+def draw(num_tokens, *, heads=2, dim=16, magnitude=1.0, dtype=torch.float32):
+    return [(torch.randn(1, heads, num_tokens, dim) * magnitude).to(dtype) for _ in range(4)]
+
+
+def run(q, k, v, grad_out, mask, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out, lse = sm.sparse_attention(*leaves, mask, return_lse=True, **options)
+    return out.detach(), lse, *torch.autograd.grad(out, leaves, grad_out)
+
+
+def assert_accurate(inputs, mask):
+    got = run(*inputs, mask)
+    plain, exact = (oracle_with_grads(*inputs, mask.to_dense(), dtype) for dtype in (inputs[0].dtype, torch.float64))
+    for name, mine, base, truth in zip(("out", "lse", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        assert_as_good_as_dense(mine, base, truth, factor=2 if name in ("out", "lse") else 3, what=name)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("num_tokens", [15, 16, 17, 31, 32, 33])
+def test_five_times_larger_inputs_around_a_tile_lose_no_precision(dtype, num_tokens):
+    assert_accurate(draw(num_tokens, magnitude=5.0, dtype=dtype), local(num_tokens))
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 7, 33, 65, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_head_dimension_is_as_precise(head_dim, dtype):
+    assert_accurate(draw(19, dim=head_dim, dtype=dtype), local(19))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_ten_thousand_stay_finite(dtype, sign):
+    q, k, v, grad = draw(24, dim=1, dtype=dtype)
+    q, k = torch.full_like(q, 100.0), torch.full_like(k, sign * 100.0)
+    k[:, :, ::2] = sign * 99.0
+    inputs, mask = (q, k, v, grad), local(24)
+    results = run(*inputs, mask, scale=1.0)
+    assert all(torch.isfinite(x).all() for x in results)
+    expected, _ = dense_attention(*(x.double() for x in (q, k, v)), mask.to_dense(), scale=1.0)
+    # The scores are whole numbers and tens apart, so every type knows them well enough to choose the same keys.
+    assert_same(results[0].double(), expected, atol=4 * torch.finfo(dtype).eps * v.double().abs().max())
+
+
+def test_gradients_at_large_scores_err_at_most_three_times_as_much_as_torchs_flash_kernel():
+    # Both recompute p from lse, which float32 holds to eps * |lse|; torch accepts that of its dense kernel.
+    for seed in range(4):
+        torch.manual_seed(seed)
+        q, k, v, grad = (torch.randn(1, 2, 12, 16) for _ in range(4))
+        q, k = q * 30, k * 30
+        mask = sm.Mask.from_config({"mask": "none"}, num_tokens=12, num_heads=2)
+
+        def flash(dtype, backend, tensors=(q, k, v, grad)):
+            leaves = [x.to(dtype).requires_grad_() for x in tensors[:3]]
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(*leaves)
+                return torch.autograd.grad(out, leaves, tensors[3].to(dtype))
+
+        exact = flash(torch.float64, SDPBackend.MATH)
+        plain = flash(torch.float32, SDPBackend.FLASH_ATTENTION)
+        math_ = flash(torch.float32, SDPBackend.MATH)
+        for mine, base, other, truth in zip(run(q, k, v, grad, mask)[2:], plain, math_, exact, strict=True):
+            scale = truth.abs().max()
+            allowed = 3 * max((base - truth).abs().max(), (other - truth).abs().max()) + 1e-6 * scale
+            assert (mine - truth).abs().max() <= allowed
+
+
+def test_weights_too_small_for_a_normal_number_are_exactly_zero_or_as_exact_as_torchs():
+    # Scores of 0 and of -110 to -80: float32 ends at exp(-87.3), its denormal numbers at exp(-103.3).
+    keys = 32
+    q, v = torch.ones(1, 1, 1, 1), torch.randn(1, 1, keys, 4)
+    k = torch.linspace(-110, -80, keys).reshape(1, 1, keys, 1)
+    k[0, 0, 0] = 0.0
+    out, lse = sm.sparse_attention(q, k, v, None, scale=1.0, return_lse=True)
+    assert_same(out, v[:, :, :1], rtol=1e-6, atol=1e-30)
+    assert lse.item() == 0.0
+
+
+@pytest.mark.parametrize("where", ["start", "middle", "end", "everywhere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_that_lies_in_the_padding_gives_zero_and_finite_gradients(where, dtype):
+    keep = torch.ones(1, 600, dtype=torch.bool)
+    span = {"start": slice(0, 200), "middle": slice(200, 400), "end": slice(400, 600), "everywhere": slice(0, 600)}
+    keep[:, span[where]] = False
+    q, k, v, grad = draw(600, heads=1, dim=8, dtype=dtype)
+    k[:, :, span[where]], v[:, :, span[where]] = math.nan, math.inf
+    mask = local(600, window=4, heads=1)
+    out, lse, *grads = run(q, k, v, grad, mask, key_padding_mask=keep)
+    empty = ~(mask.to_dense()[0] & keep).any(-1)
+    assert empty.sum() >= 190
+    assert (out[:, :, empty] == 0).all()
+    assert (lse[:, :, empty] == -math.inf).all()
+    assert torch.isfinite(lse[:, :, ~empty]).all()
+    assert all(torch.isfinite(x).all() for x in (out, *grads))
+    assert (grads[0][:, :, empty] == 0).all()
+    assert all((x[:, :, span[where]] == 0).all() for x in grads[1:])
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_scale_that_is_no_number_gives_what_dense_attention_gives(scale):
+    q, k, v, _ = draw(9, dtype=torch.float64)
+    mask = local(9)
+    expected, lse = dense_attention(q, k, v, mask.to_dense(), scale=scale)
+    got, got_lse = sm.sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
+    rows = torch.isnan(lse)
+    assert torch.equal(torch.isnan(got_lse), rows)
+    assert torch.equal(torch.isnan(got).all(-1), rows)
+    assert_same(got[~rows], expected[~rows], atol=1e-12)
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_a_number_in_an_attended_place_shows_where_dense_attention_shows_it(place, value):
+    inputs = dict(zip("qkv", draw(9, dtype=torch.float64)[:3], strict=True))
+    inputs[place][0, 0, 4, 1] = value
+    mask = local(9)
+    got, lse = sm.sparse_attention(*inputs.values(), mask, return_lse=True)
+    reached = mask.to_dense()[0, :, 4] if place != "q" else torch.arange(9) == 4
+    assert torch.isfinite(got[0, 1]).all()
+    assert torch.isfinite(got[0, 0, ~reached]).all()
+    # A key that scores +inf is undefined, one that scores -inf only loses its weight.
+    undefined = ~torch.isfinite(got[0, 0]).all(-1)
+    if math.isnan(value) or place == "v":
+        assert torch.equal(undefined, reached)
+    else:
+        expected, expected_lse = dense_attention(*inputs.values(), mask.to_dense().unsqueeze(0))
+        rows = reached & torch.isnan(expected_lse[0, 0])
+        assert torch.isnan(lse[0, 0, rows]).all()
+        assert_same(got[0, 0, ~reached], expected[0, 0, ~reached], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_misaligned_and_huge_strides_change_no_bit(dtype):
+    mask = local(7)
+    storage = torch.randn(3 + 2 * 7 * 5).to(dtype)
+    misaligned = [storage[i : i + 70].view(1, 2, 7, 5) for i in (1, 2, 3)]
+    # One row of memory, claimed to be any number of elements apart where a dimension has one entry only.
+    far = [torch.as_strided(storage, (1, 2, 7, 5), (2**40, 5, 10, 1), i) for i in range(3)]
+    for tensors in (misaligned, far):
+        grad = torch.ones((), dtype=dtype).expand(1, 2, 7, 5)
+        views, copies = run(*tensors, grad, mask), run(*(x.contiguous() for x in tensors), grad.contiguous(), mask)
+        assert all(torch.equal(a, b) for a, b in zip(views, copies, strict=True))
+
+
+def test_hooks_see_the_gradients_and_unused_outputs_need_none():
+    q, k, v, _ = (x.requires_grad_() for x in draw(9, dtype=torch.float64))
+    seen = []
+    q.register_hook(lambda grad: seen.append(grad.clone()))
+    out = sm.sparse_attention(q, k, v, local(9))
+    out.register_hook(lambda grad: grad * 2)
+    out.sum().backward()
+    (expected,) = torch.autograd.grad(dense_attention(q, k, v, local(9).to_dense())[0].sum() * 2, q)
+    assert_same(seen[0], expected, atol=1e-12)
+    assert_same(q.grad, seen[0])
+
+
+def test_subclasses_of_tensor_are_taken_for_what_they_hold():
+    class Tagged(torch.Tensor):
+        pass
+
+    q, k, v, _ = draw(9)
+    expected = sm.sparse_attention(q, k, v, local(9))
+    got = sm.sparse_attention(*(x.as_subclass(Tagged) for x in (q, k, v)), local(9))
+    assert torch.equal(torch.as_tensor(got).as_subclass(torch.Tensor), expected)
+
+
+def test_parameters_are_tensors_too():
+    q, k, v, _ = (torch.nn.Parameter(x) for x in draw(9))
+    sm.sparse_attention(q, k, v, local(9)).sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))

@@ -1,0 +1,285 @@
+"""Masks that choose keys by content, against their definitions written with sorted scores.
+
+Queries and keys are small whole numbers, so that scores are exact and ties are everywhere.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import sparse_mhsa as sm
+from sparse_mhsa.content import edges_of
+from sparse_mhsa.masks import LayerMask
+from sparse_mhsa.reference import dense_attention
+
+BATCH, HEADS = 2, 3
+
+
+def whole_numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def layer_mask(mask, heads=HEADS, epoch=0, prefix=None, **mask_kwargs):
+    config = sm.load_config({"mask": mask, "mask_kwargs": mask_kwargs})
+    return LayerMask(config, heads, epoch=epoch, num_prefix_tokens=prefix)
+
+
+def chosen(q, k, mask, **options):
+    """(B, H, N, N) bool of the edges that the operator chose."""
+    _, row_ptr, col = edges_of(q, k, mask, scale=1.0, **options)
+    batch, heads, tokens = q.shape[:3]
+    dense = torch.zeros(batch * heads, tokens, tokens, dtype=torch.bool)
+    for unit, row in itertools.product(range(batch * heads), range(tokens)):
+        keys = col[row_ptr[unit, row] : row_ptr[unit, row + 1]]
+        assert (keys.diff() > 0).all()
+        dense[unit, row, keys] = True
+    assert (col[row_ptr[-1, -1] :] == -1).all()
+    return dense.view(batch, heads, tokens, tokens)
+
+
+def best(scores, keep, allowed):
+    """The highest of the allowed scores, the lower index first where they are equal."""
+    order = sorted((i for i in range(len(scores)) if allowed[i]), key=lambda i: (-scores[i], i))
+    return order[:keep]
+
+
+def topk_by_definition(q, k, keep, prefix=1, causal=False, symmetric=False, rows=True, columns=True, key_mask=None):
+    tokens = q.shape[2]
+    past = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else torch.ones(tokens, tokens) > 0
+    mask = torch.zeros(*q.shape[:2], tokens, tokens, dtype=torch.bool)
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        allowed = past[i] if key_mask is None else past[i] & key_mask[b]
+        scores = [float(q[b, h, i] @ k[b, h, j]) for j in range(tokens)]
+        mask[b, h, i, best(scores, keep, allowed)] = True
+    if symmetric:
+        mask |= mask.transpose(-1, -2).clone()
+    if columns:
+        mask[..., :prefix] = True
+    if columns and rows:
+        mask[:, :, :prefix] = True
+    return mask & past
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 70])
+@pytest.mark.parametrize("keep", [0, 1, 3, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"symmetric": True},
+        {"keep_cls_dense": False},
+        {"cls_row_dense": False},
+        {"causal": True, "cls_row_dense": False},
+    ],
+    ids=str,
+)
+def test_topk_keeps_the_best_keys_of_every_query(tokens, keep, options):
+    q, k = whole_numbers(BATCH, HEADS, tokens, 3), whole_numbers(BATCH, HEADS, tokens, 3, seed=1)
+    expected = topk_by_definition(
+        q,
+        k,
+        keep,
+        causal=options.get("causal", False),
+        symmetric=options.get("symmetric", False),
+        rows=options.get("cls_row_dense", True),
+        columns=options.get("keep_cls_dense", True),
+    )
+    assert torch.equal(chosen(q, k, layer_mask("topk", k=keep, **options)), expected)
+
+
+def test_topk_does_not_choose_padding():
+    q, k = whole_numbers(BATCH, HEADS, 20, 3), whole_numbers(BATCH, HEADS, 20, 3, seed=1)
+    key_mask = torch.arange(20) < torch.tensor([[20], [11]])
+    got = chosen(q, k, layer_mask("topk", keep_cls_dense=False), key_mask=key_mask)
+    assert torch.equal(got, topk_by_definition(q, k, 3, columns=False, key_mask=key_mask))
+
+
+def test_topk_shares_keys_among_grouped_heads():
+    q, k = whole_numbers(1, 4, 20, 3), whole_numbers(1, 2, 20, 3, seed=1)
+    mask = layer_mask("topk", heads=4)
+    assert torch.equal(chosen(q, k, mask), chosen(q, k.repeat_interleave(2, 1), mask))
+
+
+def test_the_schedule_of_k_follows_the_epoch():
+    q, k = whole_numbers(1, HEADS, 30, 3), whole_numbers(1, HEADS, 30, 3, seed=1)
+    schedule = {"kind": "linear", "k_start": 9, "k_end": 1, "epochs": 5}
+    for epoch, keep in enumerate([9, 7, 5, 3, 1, 1]):
+        mask = layer_mask("topk", epoch=epoch, k_schedule=schedule, keep_cls_dense=False)
+        assert (chosen(q, k, mask).sum(-1) == keep).all()
+
+
+def blocks_by_definition(q, k, keep, size, pool, causal):
+    tokens = q.shape[2]
+    blocks = [list(range(start, min(start + size, tokens))) for start in range(0, tokens, size)]
+    mask = torch.zeros(*q.shape[:2], tokens, tokens, dtype=torch.bool)
+    for b, h in itertools.product(*map(range, q.shape[:2])):
+        pooled = [
+            [x[b, h, block].mean(0) if pool == "mean" else x[b, h, block].amax(0) for block in blocks] for x in (q, k)
+        ]
+        for i, block in enumerate(blocks):
+            scores = [float(pooled[0][i] @ key) for key in pooled[1]]
+            for j in best(scores, keep, [not causal or j <= i for j in range(len(blocks))]):
+                mask[b, h, block[0] : block[-1] + 1, blocks[j][0] : blocks[j][-1] + 1] = True
+    return mask & torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else mask
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9, 40])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_topk_keeps_the_best_blocks(tokens, pool, causal):
+    q, k = whole_numbers(BATCH, HEADS, tokens, 4), whole_numbers(BATCH, HEADS, tokens, 4, seed=1)
+    mask = layer_mask("block_topk", k=2, block_size=4, pool=pool, causal=causal)
+    assert torch.equal(chosen(q, k, mask), blocks_by_definition(q, k, 2, 4, pool, causal))
+
+
+def test_prefix_tokens_are_dense_and_no_part_of_a_block():
+    q, k = whole_numbers(BATCH, HEADS, 22, 4), whole_numbers(BATCH, HEADS, 22, 4, seed=1)
+    got = chosen(q, k, layer_mask("block_topk", k=1, block_size=5, prefix=2))
+    assert got[..., :2].all()
+    assert got[:, :, :2].all()
+    assert torch.equal(got[..., 2:, 2:], blocks_by_definition(q[:, :, 2:], k[:, :, 2:], 1, 5, "mean", False))
+
+
+@pytest.mark.parametrize("score", ["key_norm", "embedding_norm", "attention"])
+def test_importance_keeps_the_same_keys_for_every_query(score):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(BATCH, HEADS, 25, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    embeddings = torch.randn(BATCH, 25, 6, generator=generator, dtype=torch.float64)
+    importance = {
+        "key_norm": k.norm(dim=-1),
+        "embedding_norm": embeddings.norm(dim=-1)[:, None].expand(-1, HEADS, -1),
+        "attention": (q @ k.transpose(-1, -2)).softmax(-1).sum(-2),
+    }[score]
+    expected = torch.zeros(BATCH, HEADS, 25, dtype=torch.bool)
+    expected.scatter_(-1, importance.topk(4).indices, True)
+    got = chosen(q, k, layer_mask("importance", score=score, k=4), embeddings=embeddings)
+    assert torch.equal(got, expected.unsqueeze(2).expand_as(got))
+
+
+def test_fixed_importance_does_not_depend_on_the_input():
+    first = sm.masks.importance(num_tokens=9, num_heads=2, score="first", k=3).to_dense()
+    assert torch.equal(first, (torch.arange(9) < 3).expand(2, 9, 9))
+    listed = sm.masks.importance(num_tokens=9, num_heads=2, score="list", indices=[1, 7]).to_dense()
+    assert listed.sum() == 2 * 9 * 2
+    assert listed[..., [1, 7]].all()
+
+
+BY_CONTENT = {
+    "topk": {"k": 3},
+    "block_topk": {"k": 2, "block_size": 4},
+    "importance": {"k": 4},
+}
+
+
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_attention_over_chosen_edges_equals_dense_masked_attention_with_gradients(name):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(BATCH, 24, 12, generator=generator, dtype=torch.float64)  # noqa: E731
+    module = sm.SparseMHSA(
+        12, HEADS, batch_first=True, dtype=torch.float64, config={"mask": name, "mask_kwargs": BY_CONTENT[name]}
+    )
+    x, grad_out = draw().requires_grad_(), draw()
+    out, weights = module(x, x, x, average_attn_weights=False)
+    q, k, v = (
+        t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        for t in (x @ module.in_proj_weight.T + module.in_proj_bias).chunk(3, -1)
+    )
+    mask = chosen_with_scale(q, k, module.layer_mask)
+    expected = module.out_proj(dense_attention(q, k, v, mask)[0].transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(weights > 0, mask)
+    got = torch.autograd.grad(out, x, grad_out)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, x, grad_out), rtol=1e-11, atol=1e-12)
+
+
+def chosen_with_scale(q, k, mask):
+    scale = q.shape[-1] ** -0.5
+    return chosen(q.detach() * scale, k.detach(), mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_the_same_bits_on_any_number_of_threads_and_compiled(name):
+    module = sm.SparseMHSA(16, 4, batch_first=True, config={"mask": name, "mask_kwargs": BY_CONTENT[name]})
+    x = torch.randn(2, 150, 16, generator=torch.Generator().manual_seed(0))
+    run = lambda m: m(x, x, x, need_weights=False)[0]  # noqa: E731
+    expected = run(module)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(run(module), expected)
+    finally:
+        torch.set_num_threads(threads)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), expected)
+
+
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_second_derivatives_treat_the_choice_as_constant(name):
+    mask = layer_mask(name, heads=1, **BY_CONTENT[name])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 9, 2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    attend = lambda q, k, v: sm.functional.attend(q, k, v, mask)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+    assert torch.autograd.gradgradcheck(attend, (q, k, v))
+
+
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_the_operator_keeps_its_contract(name):
+    mask = layer_mask(name, **BY_CONTENT[name])
+    q = torch.randn(BATCH, HEADS, 20, 4)
+    torch.library.opcheck(torch.ops.sparse_mhsa.select_edges.default, (q, q, mask.spec, None, None, None, 0.5))
+
+
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_without_content_there_are_no_edges_and_the_error_says_so(name):
+    with pytest.raises(ValueError, match=f"`{name}` chooses keys by the content"):
+        sm.Mask.from_config({"mask": name, "mask_kwargs": BY_CONTENT[name]}, num_tokens=10, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "mask_kwargs", "message"),
+    [
+        ("topk", {"k": -1}, "k: expected 0 to"),
+        ("topk", {"causal": True, "symmetric": True}, "symmetric: expected false"),
+        ("topk", {"k_schedule": {"kind": "linear", "k_start": 1, "k_end": 2, "epochs": 0}}, "epochs: expected 1 to"),
+        ("topk", {"k_schedule": {"kind": "exp", "k_start": 1, "k_end": 2, "epochs": 3}}, "unknown variant `exp`"),
+        ("block_topk", {"k": 0}, "k: expected 1 to"),
+        ("block_topk", {"block_size": 0}, "block_size: expected 1 to"),
+        ("block_topk", {"pool": "sum"}, "unknown variant `sum`"),
+        ("importance", {}, "k: expected a number of keys"),
+        ("importance", {"score": "list"}, "indices: expected a list"),
+        ("importance", {"k": 3, "indices": [1]}, "indices: expected nothing"),
+    ],
+)
+def test_parameters_out_of_range_are_named(mask, mask_kwargs, message):
+    with pytest.raises(sm.ConfigError, match=message):
+        sm.load_config({"mask": mask, "mask_kwargs": mask_kwargs})
+
+
+def test_embedding_norms_need_the_layer():
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(ValueError, match="embedding_norm"):
+        edges_of(q, q, layer_mask("importance", heads=2, score="embedding_norm", k=2))
+
+
+def test_what_was_chosen_is_a_mask_to_look_at_and_to_reuse():
+    q, k, v = (torch.randn(2, 4, 20, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    config = {"mask": "topk", "mask_kwargs": {"k": 2}}
+    first, second = sm.choose_masks(config, q, k)
+    assert first != second
+    assert first.num_prefix_tokens == 1
+    mask = layer_mask("topk", heads=4, k=2)
+    expected, _ = sm.functional.attend(q, k, v, mask)
+    got = torch.cat([sm.sparse_attention(q[:1], k[:1], v[:1], first), sm.sparse_attention(q[1:], k[1:], v[1:], second)])
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="does not choose keys by content"):
+        sm.choose_masks("mask: none", q, k)
+
+
+def test_masked_logits_of_zero_are_refused():
+    with pytest.raises(ValueError, match="masked_logits: expected neg_inf"):
+        sm.SparseMHSA(8, 2, config={"mask": "topk", "masked_logits": "zero"})
