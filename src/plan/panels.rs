@@ -100,16 +100,18 @@ impl<'a> Squares<'a> {
         Squares { edges, rows, bands, runs: Vec::new(), panels: Vec::new(), starts: Vec::new() }
     }
 
-    /// `panels` at once where a tile in the middle needs no more than `limit` of them, else `limit` at a time.
+    /// `panels` at once where rows in the middle and at the end need no more than `limit` of them, else `limit` at a time.
     pub fn chunks(
         &mut self,
         panels: Range<usize>,
         limit: usize,
     ) -> impl Iterator<Item = Range<usize>> + use<> {
-        let middle = self.rows.start.midpoint(self.rows.end);
         let keys = panels.start * PANEL..self.edges.num_cols().min(panels.end * PANEL);
-        self.list_panels(middle..self.rows.end.min(middle + 1), &keys);
-        let needed: usize = self.panels.iter().map(ExactSizeIterator::len).sum();
+        let mut needed = 0;
+        for row in [self.rows.start.midpoint(self.rows.end), self.rows.end.saturating_sub(1)] {
+            self.list_panels(row..self.rows.end.min(row + 1), &keys);
+            needed = needed.max(self.panels.iter().map(ExactSizeIterator::len).sum());
+        }
         let step = if needed <= limit { panels.len().max(1) } else { limit };
         panels.clone().step_by(step).map(move |start| start..panels.end.min(start + step))
     }
@@ -242,6 +244,8 @@ const TILES: usize = 64;
 pub struct Coverage {
     /// Pairs that it computes, kept or not.
     pub pairs: usize,
+    /// Squares that a tile of queries needs, unless it is exceptional.
+    pub squares: usize,
     /// Whether that is less work than going edge by edge.
     pub pays: bool,
 }
@@ -251,19 +255,22 @@ impl Coverage {
     pub fn of(edges: &EdgeSet) -> Self {
         let tiles = edges.num_rows().div_ceil(PANEL);
         let seen = tiles.min(TILES);
-        let (mut pairs, mut kept, mut squares) = (0, 0, Vec::new());
+        let (mut pairs, mut kept, mut squares, mut counts) = (0, 0, Vec::new(), Vec::new());
         for index in 0..seen {
             let start = index * tiles / seen * PANEL;
             let rows = start..edges.num_rows().min(start + PANEL);
             let all = 0..edges.num_cols().div_ceil(PANEL);
             Squares::new(edges, rows).of_tile(start, &all, &mut squares);
+            counts.push(squares.len());
             for square in &squares {
                 pairs += square.halves.iter().filter(|&&half| half).count() * PANEL * PANEL / 2;
                 kept += square.bits.iter().map(|bits| bits.count_ones() as usize).sum::<usize>();
             }
         }
+        counts.sort_unstable();
         Coverage {
             pairs: (pairs as u128 * tiles as u128 / seen.max(1) as u128) as usize,
+            squares: counts.get(counts.len() * 7 / 8).copied().unwrap_or(0),
             pays: pairs <= kept * PAIRS_PER_EDGE,
         }
     }

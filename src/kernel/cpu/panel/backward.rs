@@ -57,13 +57,15 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     let pool = run.pool.at_most(units.iter().map(work_of).sum::<usize>() / WORTH_A_THREAD + 1);
     let panels = sizes.keys.div_ceil(PANEL);
     let isa = run.isa;
+    // Three layouts of keys and values, and the sums of dk and dv, share the cache.
+    let slots = slots(call, 3 * padded(sizes.dim) + 2 * padded(sizes.value_dim));
     let run_tasks = |rows: usize, panels_per_task: usize, wants: Wants| {
         let (by_rows, by_panels) =
             (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
         let per_unit = by_rows * by_panels;
         pool.run(
             units.len() * per_unit,
-            || Scratch::new(call, rows.min(sizes.queries), panels_per_task, wants),
+            || Scratch::new(call, slots, rows.min(sizes.queries), panels_per_task, wants),
             |scratch, index| {
                 let (row, panel) = (index % per_unit / by_panels * rows, index % by_panels * panels_per_task);
                 let task = Task {
@@ -145,11 +147,15 @@ struct Scratch<R> {
 }
 
 impl<R: Real> Scratch<R> {
-    fn new<T: Element<Acc = R>>(call: &Call<T>, rows: usize, panels: usize, wants: Wants) -> Self {
+    fn new<T: Element<Acc = R>>(
+        call: &Call<T>,
+        slots: usize,
+        rows: usize,
+        panels: usize,
+        wants: Wants,
+    ) -> Self {
         let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
         let (width, value_width) = (padded(dim), padded(value_dim));
-        // Three layouts of keys and values, and the sums of dk and dv.
-        let slots = slots::<R>(3 * width + 2 * value_width);
         let sums = |wanted: bool, tokens: usize, width: usize| {
             Buffer::unset(if wanted { tokens * width } else { 0 })
         };
@@ -243,7 +249,7 @@ impl<T: Element> Task<'_, T> {
         unsafe {
             self.load::<V>(head, start, count);
             let tensors = head.tensors;
-            for squares in squares.chunks(GROUP) {
+            for squares in squares.chunks(GROUP.min(self.scratch.keys.len())) {
                 let Scratch { slots, keys, queries, grad_out, weights, grads, .. } = &mut *self.scratch;
                 keys.find::<V, T>(&tensors, self.unit, squares, slots);
                 let scores = |tile, panels, width, dim, scores| {

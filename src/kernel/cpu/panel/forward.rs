@@ -37,10 +37,11 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
         plan.head(unit / sizes.kv_heads, head, sizes.heads).in_panels().pairs * sizes.group()
     };
     let isa = run.isa;
+    let slots = slots(call, padded(sizes.dim) + padded(sizes.value_dim));
     let work = units.iter().map(pairs).sum::<usize>() * (sizes.dim + sizes.value_dim);
     run.pool.at_most(work / WORTH_A_THREAD + 1).run(
         units.len() * per_unit,
-        || Scratch::new(sizes.dim, sizes.value_dim),
+        || Scratch::new(call, slots),
         |scratch, index| {
             let unit = units[index / per_unit];
             let batch = unit / sizes.kv_heads;
@@ -98,8 +99,8 @@ struct Scratch<R> {
 }
 
 impl<R: Real> Scratch<R> {
-    fn new(dim: usize, value_dim: usize) -> Self {
-        let slots = slots::<R>(padded(dim) + padded(value_dim));
+    fn new<T: Element<Acc = R>>(call: &Call<T>, slots: usize) -> Self {
+        let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
         Scratch {
             squares: Vec::new(),
             slots: Vec::new(),
@@ -172,7 +173,7 @@ impl<T: Element> Task<'_, T> {
         unsafe {
             queries.pack::<V, T>(0, &head.q, start, u16::MAX >> (PANEL - count));
             queries.scale::<V>(self.scale, T::Acc::ONE);
-            for squares in squares.chunks(GROUP) {
+            for squares in squares.chunks(GROUP.min(keys.len())) {
                 keys.find::<V, T>(&head, self.unit, squares, slots);
                 V::outline::<T::Acc>(Scores {
                     tile: &queries.columns,

@@ -12,6 +12,7 @@ mod packed;
 pub(super) use backward::{Outputs, backward};
 pub(super) use forward::forward;
 
+use super::tasks::Call;
 use crate::kernel::element::Element;
 use crate::kernel::shape::Sizes;
 use crate::kernel::{Attention, MaskedLogits};
@@ -75,7 +76,16 @@ impl Heads {
     }
 }
 
-/// Panels that a thread keeps packed, given the numbers of bytes that all layouts of one panel take.
-fn slots<R>(widths: usize) -> usize {
-    (PACKED_BYTES / (widths * PANEL * size_of::<R>())).max(GROUP)
+/// How many panels of keys a thread keeps packed, where all layouts of one token have so many numbers in total. No more than tiles
+/// that follow each other share: what is packed anew should take the place of something that is still in the cache.
+fn slots<T: Element>(call: &Call<T>, numbers: usize) -> usize {
+    let heads = call.sizes.heads;
+    let needed = |unit: &usize| {
+        let (batch, first) = (unit / call.sizes.kv_heads, unit % call.sizes.kv_heads * call.sizes.group());
+        let squares = |head: usize| call.problem.plan.head(batch, head, heads).in_panels().squares;
+        (first..first + call.sizes.group()).map(squares).max().unwrap_or(0)
+    };
+    let needed = call.panels.units().iter().map(needed).max().unwrap_or(0);
+    let most = PACKED_BYTES / (numbers * PANEL * size_of::<T::Acc>());
+    (needed + needed / 4 + 2).min(most).max(1)
 }
