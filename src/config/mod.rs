@@ -35,7 +35,8 @@ pub struct AttentionConfig {
 impl PartialEq for AttentionConfig {
     fn eq(&self, other: &Self) -> bool {
         // As text, because the order of `layers` has a meaning that maps do not compare.
-        self.canonical().to_string() == other.canonical().to_string()
+        let text = |config: &Self| config.canonical().to_string();
+        text(self) == text(other)
     }
 }
 

@@ -528,7 +528,7 @@ fn a_backend_of_the_user_is_a_name_with_checked_parameters() {
 
 /// Documents that can be honoured, over every key.
 fn documents() -> impl Strategy<Value = Value> {
-    let mask = proptest::sample::select(registry::MASKS).prop_flat_map(|mask| {
+    let mask = proptest::sample::select(registry::MASKS.iter().collect::<Vec<_>>()).prop_flat_map(|mask| {
         let kwargs = REQUIRED.iter().find(|(name, _)| *name == mask.name).map_or("{}", |(_, kwargs)| kwargs);
         let kwargs: Value = serde_yaml::from_str(kwargs).unwrap();
         let names: Vec<_> = std::iter::once(mask.name).chain(mask.aliases.iter().copied()).collect();
