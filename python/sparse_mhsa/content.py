@@ -87,5 +87,5 @@ def choose_masks(
     prefix = layer_mask.num_prefix_tokens_used
     return [
         Mask.from_csr(row_ptr, col, num_prefix_tokens=prefix)
-        for _, row_ptr, col in edges.per_head(*q.shape[:3], k.shape[2], q.device)
+        for _, row_ptr, col in edges.per_head(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     ]

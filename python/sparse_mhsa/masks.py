@@ -98,18 +98,15 @@ class LayerMask:
             raise ValueError(
                 f"num_heads: the configuration is for {config.num_heads} heads, but it is used with {self.num_heads}"
             )
+        spec = config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens)
         derived = {
-            "spec": config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens),
+            "spec": spec,
             "name": config.mask if config.uses_edges else config.backend,
             "scale": config.scale,
             "on_empty_row": config.on_empty_row,
             "by_content": config.by_content,
+            "needs_embeddings": config.by_content and '"score":"embedding_norm"' in spec,
         }
-        if config.by_content and config.masked_logits == "zero":
-            raise ValueError(
-                f"masked_logits: expected neg_inf, because `{config.mask}` chooses keys by content; got zero"
-            )
-        derived["needs_embeddings"] = config.by_content and '"score":"embedding_norm"' in derived["spec"]
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
 

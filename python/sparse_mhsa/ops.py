@@ -129,7 +129,7 @@ def _fake_select_edges(
     batch, heads, queries, _ = q.shape
     # Room for the longest lists, so that their shapes depend on sizes alone.
     chosen, dense = _core.selection_room(spec) or (0, 0)
-    room = (torch.sym_min(chosen, queries) + dense) * batch * heads * queries
+    room = (torch.sym_min(chosen, queries) + dense) * batch * heads * queries  # type: ignore[no-untyped-call]
     row_ptr = q.new_empty((batch * heads, queries + 1), dtype=torch.int64)
     return row_ptr, q.new_empty((room,), dtype=torch.int64)
 

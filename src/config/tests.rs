@@ -75,6 +75,8 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("mask: none\nnum_heads: 0", "num_heads: expected 1 to"),
         ("mask: none\ngrid: [0, 3]", "grid: expected [H, W]"),
         ("mask: none\nmasked_logits: one", "unknown variant `one`"),
+        ("mask: topk\nmasked_logits: zero", "masked_logits: expected neg_inf, because `topk` chooses keys"),
+        ("backend: vit_topk\nmask: local", "the backend `vit_topk` cannot apply the mask `local`"),
         ("mask: !local x", "YAML tags (`!name`) are not accepted"),
         // A core-schema tag never runs anything: the value is read as the plain text it is.
         ("mask: !!python/object:os.system x", "unknown mask `x`"),
