@@ -1,8 +1,11 @@
 //! The backward pass over keys: `dk_j = scale * sum_i dS_ij q_i` and `dv_j = sum_i P_ij dO_i`, over the queries of every head that
 //! shares the key, always in the same order.
 
+mod tile;
+
 use std::ops::Range;
 
+use self::tile::{Tile, tile};
 use super::background::Share;
 use super::backward::{Saved, shift};
 use super::batch::{Batch, Cursor, Lists, Next, PIECE, PLACES, STRIP};
@@ -12,7 +15,7 @@ use super::long::{LONG_GROUP, add_long_weighted, long_dots};
 use super::matrix::{Column, Matrix, padded};
 use super::row::{add_scaled, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
-use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
+use super::tile::{TILE, WORTH_PACKING};
 use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::element::{Element, Real};
@@ -121,19 +124,6 @@ struct QueryTerms<R> {
     factors: Buffer<R>,
 }
 
-/// Panels of a tile; made when first needed.
-struct Tile<R> {
-    columns: Vec<u32>,
-    keys: Buffer<R>,
-    values: Buffer<R>,
-    queries: Buffer<R>,
-    grad_out: Buffer<R>,
-    /// Queries, then their gradients, one column per query.
-    transposed: Buffer<R>,
-    scores: Buffer<R>,
-    grads: Buffer<R>,
-}
-
 impl<T: Element> Scratch<T> {
     fn new(call: &Call<T>) -> Self {
         let (dim, value_dim) = (padded(call.sizes.dim), padded(call.sizes.value_dim));
@@ -157,22 +147,6 @@ impl<T: Element> Scratch<T> {
             dv: zeros(TILE * value_dim),
             factors: Vec::new(),
             tile: None,
-        }
-    }
-}
-
-impl<R: Real> Tile<R> {
-    fn new(dim: usize, value_dim: usize) -> Self {
-        let panel = |width: usize| Buffer::zeros(TILE * padded(width));
-        Tile {
-            columns: Vec::with_capacity(TILE),
-            keys: panel(dim),
-            values: panel(value_dim),
-            queries: panel(dim),
-            grad_out: panel(value_dim),
-            transposed: panel(dim.max(value_dim)),
-            scores: panel(TILE),
-            grads: panel(TILE),
         }
     }
 }
@@ -450,72 +424,6 @@ unsafe fn long_row<V, T>(
             terms.apply::<V>(0, scores, grads, scale_left, queries.scale);
             add_long_weighted::<V, T>(&scores[..len], &head.q, columns, dk);
             add_long_weighted::<V, T>(&grads[..len], &queries.grad_out, columns, dv);
-        }
-    }
-}
-
-/// [`long_row`] for keys that every query keeps.
-#[inline(always)]
-unsafe fn tile<V, T>(queries: &Queries<T>, rows: Range<usize>, start: usize, scratch: &mut Scratch<T>)
-where
-    T: Element,
-    V: Vector<Lane = T::Acc> + Memory<T>,
-{
-    let head = queries.tensors;
-    let (dim, value_dim) = (head.k.width(), head.v.width());
-    let (stride, value_stride) = (padded(dim), padded(value_dim));
-    let Scratch { terms, dk, dv, tile, .. } = scratch;
-    let tile = tile.get_or_insert_with(|| Tile::new(dim, value_dim));
-    let m = rows.len();
-    let first = rows.start - start;
-    // SAFETY: rows and columns are those of this head; panels hold TILE rows of padded length.
-    unsafe {
-        pack::<V, T>(&head.k, rows.clone(), &mut tile.keys);
-        pack::<V, T>(&head.v, rows.clone(), &mut tile.values);
-        for chunk in (0..queries.edges.num_cols()).step_by(TILE) {
-            let columns = chunk..queries.edges.num_cols().min(chunk + TILE);
-            let count = columns.len();
-            tile.columns.clear();
-            tile.columns.extend(columns.clone().map(|column| column as u32));
-            pack::<V, T>(&head.q, columns.clone(), &mut tile.queries);
-            pack::<V, T>(&queries.grad_out, columns, &mut tile.grad_out);
-            transpose::<V>(&tile.queries, count, dim, &mut tile.transposed);
-            multiply::<V, false>(
-                Block { data: &tile.keys, stride },
-                Block { data: &tile.transposed, stride: TILE },
-                &mut tile.scores,
-                TILE,
-                (m, count, dim),
-            );
-            transpose::<V>(&tile.grad_out, count, value_dim, &mut tile.transposed);
-            multiply::<V, false>(
-                Block { data: &tile.values, stride: value_stride },
-                Block { data: &tile.transposed, stride: TILE },
-                &mut tile.grads,
-                TILE,
-                (m, count, value_dim),
-            );
-            queries.terms(&tile.columns, 0, terms);
-            for (slot, row) in rows.clone().enumerate() {
-                queries.factors(row, &tile.columns, 0, terms);
-                let range = slot * TILE..slot * TILE + padded(count);
-                let (scores, grads) = (&mut tile.scores[range.clone()], &mut tile.grads[range]);
-                terms.apply::<V>(0, scores, grads, queries.scale, queries.scale);
-            }
-            multiply::<V, true>(
-                Block { data: &tile.scores, stride: TILE },
-                Block { data: &tile.queries, stride },
-                &mut dk[first * stride..],
-                stride,
-                (m, dim, count),
-            );
-            multiply::<V, true>(
-                Block { data: &tile.grads, stride: TILE },
-                Block { data: &tile.grad_out, stride: value_stride },
-                &mut dv[first * value_stride..],
-                value_stride,
-                (m, value_dim, count),
-            );
         }
     }
 }
