@@ -255,6 +255,7 @@ const REQUIRED: &[(&str, &str)] = &[
     ("union", "{masks: [{mask: fibo}, {mask: random, mask_kwargs: {keep_ratio: 0.5}}]}"),
     ("intersection", "{masks: [{mask: full}]}"),
     ("difference", "{masks: [{mask: dense}, {mask: axial, mask_kwargs: {grid: [2, 3]}}]}"),
+    ("importance", "{score: list, indices: [0, 2]}"),
     ("per_head", "{masks: [{mask: fibo, heads: [1]}, {mask: none, mask_kwargs: null, heads: 3}]}"),
 ];
 
