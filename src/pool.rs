@@ -88,6 +88,11 @@ impl<T> Drop for ForkLocal<T> {
     }
 }
 
+/// Call when the library is loaded: a process forked from this one computes on threads of its own.
+pub fn note_process() {
+    openmp::is_first_process();
+}
+
 /// Whether to give up. Asked only on the thread that started the work, because only that thread may talk to Python.
 pub trait Interrupt {
     /// `true` to stop as soon as possible.

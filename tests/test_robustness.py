@@ -200,3 +200,22 @@ def test_forward_and_backward_fit_in_twice_the_memory_of_outputs_and_gradients(t
     script = MEMORY_SCRIPT.format(tokens=tokens, heads=heads, config=str(FIBOTTENTION))
     result = run_script(script, timeout=300)
     assert result.stdout.strip() == "fits", result.stderr
+
+
+def test_a_child_forked_before_the_first_call_does_not_wait_for_threads_of_its_parent():
+    script = """
+import os, signal, torch, sparse_mhsa as sm
+torch.set_num_threads(2)
+a = torch.randn(600, 600)
+(a @ a).exp().sum()  # the parent has a team of OpenMP threads
+mask = sm.masks.local(num_tokens=3000, num_heads=4, window=30)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    q = torch.empty(1, 4, 3000, 32)
+    torch.ops.sparse_mhsa.forward(q, q, q, mask.spec, None, None, None, 0.0, 1.0)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    done = run_script(script)
+    assert done.returncode == 0, done.stderr

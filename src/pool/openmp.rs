@@ -20,17 +20,20 @@ type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_
 #[derive(Clone, Copy)]
 pub(super) struct Team(Parallel);
 
+/// The process that loaded this library.
+static FIRST_PROCESS: AtomicU32 = AtomicU32::new(0);
+
+/// Note which process this is, before anyone can fork. Returns whether it is the first.
+pub(super) fn is_first_process() -> bool {
+    let this = std::process::id();
+    let first = FIRST_PROCESS.compare_exchange(0, this, Ordering::Relaxed, Ordering::Relaxed);
+    first.is_ok() || first == Err(this)
+}
+
 /// The runtime of this process. None in a forked child: the runtime would wait there for threads of its parent.
 pub(super) fn team() -> Option<Team> {
     static TEAM: ForkLocal<Option<Team>> = ForkLocal::new();
-    static FIRST_PROCESS: AtomicU32 = AtomicU32::new(0);
-    *TEAM.get_or_init(|| {
-        let this = std::process::id();
-        match FIRST_PROCESS.compare_exchange(0, this, Ordering::Relaxed, Ordering::Relaxed) {
-            Err(first) if first != this => None,
-            _ => find(),
-        }
-    })
+    *TEAM.get_or_init(|| if is_first_process() { find() } else { None })
 }
 
 #[cfg(unix)]

@@ -41,6 +41,7 @@ fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // A second import in the same process (a sub-interpreter, a reload) keeps the first logger.
     let _ = pyo3_log::try_init();
+    crate::pool::note_process();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_VERSION", TORCH_VERSION)?;
     module.add("ConfigError", module.py().get_type::<error::ConfigError>())?;

@@ -277,7 +277,7 @@ impl<T: Element> Task<'_, T> {
         count: usize,
     ) {
         let Scratch { queries, grad_out, shifts, deltas, token, .. } = &mut *self.scratch;
-        let (scale, log2_e) = (self.call.scale, T::Acc::from_f64(std::f64::consts::LOG2_E));
+        let scale = self.call.scale;
         let bits = u16::MAX >> (PANEL - count);
         // SAFETY: the queries exist, and a token has room for the widest.
         unsafe {
@@ -288,10 +288,10 @@ impl<T: Element> Task<'_, T> {
                 // Again from the tensor, because the panel lacks what is not finite.
                 head.grad_out.stage::<V>(start + slot, grad);
                 deltas[slot] = dot::<V>(grad, out);
-                shifts[slot] = shift(head.lse.at(start + slot)) * log2_e;
+                shifts[slot] = shift(head.lse.at(start + slot));
             }
             queries.pack::<V, T>(0, &head.tensors.q, start, bits);
-            queries.scale::<V>(T::Acc::from_f64(self.call.problem.scale * std::f64::consts::LOG2_E), scale);
+            queries.scale::<V>(scale, scale);
         }
     }
 
@@ -303,6 +303,7 @@ impl<T: Element> Task<'_, T> {
         // SAFETY: every square has its scores and gradients.
         unsafe {
             let zero = V::splat(T::Acc::ZERO);
+            let log2_e = V::splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
             for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
                 for query in 0..PANEL {
                     if !square.halves[query / (PANEL / 2)] {
@@ -313,7 +314,7 @@ impl<T: Element> Task<'_, T> {
                     for lane in (0..PANEL).step_by(V::LANES) {
                         let place = index * SQUARE + query * PANEL + lane;
                         let (weight, grad) = (weights.as_mut_ptr().add(place), grads.as_mut_ptr().add(place));
-                        let mut p = exp2(V::load(weight) - shift);
+                        let mut p = exp2((V::load(weight) - shift) * log2_e);
                         let mut ds = p * (V::load(grad) - delta);
                         if bits != u32::from(u16::MAX) {
                             (p, ds) = (p.keep(bits >> lane, zero), ds.keep(bits >> lane, zero));

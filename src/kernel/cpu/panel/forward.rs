@@ -51,7 +51,7 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
                 edges: plan.head(batch, head, sizes.heads).by_query(),
                 tensors: call.head(batch, head),
                 unit,
-                scale: T::Acc::from_f64(call.problem.scale * std::f64::consts::LOG2_E),
+                scale: call.scale,
                 first_row: (batch * sizes.heads + head) * sizes.queries,
                 rows: start..sizes.queries.min(start + ROWS),
                 out,
@@ -136,7 +136,6 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 self.scratch.squares = squares;
             }
         }
-        let ln_2 = T::Acc::from_f64(std::f64::consts::LN_2);
         let width = self.scratch.keys.v.width;
         for (place, row) in rows.enumerate() {
             let scratch = &self.scratch;
@@ -144,7 +143,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
             let (factor, lse) = if total == T::Acc::ZERO {
                 (T::Acc::ZERO, T::Acc::NEG_INFINITY)
             } else {
-                (T::Acc::ONE / total, scratch.largest[place] * ln_2 + total.ln())
+                (T::Acc::ONE / total, scratch.largest[place] + total.ln())
             };
             let sum = &scratch.sums[place * width..(place + 1) * width];
             // SAFETY: the row belongs to this task.
@@ -257,6 +256,7 @@ impl Softmax<'_> {
                 *largest = most;
             }
             let shift = V::splat(if *largest == V::Lane::NEG_INFINITY { V::Lane::ZERO } else { *largest });
+            let log2_e = V::splat(V::Lane::from_f64(std::f64::consts::LOG2_E));
             let mut total = V::splat(V::Lane::ZERO);
             for (index, square) in self.squares.iter().enumerate() {
                 if !square.halves[half] {
@@ -264,16 +264,12 @@ impl Softmax<'_> {
                 }
                 for lane in (0..PANEL).step_by(V::LANES) {
                     let place = data.add(row(index) + lane);
-                    let weight = exp2(V::load(place) - shift);
+                    let weight = exp2((V::load(place) - shift) * log2_e);
                     total = total + weight;
                     weight.store(place);
                 }
             }
-            let correction = if *largest == before {
-                V::Lane::ONE
-            } else {
-                exp_or_zero((before - *largest) * V::Lane::from_f64(std::f64::consts::LN_2))
-            };
+            let correction = if *largest == before { V::Lane::ONE } else { exp_or_zero(before - *largest) };
             (correction, total.sum())
         }
     }

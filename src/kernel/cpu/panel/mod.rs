@@ -2,7 +2,8 @@
 //! masks where a square is not full.
 //!
 //! Keys and values are packed a panel at a time and serve every tile of queries that meets them. The softmax of a tile sees a long
-//! row of scores at once, in base 2: `2^(c q . k - m)` with `c = scale * log2(e)`.
+//! row of scores at once: `2^(log2(e) (s - m))`. The difference comes first, and the same one in both passes: scores in base 2 would
+//! be rounded on their way to the log-sum-exp and back, and where one key has all the weight its gradient would be that rounding.
 
 mod backward;
 mod forward;
