@@ -10,7 +10,7 @@ import torch
 
 import sparse_mhsa as sm
 from sparse_mhsa.content import edges_of
-from sparse_mhsa.masks import LayerMask
+from sparse_mhsa.layer_mask import LayerMask
 from sparse_mhsa.reference import dense_attention
 
 BATCH, HEADS = 2, 3

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .config import ConfigLike, load_config
 from .edges import EdgeSource
-from .masks import LayerMask, Mask
+from .layer_mask import LayerMask
+from .mask import Mask
 
 
 def edges_of(
