@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _KEYS = itertools.count()
 
 
-class _Options(NamedTuple):
+class MaskOptions(NamedTuple):
     """What a mask has besides edges."""
 
     head_dim: int | None = None
@@ -79,10 +79,10 @@ class Mask:
             raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
         if not layer_mask.config.uses_edges:
             raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no mask", key="backend")
-        options = _Options(head_dim, layer_mask.scale, layer_mask.on_empty_row)
+        options = MaskOptions(head_dim, layer_mask.scale, layer_mask.on_empty_row)
         self._set(Edges.from_spec(layer_mask.spec, num_tokens), layer_mask.name, options, layer_mask)
 
-    def _set(self, edges: Edges, name: str, options: "_Options", layer_mask: LayerMask | None = None) -> None:
+    def _set(self, edges: Edges, name: str, options: MaskOptions, layer_mask: LayerMask | None = None) -> None:
         self._edges, self._name, self._layer_mask = edges, name, layer_mask
         self._head_dim, self._scale, self._on_empty_row = options
         self._key = f"mask {next(_KEYS)}"
@@ -90,7 +90,7 @@ class Mask:
 
     @classmethod
     def _of(
-        cls, edges: Edges, name: str, options: "_Options | None" = None, num_prefix_tokens: int | None = None
+        cls, edges: Edges, name: str, options: MaskOptions | None = None, num_prefix_tokens: int | None = None
     ) -> "Mask":
         """A mask that no configuration describes."""
         if num_prefix_tokens is not None:
@@ -98,7 +98,7 @@ class Mask:
                 raise ValueError(f"num_prefix_tokens: expected 0 to {edges.num_tokens}, got {num_prefix_tokens}")
             edges = edges.with_prefix(num_prefix_tokens)
         mask = cls.__new__(cls)
-        mask._set(edges, name, _Options() if options is None else options)
+        mask._set(edges, name, MaskOptions() if options is None else options)
         return mask
 
     @classmethod
@@ -549,11 +549,11 @@ def _from_parts(
     on_empty_row: str,
 ) -> Mask:
     """A pickled mask."""
-    options = _Options(head_dim, scale, on_empty_row)
+    options = MaskOptions(head_dim, scale, on_empty_row)
     return Mask._of(Edges.from_parts(*parts), name, options, num_prefix_tokens)
 
 
-def _common_options(*masks: Mask) -> _Options:
+def _common_options(*masks: Mask) -> MaskOptions:
     """The options of a mask made from others, which must agree."""
     first = masks[0]
     for mask in masks:
@@ -566,4 +566,4 @@ def _common_options(*masks: Mask) -> _Options:
                 values = f"{getattr(first, option)} and {getattr(mask, option)}"
                 raise ValueError(f"{option}: expected the same in every mask, got {values}")
     head_dims = {mask.head_dim for mask in masks}
-    return _Options(head_dims.pop() if len(head_dims) == 1 else None, first.scale, first.on_empty_row)
+    return MaskOptions(head_dims.pop() if len(head_dims) == 1 else None, first.scale, first.on_empty_row)
