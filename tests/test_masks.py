@@ -7,7 +7,6 @@ import math
 import pickle
 import struct
 import sys
-import types
 import zlib
 
 import numpy as np
@@ -304,25 +303,6 @@ class TestLoadConfig:
             sm.load_config(str(path))
         path.write_text(self.TEXT)
         assert sm.load_config(str(path)).mask == "local"
-
-    def test_omegaconf_nodes(self, monkeypatch):
-        """By its interface, so that the package itself is not needed."""
-
-        class Node:
-            pass
-
-        class OmegaConf:
-            @staticmethod
-            def is_config(value):
-                return isinstance(value, Node)
-
-            @staticmethod
-            def to_container(value, resolve):
-                assert resolve
-                return LOCAL
-
-        monkeypatch.setitem(sys.modules, "omegaconf", types.SimpleNamespace(OmegaConf=OmegaConf))
-        assert sm.load_config(Node()) == sm.load_config(LOCAL)
 
     def test_a_missing_file_is_named(self, tmp_path):
         for missing in ("no_such_file.yaml", "no_such_file.yml", tmp_path / "nothing"):

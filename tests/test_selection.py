@@ -10,7 +10,7 @@ import torch
 
 import sparse_mhsa as sm
 from sparse_mhsa.content import edges_of
-from sparse_mhsa.masks import LayerMask
+from sparse_mhsa.layer_mask import LayerMask
 from sparse_mhsa.reference import dense_attention
 
 BATCH, HEADS = 2, 3
@@ -268,11 +268,12 @@ def test_embedding_norms_need_the_layer():
 
 def test_what_was_chosen_is_a_mask_to_look_at_and_to_reuse():
     q, k, v = (torch.randn(2, 4, 20, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    config = {"mask": "topk", "mask_kwargs": {"k": 2}}
+    config = {"mask": "topk", "mask_kwargs": {"k": 2}, "scale": 0.25, "on_empty_row": "error"}
     first, second = sm.choose_masks(config, q, k)
     assert first != second
-    assert first.num_prefix_tokens == 1
-    mask = layer_mask("topk", heads=4, k=2)
+    assert (first.name, first.num_prefix_tokens, first.head_dim) == ("topk", 1, 3)
+    assert (first.scale, first.on_empty_row) == (0.25, "error")
+    mask = LayerMask(sm.load_config(config), 4)
     expected, _ = sm.functional.attend(q, k, v, mask)
     got = torch.cat([sm.sparse_attention(q[:1], k[:1], v[:1], first), sm.sparse_attention(q[1:], k[1:], v[1:], second)])
     torch.testing.assert_close(got, expected)

@@ -19,7 +19,7 @@ from .content import choose_masks  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
-from .masks import Mask  # noqa: E402
+from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
 

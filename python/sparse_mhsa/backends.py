@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from . import _core
 from .config import config_error
-from .masks import LayerMask, Mask
+from .layer_mask import LayerMask
+from .mask import Mask
 
 Attention: TypeAlias = Callable[..., Tensor]
 """A function of q, k, v (B, H, N, D) and keywords that returns (B, H, N, Dv)."""

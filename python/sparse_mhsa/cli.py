@@ -23,7 +23,7 @@ from .train import TrainingError, UsageError
 from .train.options import FinetuneOptions, TrainOptions, flag_name
 
 if TYPE_CHECKING:
-    from .masks import Mask
+    from .mask import Mask
 
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .config import ConfigLike, load_config
+from .converters import edges_from_csr
 from .edges import EdgeSource
-from .masks import LayerMask, Mask
+from .layer_mask import LayerMask
+from .mask import Mask, MaskOptions
 
 
 def edges_of(
@@ -85,7 +87,8 @@ def choose_masks(
         raise ValueError(f"config: `{layer_mask.name}` does not choose keys by content; use Mask.from_config")
     edges = edges_of(q, k, layer_mask, key_mask=key_padding_mask, embeddings=embeddings)
     prefix = layer_mask.num_prefix_tokens_used
+    options = MaskOptions(q.shape[-1], layer_mask.scale, layer_mask.on_empty_row)
     return [
-        Mask.from_csr(row_ptr, col, num_prefix_tokens=prefix)
+        Mask._of(edges_from_csr(row_ptr, col, None), layer_mask.name, options, prefix)
         for _, row_ptr, col in edges.per_head(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     ]

@@ -12,7 +12,8 @@ from . import ops
 from ._core import AttentionConfig
 from .content import edges_of
 from .edges import EdgeSource
-from .masks import LayerMask, Mask
+from .layer_mask import LayerMask
+from .mask import Mask
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

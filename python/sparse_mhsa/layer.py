@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from .backends import Backend, build_backend
-from .masks import LayerMask, Mask
+from .layer_mask import LayerMask
+from .mask import Mask
 
 
 class SparseLayer(nn.Module):

@@ -16,7 +16,8 @@ from .content import edges_of
 from .edges import EdgeAttention, EdgeSource, append_visible_keys
 from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
 from .layer import SparseLayer
-from .masks import LayerMask, Mask
+from .layer_mask import LayerMask
+from .mask import Mask
 from .ops import has_background
 
 _MANY_TOKENS = 4096

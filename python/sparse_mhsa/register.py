@@ -175,7 +175,7 @@ def _cached(name: str, function: _Defined, declared: frozenset[str]) -> Callable
 
 
 def _as_edges(result: object, num_tokens: int, num_heads: int) -> Edges:
-    from .masks import Mask
+    from .mask import Mask
 
     if isinstance(result, Mask):
         edges = result._edges

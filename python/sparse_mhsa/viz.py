@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .masks import Mask
+    from .mask import Mask
 
 MAX_PIXELS = 512
 """Longest side of the picture of one head."""

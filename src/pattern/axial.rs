@@ -14,6 +14,7 @@ use crate::error::Result;
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Axial {
+    /// `[H, W]` or `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     grid: Option<Vec<usize>>,
 }
 

@@ -21,15 +21,25 @@ use crate::rng::{HeadDraws, Sampler};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct BigBird {
+    /// Half width of the sliding window; 0 for none.
     window: i64,
+    /// Random keys per query.
     num_random: i64,
+    /// The first this many tokens are global.
     num_global: i64,
+    /// Which tokens are global, instead of the first ones.
     global_indices: Option<Vec<i64>>,
+    /// Add the transpose.
     symmetric: bool,
+    /// Prefix tokens see, and are seen by, all.
     keep_cls_dense: bool,
+    /// All heads share one draw.
     per_head_same: bool,
+    /// Accepted without effect: a mask does not depend on the batch.
     per_batch_same: bool,
+    /// Seed of the draws; null draws one when a mask or module is built.
     seed: Option<i64>,
+    /// Draw anew in every epoch.
     reseed_each_epoch: bool,
 }
 

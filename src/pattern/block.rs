@@ -16,7 +16,9 @@ use crate::error::{Error, Result, unknown_name};
 /// Query patch i keeps key patch j if `layout` keeps (i // block_size, j // block_size). The last block may be shorter.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Block {
+    /// Patches in a block.
     block_size: i64,
+    /// `diagonal`, `full`, `{band: n}` (blocks at most n apart), or a matrix of 0 and 1 over blocks.
     #[serde(default)]
     layout: Layout,
 }

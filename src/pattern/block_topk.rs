@@ -16,9 +16,13 @@ use crate::error::Result;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct BlockTopK {
+    /// Key blocks that a query block keeps.
     k: i64,
+    /// Patches in a block.
     block_size: i64,
+    /// How the vectors of a block become one.
     pool: Pool,
+    /// Only j <= i.
     causal: bool,
 }
 

@@ -26,6 +26,7 @@ pub trait Combine: Debug + Send + Sync + 'static {
 #[serde(bound = "")]
 #[schemars(rename = "Combination", bound = "")]
 pub struct Combination<C> {
+    /// List of `{mask, mask_kwargs}`.
     masks: Vec<Part>,
     #[serde(skip)]
     operation: PhantomData<C>,

@@ -15,8 +15,11 @@ use crate::error::Result;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct CrossDiagonal {
+    /// One prefix token unless the model has another number; `false`: none at all.
     add_class_token: bool,
+    /// Put the two preceding terms before each sequence.
     modified: bool,
+    /// Deal the sequences to the heads anew in every layer.
     shuffled: bool,
 }
 

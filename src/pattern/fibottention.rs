@@ -20,14 +20,23 @@ use crate::rng::cpython_shuffle;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Fibottention {
+    /// Sequence that a head's distances come from.
     schedule: Schedule,
+    /// Put the two preceding terms before each sequence.
     modified: bool,
+    /// `modified` includes the first row of the Wythoff array.
     prefix_first_head: bool,
+    /// Deal the sequences to the heads anew in every layer.
     shuffled: bool,
+    /// Every head takes the sequence of head 0.
     shared_offsets: bool,
+    /// One prefix token unless the model has another number; `false`: none at all.
     add_class_token: bool,
+    /// Window of the first head, in patches.
     w_min: i64,
+    /// Window of the last head, in patches; null for a third of them.
     w_max: Option<i64>,
+    /// Drop the first term too where it is beyond the window.
     strict_window: bool,
 }
 

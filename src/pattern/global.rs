@@ -17,7 +17,9 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Global {
+    /// The first this many tokens are global; 1 if neither parameter is given.
     num_global: Option<i64>,
+    /// Which tokens are global; negative ones count from the end.
     global_indices: Option<Vec<i64>>,
 }
 

@@ -18,9 +18,12 @@ use crate::error::{Error, Result};
 /// them apart after its cyclic shift.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct GridWindow {
+    /// Side of a window: one for all axes, or one per axis.
     window_size: OneOrList<i64>,
+    /// Shift of the windows against the grid, likewise.
     #[serde(default = "unshifted")]
     shift: OneOrList<i64>,
+    /// `[H, W]` or `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     #[serde(default)]
     grid: Option<Vec<usize>>,
 }

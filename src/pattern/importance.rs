@@ -19,8 +19,11 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Importance {
+    /// What makes a key important.
     score: Score,
+    /// Keys that every query keeps; not with `score: list`.
     k: Option<i64>,
+    /// The patches that every query keeps, with `score: list`.
     indices: Option<Vec<i64>>,
 }
 

@@ -17,11 +17,17 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Local {
+    /// Half width: keys on each side.
     window: Option<i64>,
+    /// Odd total width, 2 * window + 1.
     window_size: Option<i64>,
+    /// Distance between neighbouring keys of the window.
     dilation: i64,
+    /// Only j <= i.
     causal: bool,
+    /// A query keeps its own key.
     include_self: bool,
+    /// Half width by layer: `{kind: list, values}`, or `{kind: linear, start, end}` and `geometric` likewise.
     window_schedule: Option<WindowSchedule>,
 }
 

@@ -15,14 +15,23 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Longformer {
+    /// Half width: keys on each side; 1 if neither width is given.
     window: Option<i64>,
+    /// Odd total width, 2 * window + 1.
     window_size: Option<i64>,
+    /// Distance between neighbouring keys of the window.
     dilation: i64,
+    /// One dilation per head, instead.
     per_head_dilation: Option<Vec<i64>>,
+    /// The first this many tokens are global.
     num_global: i64,
+    /// Which tokens are global, instead of the first ones.
     global_indices: Option<Vec<i64>>,
+    /// Accepted without effect: every such mask is symmetric.
     symmetric: bool,
+    /// A query keeps its own key.
     include_self: bool,
+    /// Prefix tokens see, and are seen by, all.
     keep_cls_dense: bool,
 }
 

@@ -21,13 +21,18 @@ use crate::error::{Error, Result};
 /// and the window is l - k + 1 ..= a: with s = 1 the k members that end at a. This is what NATTEN computes.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Neighborhood {
+    /// Keys per axis: one odd number, or one per axis.
     kernel_size: OneOrList<i64>,
+    /// Distance between neighbouring keys, likewise.
     #[serde(default = "one")]
     dilation: OneOrList<i64>,
+    /// Queries that share a window, likewise.
     #[serde(default = "one")]
     stride: OneOrList<i64>,
+    /// Only keys up to the query, for all axes or one by one.
     #[serde(default = "not_causal")]
     causal: OneOrList<bool>,
+    /// `[H, W]` or `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     #[serde(default)]
     grid: Option<Vec<usize>>,
 }

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 /// mask before it took. One mask may leave it out and takes all heads that are left. Every head must take exactly one mask.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PerHead {
+    /// List of `{mask, mask_kwargs, heads}`.
     masks: Vec<Part>,
 }
 

@@ -21,16 +21,25 @@ use crate::rng::{HeadDraws, Sampler};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Random {
+    /// Keys per query.
     k: Option<i64>,
+    /// Share of the allowed keys that is kept.
     keep_ratio: Option<f64>,
+    /// Share of the allowed keys that is dropped.
     mask_ratio: Option<f64>,
+    /// Only j <= i.
     causal: bool,
+    /// Add the transpose.
     symmetric: bool,
+    /// Prefix tokens see, and are seen by, all.
     keep_cls_dense: bool,
+    /// All heads share one draw.
     per_head_same: bool,
+    /// Seed of the draws; null draws one when a mask or module is built.
     #[serde(deserialize_with = "seed_or_none")]
     #[schemars(extend("type" = ["integer", "string", "null"]))]
     seed: Option<i64>,
+    /// Draw anew in every epoch.
     reseed_each_epoch: bool,
 }
 

@@ -20,9 +20,12 @@ use crate::error::{Error, Result};
 /// - tube: |h - h'| <= `radius` and |w - w'| <= `radius`, at any time.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SpaceTime {
+    /// Which pairs are kept.
     kind: Kind,
+    /// For `tube`: how far from the query's place, in patches.
     #[serde(default)]
     radius: i64,
+    /// `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     #[serde(default)]
     grid: Option<Vec<usize>>,
 }

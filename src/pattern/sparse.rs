@@ -19,10 +19,15 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Sparse {
+    /// `local` (null too), `strided` or `fixed`.
     pattern: Option<String>,
+    /// x; null for 64, or 128 for `fixed`, or all patches where there are fewer.
     local_attn_ctx: Option<i64>,
+    /// Add the transpose.
     symmetric: bool,
+    /// Summary patches at the end of a block; null for 16.
     fixed_c: Option<i64>,
+    /// Heads share the summary patches out among them.
     per_head_distinct: bool,
 }
 

@@ -13,7 +13,9 @@ use crate::error::Result;
 /// Query patch i keeps key patch j if `stride` divides i - j; with `causal` also j <= i.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Strided {
+    /// Distance between the keys of a query.
     stride: i64,
+    /// Only j <= i.
     #[serde(default = "causal_by_default")]
     causal: bool,
 }

@@ -13,9 +13,12 @@ use crate::error::Result;
 /// Query patch i keeps key patch j if j mod `stride` = `offset`; with `causal` also j <= i.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StridedColumns {
+    /// Distance between the keys.
     stride: i64,
+    /// The first of them.
     #[serde(default)]
     offset: i64,
+    /// Only j <= i.
     #[serde(default)]
     causal: bool,
 }

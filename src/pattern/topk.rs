@@ -17,11 +17,17 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TopK {
+    /// Keys that every query keeps.
     k: i64,
+    /// Only j <= i.
     causal: bool,
+    /// Add the transpose.
     symmetric: bool,
+    /// Every query keeps the keys of the prefix.
     keep_cls_dense: bool,
+    /// Prefix tokens keep every key, with `keep_cls_dense`.
     cls_row_dense: bool,
+    /// k by epoch: `{kind, k_start, k_end, epochs}`, kind `linear`, `cosine` or `step`.
     k_schedule: Option<Schedule>,
 }
 

@@ -15,9 +15,13 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerticalSlash {
+    /// Key patches that every query keeps.
     vertical: Vec<i64>,
+    /// Distances that every query keeps, to both sides unless `causal`.
     slash: Vec<i64>,
+    /// Half width of a sliding window besides.
     window: Option<i64>,
+    /// Only j <= i.
     causal: bool,
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._core import AttentionConfig
 from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
-from ..masks import LayerMask
+from ..layer_mask import LayerMask
 from . import timm, torch_nn
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported
 from .report import Report, Row

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..backends import Backend
 from ..layer import SparseLayer
-from ..masks import LayerMask, Mask
+from ..layer_mask import LayerMask
+from ..mask import Mask
 
 _ADAPTERS: "list[Adapter]" = []
 

@@ -15,7 +15,8 @@ from .._core import AttentionConfig
 from ..config import ConfigLike, load_config
 from ..functional import additive_bias, attend, autocast, causal_bias, check_qkv, dense_mask
 from ..layer import SparseLayer
-from ..masks import LayerMask, Mask
+from ..layer_mask import LayerMask
+from ..mask import Mask
 from .registry import Adapter, Layout, random_image, register_adapter
 
 _LOGGER = logging.getLogger("sparse_mhsa")

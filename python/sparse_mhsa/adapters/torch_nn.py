@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..masks import LayerMask, Mask
+from ..layer_mask import LayerMask
+from ..mask import Mask
 from ..module import SparseMHSA
 from .registry import Adapter, Layout, random_image, register_adapter
 

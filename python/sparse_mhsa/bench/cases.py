@@ -7,7 +7,7 @@ from typing import Any
 
 from .._core import registered_masks
 from ..config import configs, load_config
-from ..masks import Mask
+from ..mask import Mask
 from ..train import UsageError
 
 NUM_HEADS, HEAD_DIM, NUM_LAYERS = 12, 64, 12

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import sparse_attention
-from ..masks import Mask
+from ..mask import Mask
 from .cases import Case
 from .measure import seconds_of
 from .torch_sparse import CsrAttention

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ..masks import Mask
+    from ..mask import Mask
 
 COLOURS = {"dense": "#8a94a6", "sparse": "#0b7a75"}
 """One colour per run, everywhere in the report."""

@@ -1,0 +1,124 @@
+"""The mask of one layer, before anybody knows how many tokens there will be."""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._core import AttentionConfig
+from .config import config_error
+from .edges import EdgeSource
+
+if TYPE_CHECKING:
+    from .mask import Mask
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The mask of one layer for whatever number of tokens arrives: a configuration and the layer's place.
+
+    Everything a forward pass reads is worked out once here, as plain Python values. A configuration that
+    leaves the seed of a random mask open gets one here, from torch's default generator.
+    """
+
+    config: AttentionConfig
+    num_heads: int
+    layer: int = 0
+    num_layers: int | None = None
+    epoch: int = 0
+    grid: tuple[int, ...] | None = None
+    num_prefix_tokens: int | None = None
+    spec: str = field(init=False, repr=False)
+    """Canonical text of the mask: what the operators take."""
+    name: str = field(init=False, repr=False)
+    """Registered name of the mask, or of a backend that brings attention of its own."""
+    scale: float | None = field(init=False, repr=False)
+    """Factor of the scores, None for 1 / sqrt(head_dim)."""
+    on_empty_row: str = field(init=False, repr=False)
+    """``zero`` or ``error``."""
+    by_content: bool = field(init=False, repr=False)
+    """Keys are chosen by the content of queries and keys: there are no edges before attention sees them."""
+    needs_embeddings: bool = field(init=False, repr=False)
+    """Keys are chosen by the norms of the layer's input."""
+
+    def __post_init__(self) -> None:
+        if None in self.config.seeds:
+            # Drawn once: from here on the mask, its copies and its pickles are the same.
+            object.__setattr__(self, "config", self.config.with_seed(_draw_seed()))
+        config, grid = self.config, None if self.grid is None else list(self.grid)
+        if config.layers:
+            raise config_error(
+                f"layers: {config.layers} are regular expressions on names of modules, and there is no model here; "
+                "give the configuration to sparsify, or take one layer's with config.for_layer(name)",
+                key="layers",
+            )
+        for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens"):
+            number = getattr(self, name)
+            if number is not None and number < 0:
+                raise ValueError(f"{name}: expected at least 0, got {number}")
+        if grid is not None and min(grid, default=0) < 1:
+            raise ValueError(f"grid: expected sides of at least 1, got {grid}")
+        if config.num_heads not in (None, self.num_heads):
+            raise ValueError(
+                f"num_heads: the configuration is for {config.num_heads} heads, but it is used with {self.num_heads}"
+            )
+        spec = config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens)
+        derived = {
+            "spec": spec,
+            "name": config.mask if config.uses_edges else config.backend,
+            "scale": config.scale,
+            "on_empty_row": config.on_empty_row,
+            "by_content": config.by_content,
+            "needs_embeddings": config.by_content and '"score":"embedding_norm"' in spec,
+        }
+        for attribute, value in derived.items():
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def is_dense(self) -> bool:
+        """Every query keeps every key."""
+        return self.name == "none"
+
+    @property
+    def masked_logits(self) -> str:
+        """``neg_inf`` or ``zero``."""
+        return self.config.masked_logits
+
+    @property
+    def num_prefix_tokens_used(self) -> int:
+        """Leading tokens off the grid, as configuration, model and mask settled it."""
+        return int(json.loads(self.spec)["num_prefix_tokens"])
+
+    def source(self, num_tokens: int) -> EdgeSource:
+        """The edges for ``num_tokens`` tokens as the operators take them."""
+        return EdgeSource(self.spec, None, None)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Attention is softmax over the edges of a mask that may drop some."""
+        return self.config.uses_edges and not self.is_dense
+
+    @property
+    def num_tokens(self) -> int | None:
+        """N, where the grid and the prefix are known."""
+        grid = self.config.grid or self.grid
+        prefix = self.config.num_prefix_tokens
+        prefix = self.num_prefix_tokens if prefix is None else prefix
+        return None if grid is None or prefix is None else math.prod(grid) + prefix
+
+    def at(self, num_tokens: int, head_dim: int | None = None) -> "Mask":
+        """The edges for ``num_tokens`` tokens."""
+        from .mask import Mask  # which needs this module
+
+        return Mask(self, num_tokens, head_dim)
+
+    def at_epoch(self, epoch: int) -> "LayerMask":
+        """The same layer in another training epoch."""
+        return self if epoch == self.epoch else replace(self, epoch=epoch)
+
+
+def _draw_seed() -> int:
+    """A seed from torch's default generator, which `torch.manual_seed` governs."""
+    return int(torch.randint(torch.iinfo(torch.int32).max, ()))
