@@ -84,7 +84,7 @@ impl Call<'_> {
             let (chosen, dense) = rule.room();
             let per_query = chosen.min(queries).checked_add(dense);
             let room = per_query.and_then(|room| room.checked_mul(batch * heads * queries));
-            let room = room.ok_or_else(|| Error::Overflow {
+            let room = room.ok_or(Error::Overflow {
                 what: "number of edges",
                 size: u128::MAX,
                 limit: usize::MAX as u128,

@@ -135,7 +135,7 @@ struct Scratch<R> {
     weights: Buffer<R>,
     /// `dO . v`, then dS.
     grads: Buffer<R>,
-    /// Per query of a tile: its lse in base 2, its delta.
+    /// Per query of a tile: its lse, its delta.
     shifts: [R; PANEL],
     deltas: [R; PANEL],
     /// Sums for the rows and panels of a task.
