@@ -371,6 +371,16 @@ class TestValue:
         assert mask._repr_html_().startswith("<table>")
         assert mask.name in repr(mask)
 
+    def test_an_explanation_names_the_kernel_and_the_time_it_predicts(self):
+        shape = {"num_tokens": 1024, "num_heads": 1}
+        window, scattered = sm.masks.local(window=64, **shape), sm.masks.vertical_slash(slash=[3, 55, 233], **shape)
+        (of_window,), (of_scattered,) = window.explain(64).heads, scattered.explain(64).heads
+        assert (of_window.kernel, of_scattered.kernel) == ("panels", "edges")
+        assert window.explain(128).heads[0].predicted_seconds > of_window.predicted_seconds > 0
+        assert of_window.predicted_seconds / of_window.edges < of_scattered.predicted_seconds / of_scattered.edges
+        assert "panels" in str(window.explain(64))
+        assert "kernel" not in str(window.explain())
+
     def test_overlap_is_the_jaccard_index(self):
         for mask in MADE.values():
             dense = mask.to_dense()

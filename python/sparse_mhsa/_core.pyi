@@ -140,8 +140,11 @@ class Edges:
         """(H, H) Jaccard index of each pair of heads."""
     def same_edges(self, other: Edges) -> bool:
         """Whether both keep the same pairs, however they hold them."""
-    def describe(self, head: int) -> dict[str, Any]:
-        """How the edges of a head are held: counts of segments by kind, edges in each, bytes."""
+    def describe(self, head: int, head_dim: int | None = None) -> dict[str, Any]:
+        """How the edges of a head are held: counts of segments by kind, edges in each, bytes.
+
+        With ``head_dim`` also the kernel that the cost model chooses, and the seconds it predicts.
+        """
     @property
     def num_heads(self) -> int: ...
     @property

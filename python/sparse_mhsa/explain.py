@@ -31,9 +31,11 @@ class HeadExplanation:
     gmacs: float | None = None
     """Multiply-accumulates of q k^T and p v for one sample, in billions, where the head dimension is known."""
     kernel: str | None = None
-    """The kernel that the cost model chooses, where it says."""
+    """``edges`` (edge by edge) or ``panels`` (squares of pairs computed whole): the choice of the cost model where the
+    head dimension is known. Calls with a bias or dropout, and ``masked_logits: zero``, always go edge by edge."""
     predicted_seconds: float | None = None
-    """Forward time for one sample that the cost model predicts, where it does."""
+    """Forward time for one sample in float32 on one thread, as the cost model predicts it: good for comparing heads and
+    masks, since machines differ by a factor."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def explain(edges: Edges, title: str, head_dim: int | None) -> Explanation:
     """
     heads = []
     for head in range(edges.num_heads):
-        entry = edges.describe(head)
+        entry = edges.describe(head, head_dim)
         gmacs = None if head_dim is None else in_unit(attention_macs(entry["edges"], head_dim), "GMACs")
         heads.append(HeadExplanation(head=head, gmacs=gmacs, **entry))
     density = sum(edges.nnz()) / max(1, edges.num_heads * edges.num_tokens**2)

@@ -434,7 +434,7 @@ class Mask:
             head_dim: D; default is the one the mask was made with.
 
         Returns:
-            A table: segments by kind, edges, bytes, and GMACs where D is known.
+            A table: segments by kind, edges, bytes, and where D is known GMACs, kernel and predicted time.
         """
         return explain(self._edges, self.name, self._head_dim if head_dim is None else head_dim)
 

@@ -21,7 +21,7 @@ pub trait Combine: Debug + Send + Sync + 'static {
     const OPERATION: Operation;
 }
 
-/// The set operation `C` over the patch-to-patch edges of `masks`; prefix rows and columns stay dense.
+/// The set operation over the patch-to-patch edges of `masks`, from the first to the last; prefix rows and columns stay dense.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(bound = "")]
 #[schemars(rename = "Combination", bound = "")]

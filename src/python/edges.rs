@@ -22,6 +22,7 @@ use crate::pattern::HeadEdges;
 use crate::pattern::algebra::Operation;
 use crate::pattern::edges::EdgeSet;
 use crate::pattern::image;
+use crate::plan::Plan;
 
 /// The edges of every head of one mask.
 #[pyclass(name = "Edges", module = "sparse_mhsa._core", frozen)]
@@ -215,7 +216,13 @@ impl PyEdges {
         })
     }
 
-    fn describe<'py>(&self, py: Python<'py>, head: usize) -> PyResult<Bound<'py, PyDict>> {
+    #[pyo3(signature = (head, head_dim=None))]
+    fn describe<'py>(
+        &self,
+        py: Python<'py>,
+        head: usize,
+        head_dim: Option<usize>,
+    ) -> PyResult<Bound<'py, PyDict>> {
         let set = self.head(head)?;
         let (dense_rows, dense_cols): (usize, usize) =
             (set.dense_rows().iter().map(|r| r.len()).sum(), set.dense_cols().iter().map(|c| c.len()).sum());
@@ -236,6 +243,11 @@ impl PyEdges {
             ("shared_with", self.0.heads.iter().position(|other| Arc::ptr_eq(other, set)).unwrap_or(head)),
         ] {
             entry.set_item(key, value)?;
+        }
+        if let Some(head_dim) = head_dim {
+            let cost = enter(py, |_| Ok(Plan::new(&[Arc::clone(set)])?.head(0, 0, 1).cost(head_dim)))?;
+            entry.set_item("kernel", cost.kernel.name())?;
+            entry.set_item("predicted_seconds", cost.forward_ns * 1e-9)?;
         }
         Ok(entry)
     }
