@@ -91,7 +91,8 @@ def everywhere(i, j, tokens):
 
 
 def global_(i, j, head, size, num_global=1, global_indices=None):
-    return everywhere(i, j, range(num_global) if global_indices is None else {g % size.tokens for g in global_indices})
+    tokens = set(range(num_global)) if global_indices is None else {g % size.tokens for g in global_indices}
+    return everywhere(i, j, tokens | set(size.dense_prefix))
 
 
 def vertical_slash(i, j, head, size, vertical=(), slash=(), window=None, causal=False):

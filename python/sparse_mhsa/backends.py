@@ -145,15 +145,27 @@ class Backend(nn.Module):
                 raise ValueError(f"{_ASKED_AS[option]}: the backend `{self.name}` cannot honour it")
         self.check_num_tokens(q.shape[2])
         if not needs_weights:
-            return self(q, k, v, **options).to(v.dtype), None
+            return self._checked(self(q, k, v, **options), v), None
         if not self.linear_in_values:
             raise ValueError(f"need_weights: the backend `{self.name}` has no attention weights; pass False")
         # The weights are what the values 1, 0, 0, ... to 0, ..., 0, 1 are taken to; in one call, so that they are
         # the dropped-out weights of this very output.
         ones = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-        both = self(q, k, torch.cat([v, ones], dim=-1), **options).to(v.dtype)
-        out, weights = both.split([v.shape[3], v.shape[2]], dim=-1)
-        return out, weights
+        values = torch.cat([v, ones], dim=-1)
+        both = self._checked(self(q, k, values, **options), values)
+        return both[..., : v.shape[3]], both[..., v.shape[3] :]
+
+    def _checked(self, out: Tensor, v: Tensor) -> Tensor:
+        """What the backend returned, if it has the shape and the dtype of ``v``."""
+        if not isinstance(out, Tensor):
+            raise TypeError(f"backend `{self.name}`: expected a torch.Tensor, got {type(out).__name__}")
+        if out.shape != v.shape:
+            raise ValueError(
+                f"backend `{self.name}`: expected (B, H, N, Dv) = {tuple(v.shape)}, got {tuple(out.shape)}"
+            )
+        if out.dtype != v.dtype and not torch.is_autocast_enabled(v.device.type):
+            raise TypeError(f"backend `{self.name}`: expected {v.dtype} like the values, got {out.dtype}")
+        return out.to(v.dtype)
 
     def take_parameters(self, other: "Backend") -> None:
         """Share the parameters and buffers of ``other`` if it is the same backend with tensors of the same shapes."""

@@ -227,6 +227,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"query: expected shape (B, H, N, D), got {tuple(q.shape)}")
     batch, heads, _, dim = q.shape
+    if dim == 0:
+        raise ValueError(f"query: expected a head dimension of at least 1, got shape {tuple(q.shape)}")
     if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, dim):
         raise ValueError(f"key: expected shape ({batch}, H or Hkv, S, {dim}), got {tuple(k.shape)}")
     if k.shape[1] != heads and (k.shape[1] == 0 or heads % k.shape[1]):

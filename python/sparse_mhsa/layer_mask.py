@@ -1,5 +1,6 @@
 """The mask of one layer, before anybody knows how many tokens there will be."""
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._core import AttentionConfig
+from ._core import AttentionConfig, Edges, registered_masks
 from .config import config_error
 from .edges import EdgeSource
 
@@ -75,6 +76,26 @@ class LayerMask:
         }
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
+        self._refuse_what_never_works()
+
+    def _refuse_what_never_works(self) -> None:
+        """Raise now what no number of tokens would mend, and not in the first forward pass."""
+        if self.by_content or not self.config.uses_edges or self.name not in _built_in_masks():
+            return
+        spec = json.loads(self.spec)
+        prefix, grid = spec["num_prefix_tokens"], spec["grid"] or spec["mask_kwargs"].get("grid")
+        sizes = (prefix + 36, prefix + 49) if grid is None else (prefix + math.prod(grid),)
+        errors = [self._why_not(num_tokens) for num_tokens in sizes]
+        # An error that speaks of the number of tokens differs from one to the other.
+        if errors[0] is not None and len({str(error) for error in errors}) == 1:
+            raise errors[0]
+
+    def _why_not(self, num_tokens: int) -> ValueError | None:
+        try:
+            Edges.from_spec(self.spec, num_tokens)
+        except ValueError as error:
+            return error
+        return None
 
     @property
     def is_dense(self) -> bool:
@@ -117,6 +138,11 @@ class LayerMask:
     def at_epoch(self, epoch: int) -> "LayerMask":
         """The same layer in another training epoch."""
         return self if epoch == self.epoch else replace(self, epoch=epoch)
+
+
+@functools.cache
+def _built_in_masks() -> frozenset[str]:
+    return frozenset(entry["name"] for entry in registered_masks())
 
 
 def _draw_seed() -> int:

@@ -277,7 +277,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         )
         out = self._merge(context, batch_first)
         weights = None
-        if need_weights:
+        if need_weights and q.is_meta:
+            heads = () if average_attn_weights else q.shape[1:2]
+            weights = q.new_empty((q.shape[0], *heads, q.shape[2], k.shape[2]))
+        elif need_weights:
             if k.shape[2] > _MANY_TOKENS:
                 _warn_of_dense_weights(k.shape[2])
             edges = self.layer_mask.source(q.shape[2]) if edges is None else edges

@@ -76,6 +76,10 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("mask: none\ngrid: [0, 3]", "grid: expected [H, W]"),
         ("mask: none\nmasked_logits: one", "unknown variant `one`"),
         ("mask: topk\nmasked_logits: zero", "masked_logits: expected neg_inf, because `topk` chooses keys"),
+        (
+            "mask: union\nmask_kwargs: {masks: [{mask: fibo}, {mask: topk}]}",
+            "masks.1.mask: `topk` chooses keys by",
+        ),
         ("backend: vit_topk\nmask: local", "the backend `vit_topk` cannot apply the mask `local`"),
         ("mask: !local x", "YAML tags (`!name`) are not accepted"),
         // A core-schema tag never runs anything: the value is read as the plain text it is.

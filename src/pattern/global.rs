@@ -10,7 +10,7 @@ use super::registry::check_range;
 use super::{Context, Domain, HeadEdges, Pattern};
 use crate::error::{Error, Result};
 
-/// Over all token indices, prefix included: query i keeps key j if i or j is global.
+/// Over all token indices, prefix included: query i keeps key j if i or j is global. A dense prefix is global as well.
 ///
 /// Global are the first `num_global` tokens (1 if neither parameter is given) or those of `global_indices`, where a negative
 /// index counts from the end.
@@ -43,7 +43,7 @@ impl Pattern for Global {
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let n = context.num_tokens;
-        let mut builder = EdgeSet::builder(n, n)?;
+        let mut builder = EdgeSet::builder(n, n)?.global(0..context.dense_prefix());
         match &self.global_indices {
             Some(indices) => {
                 for &index in indices {

@@ -72,6 +72,13 @@ pub(super) fn resolve(parts: &mut [Part]) -> Result<()> {
         let kwargs = part.mask_kwargs.take().unwrap_or_default();
         let built =
             registered.build(kwargs).map_err(|error| error.below(&format!("masks.{index}.mask_kwargs")))?;
+        if built.choice(0).is_some() {
+            let message = format!(
+                "`{}` chooses keys by the content of queries and keys, and cannot be a part of another mask",
+                part.mask
+            );
+            return Err(Error::config(format!("masks.{index}.mask"), message));
+        }
         part.pattern = Some(built);
     }
     let forced: Vec<_> = parts.iter().filter_map(|part| part.pattern().forced_prefix()).collect();

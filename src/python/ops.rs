@@ -11,7 +11,7 @@ use super::aten;
 use super::aten::expand_bias;
 use super::edge_lists::compressed_rows;
 use super::enter::enter;
-use super::error::to_python;
+use super::error::{from_torch, to_python};
 use super::tensor::{
     Output, PyTensor, Stored, TensorRef, accumulator_kind, double_tensor, dtype_name, int64_tensor,
     seed_value, slice, view,
@@ -45,6 +45,7 @@ impl FromPyObject<'_, '_> for Engine {
 }
 
 /// Where the edges of a call come from.
+#[derive(Clone, Copy)]
 enum Edges<'a> {
     Spec(&'a str),
     Lists { row_ptr: TensorRef<'a>, col: TensorRef<'a> },
@@ -200,7 +201,37 @@ impl<'a> Call<'a> {
             let (dq, dk, dv) = self.on_any_device(py, gradients)?;
             return Ok((PyTensor(dq), PyTensor(dk), PyTensor(dv)));
         }
+        if matches!(self.q.kind(), Kind::BFloat16 | Kind::Half) {
+            return self.backward_widened(py, grad_out);
+        }
         by_dtype!(py, self, backward(py, grad_out, out, lse))
+    }
+
+    /// The backward pass of half types, in float32 from an output that was never rounded: `delta = dO . O` is a difference of
+    /// almost equal numbers where a query has few keys, and half of a rounded output's digits are gone from it.
+    fn backward_widened(
+        &self,
+        py: Python<'_>,
+        grad_out: TensorRef<'_>,
+    ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
+        let to = |tensor: &Tensor, kind| tensor.f_to_kind(kind).map(PyTensor).map_err(from_torch);
+        let (q, k, v) = (to(&self.q, Kind::Float)?, to(&self.k, Kind::Float)?, to(&self.v, Kind::Float)?);
+        let bias = self.bias.map(|bias| to(&bias, Kind::Float)).transpose()?;
+        let grad_out = to(&grad_out, Kind::Float)?;
+        let wide = Call {
+            q: q.as_ref(),
+            k: k.as_ref(),
+            v: v.as_ref(),
+            bias: bias.as_ref().map(PyTensor::as_ref),
+            edges: self.edges,
+            key_mask: self.key_mask,
+            dropout: self.dropout,
+            scale: self.scale,
+        };
+        let (out, lse) = wide.forward::<f32>(py)?;
+        let (dq, dk, dv) = wide.backward::<f32>(py, grad_out.as_ref(), out.as_ref(), lse.as_ref())?;
+        let kind = self.q.kind();
+        Ok((to(&dq.0, kind)?, to(&dk.0, kind)?, to(&dv.0, kind)?))
     }
 
     fn forward<T: Element + Stored>(&self, py: Python<'_>) -> PyResult<(PyTensor, PyTensor)>

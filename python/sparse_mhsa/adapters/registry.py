@@ -154,7 +154,8 @@ def unsupported(model: nn.Module, sites: list[Site]) -> Iterator[tuple[str, nn.M
     """Modules that call themselves attention, but are not handled and do not contain what is."""
     known = [site.name for site in sites]
     for name, module in model.named_modules():
-        if not re.search(r"Attention|Attn", type(module).__name__):
+        # A subclass of torch's layer is not swapped, because it may compute something else, whatever it is called.
+        if not (isinstance(module, nn.MultiheadAttention) or re.search(r"Attention|Attn", type(module).__name__)):
             continue
         if not any(site == name or site.startswith(f"{name}.") or not name for site in known):
             yield name, module
