@@ -38,10 +38,11 @@ def torchs_own(q, k, v, grad_out, mask):
         return torch.autograd.grad(out, leaves, grad_out)
 
 
-def assert_accurate(inputs, mask):
+def assert_accurate(inputs, mask, *, recomputed=False):
+    """The tolerance rule; with ``recomputed`` the gradients of torch's own kernel count as plain torch too."""
     got = run(*inputs, mask)
     plain, exact = (oracle_with_grads(*inputs, mask.to_dense(), dtype) for dtype in (inputs[0].dtype, torch.float64))
-    if inputs[0].dtype == torch.float32:
+    if recomputed:
         worse = lambda a, b, truth: max(a, b, key=lambda x: (x.double() - truth).abs().max())  # noqa: E731
         plain = *plain[:2], *map(worse, plain[2:], torchs_own(*inputs, mask), exact[2:])
     for name, mine, base, truth in zip(("out", "lse", "dq", "dk", "dv"), got, plain, exact, strict=True):
@@ -51,7 +52,9 @@ def assert_accurate(inputs, mask):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("num_tokens", [15, 16, 17, 31, 32, 33])
 def test_five_times_larger_inputs_around_a_tile_lose_no_precision(dtype, num_tokens):
-    assert_accurate(draw(num_tokens, magnitude=5.0, dtype=dtype), local(num_tokens))
+    # At scores around a hundred float32 knows the lse to 4e-6, and with it the weights, as in torch's own kernel.
+    inputs = draw(num_tokens, magnitude=5.0, dtype=dtype)
+    assert_accurate(inputs, local(num_tokens), recomputed=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 7, 33, 65, 256])
