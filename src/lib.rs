@@ -5,6 +5,7 @@
 //! a plan; [`attention`] ties the steps together. Only `python` knows PyO3 and torch.
 
 pub mod attention;
+pub mod budget;
 pub mod config;
 pub mod error;
 pub mod kernel;

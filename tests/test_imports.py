@@ -7,12 +7,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 ALLOWED = {
-    "python": {"attention", "config", "pattern", "plan", "kernel", "pool"},
+    "python": {"attention", "budget", "config", "pattern", "plan", "kernel", "pool"},
     "attention": {"config", "pattern", "plan", "kernel", "pool"},
     "config": {"pattern"},
     "kernel": {"plan", "pool", "pattern"},
     "plan": {"pattern"},
-    "pattern": {"rng"},
+    "pattern": {"budget", "rng"},
+    "budget": set(),
     "pool": set(),
     "rng": set(),
 }

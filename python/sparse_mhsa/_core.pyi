@@ -169,6 +169,9 @@ def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``default_prefix`` (None if
     it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
 
+def allocate(total: int, weights: list[float], minimum: list[int], maximum: list[int]) -> list[int]:
+    """``total`` split in proportion to ``weights`` within bounds, by largest remainder; see `sparse_mhsa.budget`."""
+
 def config_schema() -> str:
     """JSON Schema (draft 2020-12) of a configuration document, as text."""
 

@@ -1,6 +1,7 @@
 //! The Python extension `sparse_mhsa._core`: thin, typed, and the only place that knows PyO3, numpy and torch.
 
 mod aten;
+mod budget;
 mod config;
 mod edge_lists;
 mod edges;
@@ -48,6 +49,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<config::PyAttentionConfig>()?;
     module.add_class::<edges::PyEdges>()?;
     module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
+    module.add_function(wrap_pyfunction!(budget::allocate, module)?)?;
     module.add_function(wrap_pyfunction!(config::register_backend, module)?)?;
     module.add_function(wrap_pyfunction!(config::config_schema, module)?)?;
     module.add_function(wrap_pyfunction!(user_mask::register_mask, module)?)?;

@@ -1,0 +1,81 @@
+"""Budgets over heads and layers: one whole number of edges or keys, split equally or by importance."""
+
+import operator
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+Weights: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | NDArray[np.floating] | NDArray[np.integer]
+"""One number per unit: (units,), or (layers, heads) or any other shape."""
+
+
+def allocate(
+    total: int,
+    weights: Weights,
+    minimum: int | NDArray[np.integer] | Sequence[int] = 0,
+    maximum: int | NDArray[np.integer] | Sequence[int] | None = None,
+) -> NDArray[np.int64]:
+    """Split a budget among units in proportion to their weights.
+
+    The quota of unit i is ``clip(level * weights[i], minimum[i], maximum[i])`` with the one ``level`` at which the
+    quotas sum to ``total``; units of weight zero share equally what the others cannot take. Quotas are rounded by
+    largest remainder, of equal remainders the larger weight and then the lower index first. So sums are exact, every
+    unit gets at least its minimum, a larger weight never gets less (where bounds are equal), and the result is a pure
+    function of the arguments. Source: the uniform and adaptive budgets of sparse-attention taxonomies; largest
+    remainder is Hamilton's method of apportionment.
+
+    Args:
+        total: what there is to share.
+        weights: importance of each unit, finite and at least 0, of any shape; equal weights are a uniform budget.
+        minimum: least share, one number or one per unit.
+        maximum: largest share, likewise; None for no bound.
+
+    Returns:
+        Whole shares of the shape of ``weights``.
+
+    Raises:
+        TypeError: a count is not a whole number.
+        ValueError: weights are negative or not finite, or ``total`` lies outside the sums of minimum and maximum.
+    """
+    wanted = np.asarray(weights, dtype=np.float64)
+    total = operator.index(total)
+    bounds = {"minimum": minimum, "maximum": total if maximum is None else maximum}
+    if total < 0:
+        raise ValueError(f"total: expected at least 0, got {total}")
+    of_units = [_counts(name, bound, wanted.shape) for name, bound in bounds.items()]
+    shares = _core.allocate(total, wanted.ravel().tolist(), *of_units)
+    return np.array(shares, dtype=np.int64).reshape(wanted.shape)
+
+
+def uniform(total: int, units: int, minimum: int = 0) -> NDArray[np.int64]:
+    """Split a budget equally; the first units get what does not divide.
+
+    Args:
+        total: what there is to share.
+        units: how many share it.
+        minimum: least share.
+
+    Returns:
+        (units,) whole shares.
+
+    Raises:
+        ValueError: ``total`` is less than the minimum of all units together.
+    """
+    return allocate(total, np.ones(units), minimum)
+
+
+def _counts(name: str, bound: object, shape: tuple[int, ...]) -> list[int]:
+    counts = np.asarray(bound)
+    if not np.issubdtype(counts.dtype, np.integer):
+        raise TypeError(f"{name}: expected whole numbers, got {counts.dtype}")
+    if counts.size and counts.min() < 0:
+        raise ValueError(f"{name}: expected at least 0, got {counts.min()}")
+    try:
+        of_units: list[int] = np.broadcast_to(counts, shape).ravel().tolist()
+    except ValueError as error:
+        raise ValueError(f"{name}: expected one number, or one per weight {shape}, got shape {counts.shape}") from error
+    return of_units
