@@ -63,7 +63,7 @@ fn kernels(criterion: &mut Criterion) {
             let shape = [batch, HEADS, tokens, DIM];
             let size = shape.iter().product();
             let [q, k, v, grad] = [1, 2, 3, 4].map(|seed| values(size, seed));
-            let (mut out, mut lse) = (vec![0.0f32; size], vec![0.0f32; size / DIM]);
+            let (mut out, mut lse) = (vec![0.0f32; size], vec![0.0; size / DIM]);
             let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![0.0f32; size]);
             let view = |data| View::contiguous("tensor", data, shape).expect("fits");
             let problem = Attention {

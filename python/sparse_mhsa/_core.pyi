@@ -230,7 +230,7 @@ def forward(
     ``engine`` is ``cpu`` (kernels for CPU tensors) or ``aten`` (ATen operators, tensors of any device).
     ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores;
     ``seed`` is an int64 scalar tensor. k (B, Hkv, S, D) and v (B, Hkv, S, Dv) with H a multiple of Hkv. lse is float64
-    for float64, else float32.
+    (on MPS, which has none, float32).
     """
 
 def backward(

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores of q and k in ``dtype`` are accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class EdgeSource(NamedTuple):
     """A mask as the operators take it: the canonical text ``spec``, or its edges as tensors.
 
@@ -221,7 +226,7 @@ class EdgeAttention:
         scale: float,
         background: bool,
     ) -> None:
-        self.lse, self.key_mask, self.seed = lse.detach(), key_mask, seed
+        self.lse, self.key_mask, self.seed = lse.detach().to(accumulation_dtype(q.dtype)), key_mask, seed
         self.dropout_p, self.scale, self.background = dropout_p, scale, background
         self.edges = edges
         self.batch, self.num_heads, self.num_queries = q.shape[:3]

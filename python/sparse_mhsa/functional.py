@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from ._core import AttentionConfig
 from .content import edges_of
-from .edges import EdgeSource
+from .edges import EdgeSource, accumulation_dtype
 from .layer_mask import LayerMask
 from .mask import Mask
 
@@ -108,7 +108,7 @@ def sparse_attention(
         scale=scale,
         needs_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse.to(accumulation_dtype(out.dtype))) if return_lse else out
 
 
 def attend(

@@ -30,9 +30,9 @@ _QKV = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "Tensor? key_mask, Tensor? bias, Tensor? seed, float dropout_p, float scale"
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which scores are accumulated and ``lse`` is returned."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _lse_dtype(device: torch.device) -> torch.dtype:
+    """What the operators give ``lse`` in, where the device has it: the weights are found from it again."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @functools.lru_cache(maxsize=256)
@@ -42,7 +42,7 @@ def has_background(spec: str | None) -> bool:
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.device))
 
 
 def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -401,8 +401,8 @@ def attention(
         scale: factor of the scores.
 
     Returns:
-        out (B, H, N, Dv) and lse (B, H, N), float64 for float64 inputs and float32 otherwise; lse carries no
-        gradient. A row without a key gives 0 and -inf.
+        out (B, H, N, Dv) and lse (B, H, N), float64 (on MPS, which has none, float32); lse carries no gradient. A
+        row without a key gives 0 and -inf.
     """
     spec, row_ptr, col = edges
     if needs_autograd(q, k, v, bias):

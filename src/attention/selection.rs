@@ -364,7 +364,7 @@ fn received_attention<T: Element>(
         masked_logits: MaskedLogits::NegInf,
     };
     let dim = content.q.shape()[3];
-    let (mut out, mut lse) = (zeros.clone(), vec![T::Acc::ZERO; tokens]);
+    let (mut out, mut lse) = (zeros.clone(), vec![0.0; tokens]);
     attention.forward(&mut out, &mut lse, run)?;
     let mut dq = vec![T::from_acc(T::Acc::ZERO); tokens * dim];
     let (mut dk, mut dv) = (dq.clone(), zeros.clone());

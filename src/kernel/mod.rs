@@ -91,12 +91,13 @@ pub struct Run<'a> {
 }
 
 impl<T: Element> Attention<'_, T> {
-    /// Write `out` (B, H, N, Dv) and `lse` (B, H, N), both contiguous.
+    /// Write `out` (B, H, N, Dv) and `lse` (B, H, N), both contiguous. `lse` has more digits than f32, because the backward pass finds
+    /// the weights from it: an error of `lse` is a relative error of every weight of the row.
     ///
     /// # Errors
     /// [`crate::error::Error::Shape`] or [`crate::error::Error::Value`] naming the argument that does not fit, before anything is
     /// written; [`crate::error::Error::Interrupted`], after which the outputs hold anything.
-    pub fn forward(&self, out: &mut [T], lse: &mut [T::Acc], run: &Run) -> Result<()> {
+    pub fn forward(&self, out: &mut [T], lse: &mut [f64], run: &Run) -> Result<()> {
         cpu::forward(self, out, lse, run)
     }
 
@@ -111,7 +112,7 @@ impl<T: Element> Attention<'_, T> {
         &self,
         grad_out: View4<'_, T>,
         out: View4<'_, T>,
-        lse: View<'_, T::Acc, 3>,
+        lse: View<'_, f64, 3>,
         gradients: Gradients<'_, T>,
         run: &Run,
     ) -> Result<()> {

@@ -196,12 +196,12 @@ impl<R: Real> Running<R> {
     /// What to multiply the weighted sum by, and the log of the sum of the exponentials. A row without keys gives zero and minus
     /// infinity.
     #[inline(always)]
-    pub(super) fn finish(&self) -> (R, R) {
+    pub(super) fn finish(&self) -> (R, f64) {
         let total = self.sum + self.background * self.background_weight();
         if total == R::ZERO {
-            return (R::ZERO, R::NEG_INFINITY);
+            return (R::ZERO, f64::NEG_INFINITY);
         }
-        (R::ONE / total, self.largest + total.ln())
+        (R::ONE / total, log_sum_exp(self.largest, total))
     }
 }
 
@@ -213,7 +213,7 @@ pub(super) struct Beside<R> {
     /// What to multiply the weighted sums by; 0 for a row without keys.
     pub factors: [R; 4],
     /// The log of the sum of the exponentials; minus infinity for a row without keys.
-    pub lse: [R; 4],
+    pub lse: [f64; 4],
     /// What a key of the background weighs.
     pub background_weights: [R; 4],
 }
@@ -299,15 +299,21 @@ impl<R: Real> Beside<R> {
             }
         }
         let mut rows =
-            Beside { factors: [R::ZERO; 4], lse: [R::NEG_INFINITY; 4], background_weights: weights };
+            Beside { factors: [R::ZERO; 4], lse: [f64::NEG_INFINITY; 4], background_weights: weights };
         for row in 0..4 {
             if sums[row] != R::ZERO {
                 rows.factors[row] = R::ONE / sums[row];
-                rows.lse[row] = largest[row] + sums[row].ln();
+                rows.lse[row] = log_sum_exp(largest[row], sums[row]);
             }
         }
         rows
     }
+}
+
+/// The log of a sum of exponentials that is `total` relative to that of the `largest` score. As exact as both of them: a rounded sum
+/// of a hundred and something would be off by more than the logarithm is.
+pub(super) fn log_sum_exp<R: Real>(largest: R, total: R) -> f64 {
+    largest.to_f64() + total.ln().to_f64()
 }
 
 /// [`exp`] of one number.

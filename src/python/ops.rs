@@ -13,7 +13,7 @@ use super::edge_lists::compressed_rows;
 use super::enter::enter;
 use super::error::{from_torch, to_python};
 use super::tensor::{
-    Output, PyTensor, Stored, TensorRef, accumulator_kind, double_tensor, dtype_name, int64_tensor,
+    Output, PyTensor, Stored, TensorRef, double_tensor, dtype_name, int64_tensor,
     seed_value, slice, view,
 };
 use crate::attention::{ResolvedMask, resolve, resolve_edge_lists};
@@ -234,16 +234,13 @@ impl<'a> Call<'a> {
         Ok((to(&dq.0, kind)?, to(&dk.0, kind)?, to(&dv.0, kind)?))
     }
 
-    fn forward<T: Element + Stored>(&self, py: Python<'_>) -> PyResult<(PyTensor, PyTensor)>
-    where
-        T::Acc: Stored,
-    {
+    fn forward<T: Element + Stored>(&self, py: Python<'_>) -> PyResult<(PyTensor, PyTensor)> {
         let [batch, heads, queries, _] = Self::shape("q", &self.q)?;
         let [.., value_dim] = Self::shape::<4>("v", &self.v)?;
         let mut out = Output::new(&[batch, heads, queries, value_dim], T::KIND)?;
-        let mut lse = Output::new(&[batch, heads, queries], accumulator_kind::<T>())?;
+        let mut lse = Output::new(&[batch, heads, queries], Kind::Double)?;
         let (pool, isa) = (pool(), isa(py)?);
-        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<T::Acc>());
+        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<f64>());
         enter(py, |interrupt| {
             self.attention::<T, _>(|attention| {
                 attention.forward(out_elements, lse_elements, &Run { pool, isa, interrupt })
@@ -258,10 +255,7 @@ impl<'a> Call<'a> {
         grad_out: TensorRef<'_>,
         out: TensorRef<'_>,
         lse: TensorRef<'_>,
-    ) -> PyResult<(PyTensor, PyTensor, PyTensor)>
-    where
-        T::Acc: Stored,
-    {
+    ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
         let like = |name, tensor: TensorRef<'_>| Output::new(&Self::shape::<4>(name, &tensor)?, T::KIND);
         let (mut dq, mut dk, mut dv) = (like("q", self.q)?, like("k", self.k)?, like("v", self.v)?);
         let (pool, isa) = (pool(), isa(py)?);

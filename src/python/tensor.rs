@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::error::from_torch;
 use crate::error::{Error, Result};
-use crate::kernel::{Element, View};
+use crate::kernel::View;
 
 /// A `torch.Tensor` argument or return value.
 pub(super) struct PyTensor(pub Tensor);
@@ -179,14 +179,6 @@ impl Output {
     pub(super) fn finish(self) -> PyTensor {
         PyTensor(self.0)
     }
-}
-
-/// The dtype in which T is accumulated.
-pub(super) fn accumulator_kind<T: Element>() -> Kind
-where
-    T::Acc: Stored,
-{
-    T::Acc::KIND
 }
 
 /// The value of a seed tensor (int64, one element).

@@ -14,7 +14,7 @@ use crate::kernel::{Attention, Gradients, Run, View, View4};
 pub(super) struct Saved<'a, T: Element> {
     pub grad_out: View4<'a, T>,
     pub out: View4<'a, T>,
-    pub lse: View<'a, T::Acc, 3>,
+    pub lse: View<'a, f64, 3>,
 }
 
 impl<'a, T: Element> Saved<'a, T> {
@@ -26,15 +26,21 @@ impl<'a, T: Element> Saved<'a, T> {
         Matrix::of(&self.out, batch, head)
     }
 
-    pub(super) fn lse(&self, batch: usize, head: usize) -> Column<'a, T::Acc> {
+    pub(super) fn lse(&self, batch: usize, head: usize) -> Column<'a, f64> {
         Column::of(&self.lse, [batch, head, 0])
     }
 }
 
-/// What is subtracted from a score before the exponential: its row's `lse`, but so that a row without keys gives nothing.
+/// What is subtracted from a score before the exponential: its row's `lse`, but so that a row without keys gives nothing. In two
+/// parts, because the difference is as precise as what is subtracted, and one f32 is not: first the larger one, which leaves little.
 #[inline(always)]
-pub(super) fn shift<R: Real>(lse: R) -> R {
-    if lse == R::NEG_INFINITY { -lse } else { lse }
+pub(super) fn shift<R: Real>(lse: f64) -> [R; 2] {
+    if lse == f64::NEG_INFINITY {
+        return [-R::NEG_INFINITY, R::ZERO];
+    }
+    let most = R::from_f64(lse);
+    let rest = lse - most.to_f64();
+    [most, if rest.is_finite() { R::from_f64(rest) } else { R::ZERO }]
 }
 
 /// [`Attention::backward`].
@@ -42,7 +48,7 @@ pub(in crate::kernel) fn backward<T: Element>(
     problem: &Attention<T>,
     grad_out: View4<T>,
     out: View4<T>,
-    lse: View<T::Acc, 3>,
+    lse: View<f64, 3>,
     gradients: Gradients<T>,
     run: &Run,
 ) -> Result<()> {

@@ -85,7 +85,7 @@ struct Queries<'a, T: Element> {
     edges: &'a EdgeSet,
     tensors: Head<'a, T>,
     grad_out: Matrix<'a, T>,
-    lse: Column<'a, T::Acc>,
+    lse: Column<'a, f64>,
     delta: &'a [T::Acc],
     /// What every query gives to a key that is no edge.
     background: Option<&'a [T::Acc]>,
@@ -117,7 +117,8 @@ const NUMBERS: usize = if PLACES > PIECE { PLACES } else { PIECE };
 
 /// What a key needs to know of the queries it meets, one entry per place or edge.
 struct QueryTerms<R> {
-    shifts: Buffer<R>,
+    /// What is subtracted from their scores, in two parts.
+    shifts: [Buffer<R>; 2],
     deltas: Buffer<R>,
     background: Buffer<R>,
     /// Dropout's factors.
@@ -138,7 +139,7 @@ impl<T: Element> Scratch<T> {
             scores: zeros(NUMBERS),
             grads: zeros(NUMBERS),
             terms: QueryTerms {
-                shifts: zeros(NUMBERS),
+                shifts: [zeros(NUMBERS), zeros(NUMBERS)],
                 deltas: zeros(NUMBERS),
                 background: zeros(NUMBERS),
                 factors: ones,
@@ -340,7 +341,8 @@ impl<T: Element> Queries<'_, T> {
     fn terms(&self, columns: &[u32], at: usize, terms: &mut QueryTerms<T::Acc>) {
         for (edge, &query) in columns.iter().enumerate() {
             // SAFETY: columns are queries of this head.
-            terms.shifts[at + edge] = shift(unsafe { self.lse.at(query as usize) });
+            let parts = shift(unsafe { self.lse.at(query as usize) });
+            [terms.shifts[0][at + edge], terms.shifts[1][at + edge]] = parts;
             terms.deltas[at + edge] = self.delta[query as usize];
         }
         if let Some(background) = self.background {
@@ -362,7 +364,7 @@ impl<T: Element> Queries<'_, T> {
 
 impl<R: Real> QueryTerms<R> {
     /// Replace dots `scores` by `scale * P * (factor * grad - delta)` and `grads` by `P * factor - background`, with
-    /// `P = exp(scale_left * dot - shift)`, for the edges whose terms begin at `at`.
+    /// `P = exp(scale_left * dot - shifts[0] - shifts[1])`, for the edges whose terms begin at `at`.
     #[inline(always)]
     unsafe fn apply<V: Vector<Lane = R>>(
         &self,
@@ -380,7 +382,9 @@ impl<R: Real> QueryTerms<R> {
             for i in (0..len).step_by(V::LANES) {
                 let (score, grad) = (scores.as_mut_ptr().add(i), grads.as_mut_ptr().add(i));
                 let factor = V::load(self.factors.as_ptr().add(at + i));
-                let p = exp(V::load(score) * scale_left - V::load(self.shifts.as_ptr().add(at + i)));
+                let [most, rest] = &self.shifts;
+                let (most, rest) = (V::load(most.as_ptr().add(at + i)), V::load(rest.as_ptr().add(at + i)));
+                let p = exp(V::load(score) * scale_left - most - rest);
                 let grad_of_p = V::load(grad) * factor - V::load(self.deltas.as_ptr().add(at + i));
                 (p * grad_of_p * scale).store(score);
                 (p * factor - V::load(self.background.as_ptr().add(at + i))).store(grad);

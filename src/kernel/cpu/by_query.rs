@@ -71,7 +71,7 @@ struct Task<'a, T: Element> {
     tensors: Head<'a, T>,
     grad_out: Matrix<'a, T>,
     out: Matrix<'a, T>,
-    lse: Column<'a, T::Acc>,
+    lse: Column<'a, f64>,
     scale: T::Acc,
     /// Where the head's first query lies in what is written.
     first_row: usize,
@@ -202,7 +202,7 @@ impl<T: Element> Task<'_, T> {
             if let Some(background) = self.background {
                 let has_keys = self.tensors.background_keys(self.edges, row) > 0;
                 background.row_mut(self.first_row + row)[0] =
-                    if has_keys { exp_or_zero(-self.lse.at(row)) } else { T::Acc::ZERO };
+                    if has_keys { exp_or_zero(T::Acc::from_f64(-self.lse.at(row))) } else { T::Acc::ZERO };
             }
             delta
         }
@@ -225,9 +225,9 @@ impl<T: Element> Task<'_, T> {
             }
             for index in 0..self.scratch.batch.strips.len() {
                 let strip = self.scratch.batch.strips[index];
-                let (mut shifts, mut deltas) = ([T::Acc::ZERO; STRIP], [T::Acc::ZERO; STRIP]);
+                let (mut shifts, mut deltas) = ([[T::Acc::ZERO; STRIP]; 2], [T::Acc::ZERO; STRIP]);
                 for slot in 0..strip.rows {
-                    shifts[slot] = shift(self.lse.at(strip.row + slot));
+                    [shifts[0][slot], shifts[1][slot]] = shift(self.lse.at(strip.row + slot));
                     deltas[slot] = self.describe::<V>(strip.row + slot);
                 }
                 let Scratch { scores, grads, .. } = &mut *self.scratch;
@@ -236,7 +236,10 @@ impl<T: Element> Task<'_, T> {
                     let first = part * (STRIP / parts);
                     let terms = Terms {
                         scale_left: V::splat(scale_left),
-                        shift: V::spread(shifts.as_ptr().add(first)),
+                        shift: [
+                            V::spread(shifts[0].as_ptr().add(first)),
+                            V::spread(shifts[1].as_ptr().add(first)),
+                        ],
                         delta: V::spread(deltas.as_ptr().add(first)),
                         scale: V::splat(self.scale),
                     };
@@ -355,13 +358,13 @@ impl<T: Element> Task<'_, T> {
     }
 }
 
-/// Replace dots by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift)`.
+/// Replace dots by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift[0] - shift[1])`.
 #[inline(always)]
 unsafe fn score_gradients<V: Vector>(
     dots: &mut [V::Lane],
     grads: &[V::Lane],
     scale_left: V::Lane,
-    shift: V::Lane,
+    shift: [V::Lane; 2],
     delta: V::Lane,
     scale: V::Lane,
 ) {
@@ -370,7 +373,7 @@ unsafe fn score_gradients<V: Vector>(
     unsafe {
         let terms = Terms {
             scale_left: V::splat(scale_left),
-            shift: V::splat(shift),
+            shift: [V::splat(shift[0]), V::splat(shift[1])],
             delta: V::splat(delta),
             scale: V::splat(scale),
         };
@@ -383,18 +386,18 @@ unsafe fn score_gradients<V: Vector>(
 /// What the gradients of a register of scores are computed from.
 struct Terms<V> {
     scale_left: V,
-    shift: V,
+    shift: [V; 2],
     delta: V,
     scale: V,
 }
 
 impl<V: Vector> Terms<V> {
-    /// Replace the dots at `dots` by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift)`.
+    /// Replace the dots at `dots` by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift[0] - shift[1])`.
     #[inline(always)]
     unsafe fn apply(&self, dots: *mut V::Lane, grads: *const V::Lane) {
         // SAFETY: the caller says that there is a register of both.
         unsafe {
-            let p = exp(V::load(dots) * self.scale_left - self.shift);
+            let p = exp(V::load(dots) * self.scale_left - self.shift[0] - self.shift[1]);
             (p * (V::load(grads) - self.delta) * self.scale).store(dots);
         }
     }

@@ -24,7 +24,7 @@ use crate::pattern::edges::EdgeSet;
 pub(in crate::kernel) fn forward<T: Element>(
     problem: &Attention<T>,
     out: &mut [T],
-    lse: &mut [T::Acc],
+    lse: &mut [f64],
     run: &Run,
 ) -> Result<()> {
     problem.check()?;
@@ -78,7 +78,7 @@ struct Task<'a, T: Element> {
     background: Option<&'a [T::Acc]>,
     rows: Range<usize>,
     out: &'a Output<'a, T>,
-    lse: &'a Output<'a, T::Acc>,
+    lse: &'a Output<'a, f64>,
     scratch: &'a mut Scratch<T>,
 }
 

@@ -196,7 +196,7 @@ pub(super) fn run(isa: Isa, threads: usize) -> Run<'static> {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Results<T: Element> {
     pub out: Vec<T>,
-    pub lse: Vec<T::Acc>,
+    pub lse: Vec<f64>,
     pub dq: Vec<T>,
     pub dk: Vec<T>,
     pub dv: Vec<T>,
@@ -209,7 +209,7 @@ pub(super) fn results<T: Element>(problem: &Attention<T>, grad_out: View4<T>, ru
     let poison = |len: usize| vec![T::from_acc(T::Acc::from_f64(f64::NAN)); len];
     let mut results = Results {
         out: poison(b * h * n * dv),
-        lse: vec![T::Acc::from_f64(f64::NAN); b * h * n],
+        lse: vec![f64::NAN; b * h * n],
         dq: poison(b * h * n * d),
         dk: poison(b * g * s * d),
         dv: poison(b * g * s * dv),
@@ -235,7 +235,7 @@ impl<T: Element> Results<T> {
     pub fn named(&self) -> [(&'static str, Vec<f64>); 5] {
         [
             ("out", f64s(&self.out)),
-            ("lse", f64s(&self.lse)),
+            ("lse", self.lse.clone()),
             ("dq", f64s(&self.dq)),
             ("dk", f64s(&self.dk)),
             ("dv", f64s(&self.dv)),

@@ -46,7 +46,7 @@ fn a_plan_without_edges_and_a_mask_without_keys_give_only_empty_rows() {
                     continue;
                 }
                 let results = case.results(isa);
-                assert!(results.lse.iter().all(|&lse| lse == f32::NEG_INFINITY));
+                assert!(results.lse.iter().all(|&lse| lse == f64::NEG_INFINITY));
                 for (name, values) in results.named() {
                     assert!(name == "lse" || values.iter().all(|&value| value == 0.0), "{name} {values:?}");
                 }
@@ -71,7 +71,7 @@ fn nothing_at_all_is_a_problem_too() {
             for isa in Isa::available() {
                 let results = case.results(isa);
                 assert!(results.out.iter().chain(&results.dk).chain(&results.dv).all(|&value| value == 0.0));
-                assert!(results.lse.iter().all(|&lse| lse == f32::NEG_INFINITY));
+                assert!(results.lse.iter().all(|&lse| lse == f64::NEG_INFINITY));
             }
         }
     }
@@ -265,7 +265,7 @@ fn a_query_whose_bias_removes_every_key_is_an_empty_row() {
         case.bias = Some((0..24).map(|cell| if cell / 4 == 2 { f32::NEG_INFINITY } else { 0.25 }).collect());
         for isa in Isa::available() {
             let results = case.results(isa);
-            assert_eq!((results.lse[2], &results.out[6..9]), (f32::NEG_INFINITY, &[0.0; 3][..]));
+            assert_eq!((results.lse[2], &results.out[6..9]), (f64::NEG_INFINITY, &[0.0; 3][..]));
             assert_eq!(results.dq[10..15], [0.0; 5]);
             let [.., (_, dk), (_, dv)] = results.named();
             assert!(dk.iter().chain(&dv).all(|value| value.is_finite()), "{masked_logits:?}: {dk:?} {dv:?}");

@@ -1,6 +1,6 @@
 //! The softmax of each row and its output.
 
-use tch::{Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::Arguments;
 use super::groups::By;
@@ -135,7 +135,9 @@ pub(crate) fn forward(arguments: &Arguments, interrupt: &dyn Interrupt) -> Resul
         let [samples, queries] = [problem.q.size()[0], problem.q.size()[1]];
         let value_dim = problem.sizes.value_dim as i64;
         let mut out = problem.full(&[samples, queries, value_dim], 0.0, problem.q.kind())?;
-        let mut lse = problem.full(&[samples, queries], f64::NEG_INFINITY, problem.accumulator)?;
+        // As the kernels give it, where the device has such numbers.
+        let lse_kind = if problem.q.device() == Device::Mps { Kind::Float } else { Kind::Double };
+        let mut lse = problem.full(&[samples, queries], f64::NEG_INFINITY, lse_kind)?;
         let background = problem.background.then(|| Background::new(&problem)).transpose()?;
         problem.for_each_group(By::Query, interrupt, |edges| {
             let q = problem.at_rows(&problem.q, edges)?;
@@ -155,7 +157,8 @@ pub(crate) fn forward(arguments: &Arguments, interrupt: &dyn Interrupt) -> Resul
                 sum = sum.f_add(&shadow.f_masked_fill(&unit.f_eq(0.0)?, 0.0)?)?;
             }
             let rows = sum.f_div(&softmax.divisor()?.f_unsqueeze(2)?)?.f_to_kind(problem.q.kind())?;
-            let logs = softmax.total.f_log()?.f_add(&softmax.largest)?;
+            let logs =
+                softmax.total.f_log()?.f_to_kind(lse_kind)?.f_add(&softmax.largest.f_to_kind(lse_kind)?)?;
             let _ = out.f_index_copy_(1, &edges.rows, &rows)?;
             let _ = lse.f_index_copy_(1, &edges.rows, &logs)?;
             Ok(())

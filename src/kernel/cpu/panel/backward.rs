@@ -120,7 +120,7 @@ struct Queries<'a, T: Element> {
     tensors: Head<'a, T>,
     grad_out: Matrix<'a, T>,
     out: Matrix<'a, T>,
-    lse: Column<'a, T::Acc>,
+    lse: Column<'a, f64>,
 }
 
 /// What a thread keeps from task to task.
@@ -135,8 +135,8 @@ struct Scratch<R> {
     weights: Buffer<R>,
     /// `dO . v`, then dS.
     grads: Buffer<R>,
-    /// Per query of a tile: its lse, its delta.
-    shifts: [R; PANEL],
+    /// Per query of a tile: its lse in two parts, its delta.
+    shifts: [[R; 2]; PANEL],
     deltas: [R; PANEL],
     /// Sums for the rows and panels of a task.
     dq: Buffer<R>,
@@ -170,7 +170,7 @@ impl<R: Real> Scratch<R> {
             grad_out: Panels::new(value_dim, 1, Order::Both),
             weights: Buffer::unset(GROUP * SQUARE),
             grads: Buffer::unset(GROUP * SQUARE),
-            shifts: [R::ZERO; PANEL],
+            shifts: [[R::ZERO; 2]; PANEL],
             deltas: [R::ZERO; PANEL],
             dq: sums(wants.queries, rows.next_multiple_of(PANEL), width),
             dk: sums(wants.keys, panels * PANEL, width),
@@ -310,11 +310,13 @@ impl<T: Element> Task<'_, T> {
                         continue;
                     }
                     let bits = u32::from(square.bits[query] & keys.allowed[slot]);
-                    let (shift, delta) = (V::splat(shifts[query]), V::splat(deltas[query]));
+                    let [most, rest] = shifts[query];
+                    let (most, rest) = (V::splat(most), V::splat(rest));
+                    let delta = V::splat(deltas[query]);
                     for lane in (0..PANEL).step_by(V::LANES) {
                         let place = index * SQUARE + query * PANEL + lane;
                         let (weight, grad) = (weights.as_mut_ptr().add(place), grads.as_mut_ptr().add(place));
-                        let mut p = exp2((V::load(weight) - shift) * log2_e);
+                        let mut p = exp2((V::load(weight) - most - rest) * log2_e);
                         let mut ds = p * (V::load(grad) - delta);
                         if bits != u32::from(u16::MAX) {
                             (p, ds) = (p.keep(bits >> lane, zero), ds.keep(bits >> lane, zero));

@@ -13,7 +13,7 @@ use crate::kernel::cpu::row::{scale, write_scaled};
 use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
-use crate::kernel::softmax::{exp_or_zero, exp2};
+use crate::kernel::softmax::{exp_or_zero, exp2, log_sum_exp};
 use crate::kernel::view::Output;
 use crate::pattern::edges::EdgeSet;
 use crate::plan::panels::{PANEL, Square, Squares};
@@ -25,7 +25,7 @@ const ROWS: usize = 8 * PANEL;
 pub(in crate::kernel::cpu) fn forward<T: Element>(
     call: &Call<T>,
     out: &Output<T>,
-    lse: &Output<T::Acc>,
+    lse: &Output<f64>,
     run: &Run,
 ) -> Result<()> {
     let (sizes, units) = (call.sizes, call.panels.units());
@@ -77,7 +77,7 @@ struct Task<'a, T: Element> {
     first_row: usize,
     rows: Range<usize>,
     out: &'a Output<'a, T>,
-    lse: &'a Output<'a, T::Acc>,
+    lse: &'a Output<'a, f64>,
     scratch: &'a mut Scratch<T::Acc>,
 }
 
@@ -141,9 +141,9 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
             let scratch = &self.scratch;
             let total = scratch.totals[place];
             let (factor, lse) = if total == T::Acc::ZERO {
-                (T::Acc::ZERO, T::Acc::NEG_INFINITY)
+                (T::Acc::ZERO, f64::NEG_INFINITY)
             } else {
-                (T::Acc::ONE / total, scratch.largest[place] + total.ln())
+                (T::Acc::ONE / total, log_sum_exp(scratch.largest[place], total))
             };
             let sum = &scratch.sums[place * width..(place + 1) * width];
             // SAFETY: the row belongs to this task.
