@@ -14,6 +14,7 @@ from .content import edges_of
 from .edges import EdgeSource, accumulation_dtype
 from .layer_mask import LayerMask
 from .mask import Mask
+from .positions import edges_at
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,6 +31,7 @@ def sparse_attention(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    token_positions: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -45,6 +47,7 @@ def sparse_attention(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    token_positions: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -59,6 +62,7 @@ def sparse_attention(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    token_positions: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the edges of a mask: ``softmax(scale * q k^T + attn_mask) v``, kept entries only.
@@ -81,6 +85,9 @@ def sparse_attention(
         key_padding_mask: (B, S) bool, True = keep.
         dropout_p: probability that a weight is dropped. The draw comes from torch's default generator.
         scale: factor of the scores; default is the mask's configured scale, else 1 / sqrt(D).
+        token_positions: (B, N) int64, for N tokens picked out of a longer sequence that ``mask`` is for: where in it
+            each stands, in the order in which they arrive. Query i then keeps key j if the mask keeps
+            (token_positions[i], token_positions[j]).
         return_lse: also return the log of the sum of the exponentials of each row.
 
     Returns:
@@ -94,14 +101,18 @@ def sparse_attention(
     """
     check_qkv(q, k, v)
     if mask is not None:
-        _check_mask(mask, q)
+        _check_mask(mask, q, token_positions)
     check_key_mask(key_padding_mask, q, k)
     layer_mask = dense_mask(q.shape[1]) if mask is None else mask
+    edges = None
+    if token_positions is not None:
+        edges = edges_at(layer_mask, token_positions, q.shape[1])
     out, lse = attend(
         q,
         k,
         v,
         layer_mask,
+        edges,
         key_mask=key_padding_mask,
         bias=additive_bias(attn_mask, q, k),
         dropout_p=dropout_p,
@@ -292,13 +303,18 @@ def _check_beside(tensor: Tensor, name: str, q: Tensor) -> None:
         raise ValueError(f"{name}: expected device {q.device} like query, got {tensor.device}")
 
 
-def _check_mask(mask: Mask, q: Tensor) -> None:
+def _check_mask(mask: Mask, q: Tensor, token_positions: Tensor | None) -> None:
     if not isinstance(mask, Mask):
         raise TypeError(f"mask: expected a sparse_mhsa.Mask or None, got {type(mask).__name__}")
     heads, queries = q.shape[1:3]
     if mask.num_heads != heads:
         raise ValueError(f"mask: expected {heads} heads like query, got a mask of {mask.num_heads} heads")
-    if mask.num_tokens != queries:
+    if token_positions is not None:
+        if tuple(token_positions.shape) != (q.shape[0], queries):
+            raise ValueError(
+                f"token_positions: expected shape (B, N) = {(q.shape[0], queries)}, got {tuple(token_positions.shape)}"
+            )
+    elif mask.num_tokens != queries:
         raise ValueError(f"mask: expected {queries} tokens like query, got a mask of {mask.num_tokens} tokens")
 
 

@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from .backends import Backend, build_backend
+from .edges import EdgeSource
 from .layer_mask import LayerMask
 from .mask import Mask
+from .positions import edges_at
 
 
 class SparseLayer(nn.Module):
@@ -32,6 +34,26 @@ class SparseLayer(nn.Module):
             ConfigError: the mask does not exist for that number.
         """
         return self.layer_mask.at(num_tokens)
+
+    def _edges_at(
+        self, token_positions: Tensor | None, num_tokens: int | None, num_heads: int, shape: tuple[int, int]
+    ) -> EdgeSource | None:
+        """The edges at (B, n) positions of the whole sequence; None for those of the mask itself.
+
+        Raises:
+            TypeError: ``token_positions`` is no int64 tensor.
+            ValueError: it does not fit ``shape`` = (B, n), the mask or the backend.
+        """
+        if token_positions is None:
+            if num_tokens is not None:
+                raise ValueError("num_tokens: only has a meaning together with token_positions")
+            return None
+        if self.backend is not None:
+            raise ValueError(f"token_positions: the backend `{self.backend.name}` has no edges that they could choose")
+        edges = edges_at(self.layer_mask, token_positions, num_heads, num_tokens)
+        if tuple(token_positions.shape) != shape:
+            raise ValueError(f"token_positions: expected shape (B, n) = {shape}, got {tuple(token_positions.shape)}")
+        return edges
 
     def set_epoch(self, epoch: int) -> None:
         """Tell masks that change during training which epoch it is."""

@@ -210,6 +210,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        token_positions: Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over the edges of the mask. The contract is that of `torch.nn.MultiheadAttention.forward`.
 
@@ -224,6 +227,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             is_causal: hint that ``attn_mask`` is causal. As in the parent, it needs ``attn_mask`` and stands
                 in for it where there is neither ``key_padding_mask`` nor ``need_weights``: query i then keeps
                 keys 0 to i, appended keys included.
+            token_positions: (B, L) int64, or (L,) unbatched, for L tokens picked out of a longer sequence: where in
+                it each stands, in the order in which they arrive. The mask applies at those places.
+            num_tokens: length of the whole sequence, if the grid and the prefix of the layer do not tell it.
 
         Returns:
             The output in the layout of ``query``, and the weights after dropout, (B, L, S) or (B, H, L, S)
@@ -241,7 +247,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         if not batched:
             query, key, value = _unsqueeze_alike(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            token_positions = None if token_positions is None else token_positions.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
+        at_positions = self._edges_at(token_positions, num_tokens, self.num_heads, (q.shape[0], q.shape[2]))
         if self.backend is not None:
             context, weights = self._run(self.backend, q, k, v, key_padding_mask, attn_mask, need_weights)
             out = self._merge(context, batch_first)
@@ -250,7 +258,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             return (out, weights) if batched else (out.squeeze(0), None if weights is None else weights.squeeze(0))
         causal = is_causal and key_padding_mask is None and not need_weights
         key_mask, bias = self._masks(q, k, key_padding_mask, None if causal else attn_mask)
-        k, v, key_mask, bias, edges = self._append_keys(q, k, v, key_mask, bias)
+        k, v, key_mask, bias, edges = self._append_keys(q, k, v, key_mask, bias, at_positions)
         check_qkv(q, k, v)
         if causal:
             bias = causal_bias(q, k)
@@ -427,7 +435,13 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         return key_mask, bias
 
     def _append_keys(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        bias: Tensor | None,
+        edges: EdgeSource | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, EdgeSource | None]:
         """The keys of add_bias_kv and add_zero_attn, which every query keeps, at the end."""
         batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
@@ -437,7 +451,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         if self.add_zero_attn:
             extra.append((k.new_zeros(1, self.num_heads, 1, self.head_dim),) * 2)
         if not extra:
-            return k, v, key_mask, bias, None
+            return k, v, key_mask, bias, edges
+        if edges is not None:
+            raise ValueError("token_positions: cannot be combined with add_bias_kv or add_zero_attn")
         new_k, new_v = ([x.expand(batch, -1, -1, -1) for x in parts] for parts in zip(*extra, strict=True))
         k, v = torch.cat([k, *new_k], dim=2), torch.cat([v, *new_v], dim=2)
         key_mask = None if key_mask is None else F.pad(key_mask, (0, len(extra)), value=True)

@@ -36,13 +36,23 @@ class SparseAttention(SparseLayer):
     dense_class: type[nn.Module]
     """What the module was."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        token_positions: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> Tensor:
         """Self-attention.
 
         Args:
             x: (B, N, C).
             attn_mask: broadcastable to (B, H, N, N); bool (True = keep) or floating (added), as in timm.
             is_causal: drop keys after the query instead of ``attn_mask``.
+            token_positions: (B, N) int64, for N tokens picked out of a longer sequence: where in it each stands.
+            num_tokens: length of the whole sequence, if the grid and the prefix of the layer do not tell it.
 
         Returns:
             (B, N, C).
@@ -58,6 +68,7 @@ class SparseAttention(SparseLayer):
         if is_causal:
             attn_mask = causal_bias(q, k)
         bias = additive_bias(attn_mask, q, k)
+        edges = self._edges_at(token_positions, num_tokens, self.num_heads, (batch, tokens))
         if self.backend is not None:
             out, _ = self.backend.attend(*autocast(q, k, v), bias=bias, dropout_p=self._dropout())
         else:
@@ -67,6 +78,7 @@ class SparseAttention(SparseLayer):
                 k,
                 v,
                 self.layer_mask,
+                edges,
                 bias=bias,
                 dropout_p=self._dropout(),
                 scale=getattr(self, "scale", None) if scale is None else scale,
@@ -146,7 +158,15 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
         made = _Configurable(cls.__name__, (SparseTimmAttention,), {"config": load_config(config)})
         return made  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        token_positions: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> Tensor:
         """Self-attention, as `SparseAttention`.
 
         Raises:
@@ -157,7 +177,7 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
                 "layer: the mask depends on the depth of this layer, which timm does not tell it; call "
                 "sparse_mhsa.sparsify(model, config) once the model is built"
             )
-        return super().forward(x, attn_mask, is_causal)
+        return super().forward(x, attn_mask, is_causal, token_positions=token_positions, num_tokens=num_tokens)
 
 
 def _reduce_class(cls: _Configurable) -> str | tuple[object, ...]:
