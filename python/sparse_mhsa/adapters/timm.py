@@ -263,7 +263,7 @@ def _computes_attention(module: nn.Module) -> bool:
     adapter.sparsify(sparse, dense_mask(adapter.heads(dense)[0]))
     qkv = dense.get_submodule("qkv")
     assert isinstance(qkv, nn.Linear)
-    x = torch.randn(1, 3, qkv.in_features, dtype=torch.float64, generator=generator)
+    x = torch.randn(1, 3, qkv.in_features, dtype=torch.float64, device="cpu", generator=generator)
     try:
         with torch.no_grad():
             # Not the modules themselves, so that no hook runs.
