@@ -251,7 +251,9 @@ class TestInPlace:
         with torch.device("meta"):
             model = vit()
             copied, of_channels = CopiedAttention(), ChannelAttention()
-        assert not find_attention(of_channels)
+            assert not find_attention(of_channels)
+            assert find_attention(copied)
+            sm.sparsify(model, "mask: random\nmask_kwargs: {k: 3}")
         sm.sparsify(model, FIBOTTENTION, verify=True)
         sm.sparsify(copied, FIBOTTENTION)
         assert model(torch.randn(2, 3, 32, 32, device="meta", dtype=torch.float64)).shape == (2, 5)
