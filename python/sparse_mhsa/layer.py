@@ -1,9 +1,13 @@
 """What all sparse attention modules have in common, whichever framework they come from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from .backends import Backend, build_backend
 from .edges import EdgeSource
+from .functional import dense_mask
 from .layer_mask import LayerMask
 from .mask import Mask
 from .positions import edges_at
@@ -58,6 +62,16 @@ class SparseLayer(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Tell masks that change during training which epoch it is."""
         self.layer_mask = self.layer_mask.at_epoch(epoch)
+
+    @contextmanager
+    def densely(self) -> Iterator[None]:
+        """While it lasts, every query keeps every key, whatever the layer is configured for."""
+        before = self.layer_mask, self.backend
+        self.layer_mask, self.backend = dense_mask(self.layer_mask.num_heads), None
+        try:
+            yield
+        finally:
+            self.layer_mask, self.backend = before
 
     def __prepare_scriptable__(self) -> "SparseLayer":
         """Say that `torch.jit.script` is not supported, before its compiler stumbles over something unrelated."""

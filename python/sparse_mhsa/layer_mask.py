@@ -147,4 +147,4 @@ def _built_in_masks() -> frozenset[str]:
 
 def _draw_seed() -> int:
     """A seed from torch's default generator, which `torch.manual_seed` governs."""
-    return int(torch.randint(torch.iinfo(torch.int32).max, ()))
+    return int(torch.randint(torch.iinfo(torch.int32).max, (), device="cpu"))

@@ -5,7 +5,6 @@ only its class changes. Optimisers, tied weights, wrappers and state dicts do no
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
 from ..layer_mask import LayerMask
 from . import timm, torch_nn
-from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported
+from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported, why_unsupported
 from .report import Report, Row
+from .selection import Selection, matches_none
 from .timm import SparseTimmAttention
-from .verify import sparse_calls
+from .verify import Sample, sparse_calls
 
 __all__ = [
     "Adapter",
@@ -45,11 +45,13 @@ def sparsify(
     overrides: Mapping[str, Mapping[str, object]] | None = None,
     strict: bool = True,
     verify: bool = False,
-    sample: Tensor | Sequence[object] | Mapping[str, object] | None = None,
+    sample: Sample | None = None,
 ) -> Report:
     """Make the self-attention of a model sparse, in place.
 
-    Layers are numbered in module order within their stack (``blocks.0.attn``, ``blocks.1.attn``, ...); the
+    Layers are numbered within their stack (``blocks.0.attn``, ``blocks.1.attn``, ...) in the order in which the
+    model calls them: seen in a run on ``sample``, or without one taken from the order in which the modules are
+    registered, which is the same in torch's, torchvision's and timm's models. The
     grid and the number of prefix tokens are read from the model where it tells them. Cross-attention,
     temporal attention and decoders stay dense unless ``include`` names them. Doing it again gives swapped
     layers another configuration.
@@ -57,14 +59,14 @@ def sparsify(
     Args:
         model: the model; it is changed only if every selected layer can take the configuration.
         config: whatever `load_config` takes; its ``layers`` overrides are matched against module names.
-        include: regular expressions; only layers with a matching name are swapped.
+        include: regular expressions; only layers with a matching name are swapped, decoders and the like too.
         exclude: regular expressions; layers with a matching name are left alone.
         overrides: regular expression on module names -> keys of the configuration to replace there.
-        strict: raise if nothing was swapped, an override matches no layer, or the configuration cannot be
-            applied to a selected layer; otherwise leave such layers dense and say so in the report.
-        verify: run the model once and raise if a layer did not call the sparse operators.
-        sample: input for ``verify``: a tensor, positional or keyword arguments. Default is made from the
-            model where it tells its input size.
+        strict: raise if nothing was swapped, ``include`` or an override matches no layer, or the configuration
+            cannot be applied to a selected layer; otherwise leave such layers dense and say so in the report.
+        verify: run the swapped model once and raise if a layer called neither the sparse operators nor its backend.
+        sample: an input of the model, a tensor, positional or keyword arguments: to see the order of the layers,
+            and for ``verify``, whose default is made from the model where it tells its input size.
 
     Returns:
         A table of all attention layers: swapped, or skipped and why.
@@ -73,17 +75,20 @@ def sparsify(
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
         ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
             no layer, or ``verify`` needs a ``sample``.
+        TypeError: ``verify`` or ``sample`` is of the wrong type.
         RuntimeError: ``verify`` found a layer that stayed dense.
     """
     parsed = _with_overrides(load_config(config), overrides)
-    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    sites = find_attention(model)
-    if strict:
-        _refuse_idle_patterns(overrides, parsed, sites)
+    selection = Selection.of(include, exclude)
+    sample = _checked_sample(model, verify, sample)
+    sites = find_attention(model, sample)
+    if strict and sites:
+        selection.refuse_idle([site.name for site in sites])
+        _refuse_idle_overrides(overrides, parsed, sites)
     plan: list[tuple[Site, LayerMask]] = []
     rows = []
     for site in sites:
-        reason = _why_not(site, included, excluded)
+        reason = selection.why_not(site)
         if reason is None:
             try:
                 layer_mask, row = _plan(site, parsed)
@@ -96,9 +101,7 @@ def sparsify(
                 rows.append(row)
         if reason is not None:
             rows.append(Row(site.name, site.adapter.name, "skipped", reason, layer=site.layer))
-    rows += [
-        Row(name, "", "skipped", f"no adapter for {type(m).__qualname__}") for name, m in unsupported(model, sites)
-    ]
+    rows += [Row(name, "", "skipped", why_unsupported(module)) for name, module in unsupported(model, sites)]
     report = Report(tuple(rows))
     if strict and not plan:
         raise ValueError(f"model: nothing to swap in {type(model).__name__}\n{report}")
@@ -106,7 +109,7 @@ def sparsify(
         site.adapter.sparsify(site.module, layer_mask)
     for adapter in adapters():
         adapter.finish(model)
-    if verify:
+    if verify and sample is not None:
         _verify(model, plan, sample)
     return report
 
@@ -122,30 +125,6 @@ def densify(model: nn.Module) -> None:
             site.adapter.densify(site.module)
     for adapter in adapters():
         adapter.finish(model)
-
-
-def _patterns(name: str, patterns: str | Sequence[str] | None) -> list[re.Pattern[str]] | None:
-    if patterns is None:
-        return None
-    return [_pattern(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
-
-
-def _pattern(name: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: `{pattern}` is not a regular expression: {error}") from error
-
-
-def _why_not(
-    site: Site, include: Sequence[re.Pattern[str]] | None, exclude: Sequence[re.Pattern[str]] | None
-) -> str | None:
-    """Why a layer is not selected, or None if it is."""
-    if exclude is not None and any(pattern.search(site.name) for pattern in exclude):
-        return "excluded"
-    if include is not None:
-        return None if any(pattern.search(site.name) for pattern in include) else "not included"
-    return site.dense_by_design
 
 
 def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
@@ -187,27 +166,37 @@ def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str
     return load_config(document)
 
 
-def _refuse_idle_patterns(
+def _refuse_idle_overrides(
     overrides: Mapping[str, Mapping[str, object]] | None, config: AttentionConfig, sites: Sequence[Site]
 ) -> None:
     names = [site.name for site in sites]
     for pattern in config.unmatched_layers(names):
         key = "overrides" if pattern in (overrides or ()) else "layers"
-        raise config_error(f"{key}: `{pattern}` matches none of the attention layers {names}", key=key)
+        raise config_error(f"{key}: {matches_none(pattern, names)}", key=key)
 
 
-def _verify(
-    model: nn.Module,
-    plan: Sequence[tuple[Site, LayerMask]],
-    sample: Tensor | Sequence[object] | Mapping[str, object] | None,
-) -> None:
-    if sample is None:
-        sample = next((x for x in (adapter.sample(model) for adapter in adapters()) if x is not None), None)
-    if sample is None:
-        raise ValueError(
-            f"sample: expected an input for {type(model).__name__}, which does not tell its size; got None"
+def _checked_sample(model: nn.Module, verify: bool, sample: Sample | None) -> Sample | None:
+    """The input to run the model on, or None if it is not to be run."""
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify: expected True or False, got {type(verify).__name__}; an input is passed as sample=")
+    if sample is not None and (isinstance(sample, str) or not isinstance(sample, (Tensor, Sequence, Mapping))):
+        raise TypeError(
+            f"sample: expected a tensor, positional arguments or keyword arguments, got {type(sample).__name__}"
         )
-    watched = {site.name: site.module for site, layer_mask in plan if layer_mask.is_sparse}
+    if verify and sample is None:
+        sample = next((x for x in (adapter.sample(model) for adapter in adapters()) if x is not None), None)
+        if sample is None:
+            raise ValueError(
+                f"sample: expected an input for {type(model).__name__}, which does not tell its size; got None"
+            )
+    return sample
+
+
+def _verify(model: nn.Module, plan: Sequence[tuple[Site, LayerMask]], sample: Sample) -> None:
+    # A layer with the mask `none` and no backend is dense as asked for.
+    watched = {
+        site.name: site.module for site, layer_mask in plan if layer_mask.is_sparse or not layer_mask.config.uses_edges
+    }
     idle = [name for name, calls in sparse_calls(model, watched, sample).items() if calls == 0]
     if idle:
-        raise RuntimeError(f"verify: stayed dense, no sparse operator was called in: {', '.join(idle)}")
+        raise RuntimeError(f"verify: stayed dense, no sparse operator and no backend was called in: {', '.join(idle)}")

@@ -13,6 +13,7 @@ from ..backends import Backend
 from ..layer import SparseLayer
 from ..layer_mask import LayerMask
 from ..mask import Mask
+from .verify import Sample, call_order
 
 _ADAPTERS: "list[Adapter]" = []
 
@@ -115,17 +116,28 @@ class Layout:
         return math.prod(self.grid) + self.num_prefix_tokens
 
 
-def find_attention(model: nn.Module) -> list[Site]:
-    """Every self-attention layer that some adapter knows, in module order.
+def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]:
+    """Every self-attention layer that some adapter knows.
 
-    Layers are numbered within their stack: the modules whose names differ in numbers only, such as
-    ``blocks.0.attn`` to ``blocks.11.attn``.
+    Layers are numbered within their stack, the modules whose names differ in numbers only, such as
+    ``blocks.0.attn`` to ``blocks.11.attn``, in the order in which the model calls them.
+
+    Args:
+        model: the model.
+        sample: an input; the model is run on it once to see the order. None takes the order in which the
+            modules are registered, which is the one in which torch's, torchvision's and timm's models call them.
+
+    Returns:
+        The layers in that order.
     """
     found = []
     for name, module in model.named_modules():
         adapter = next((adapter for adapter in _ADAPTERS if adapter.matches(module)), None)
         if adapter is not None:
             found.append((name, module, adapter))
+    if sample is not None:
+        order = call_order(model, {name: module for name, module, _ in found}, sample)
+        found.sort(key=lambda entry: order.index(entry[0]))
     stacks: dict[str, list[str]] = {}
     for name, _, _ in found:
         stacks.setdefault(_stack(name), []).append(name)
@@ -159,6 +171,20 @@ def unsupported(model: nn.Module, sites: list[Site]) -> Iterator[tuple[str, nn.M
             continue
         if not any(site == name or site.startswith(f"{name}.") or not name for site in known):
             yield name, module
+
+
+def why_unsupported(module: nn.Module) -> str:
+    """What is known of the reason why no adapter handles an attention module."""
+    kind = f"no adapter for {type(module).__qualname__}"
+    if any("relative_position" in name or name.startswith("rel_pos") for name, _ in _tensors_and_parts(module)):
+        return f"{kind}, which adds biases by relative position"
+    return f"{kind}, which attends within windows already" if hasattr(module, "window_size") else kind
+
+
+def _tensors_and_parts(module: nn.Module) -> Iterator[tuple[str, object]]:
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+    yield from module._modules.items()
 
 
 def _stack(name: str) -> str:

@@ -6,6 +6,8 @@ import inspect
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -13,99 +15,14 @@ from torch import Tensor, nn
 
 from .._core import AttentionConfig
 from ..config import ConfigLike, load_config
-from ..functional import additive_bias, attend, autocast, causal_bias, check_qkv, dense_mask
-from ..layer import SparseLayer
+from ..functional import dense_mask
 from ..layer_mask import LayerMask
 from ..mask import Mask
 from .registry import Adapter, Layout, random_image, register_adapter
+from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, query_projection
 
 _LOGGER = logging.getLogger("sparse_mhsa")
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
-
-
-class SparseAttention(SparseLayer):
-    """timm's `Attention` over the edges of a mask. Made by swapping; `SparseTimmAttention` can be constructed.
-
-    Parameters, submodules and state dict are those of the dense module. q, k and v are strided views of one
-    packed projection, which the kernels read without a copy.
-    """
-
-    num_heads: int
-    qkv: nn.Module
-    proj: nn.Module
-    dense_class: type[nn.Module]
-    """What the module was."""
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        token_positions: Tensor | None = None,
-        num_tokens: int | None = None,
-    ) -> Tensor:
-        """Self-attention.
-
-        Args:
-            x: (B, N, C).
-            attn_mask: broadcastable to (B, H, N, N); bool (True = keep) or floating (added), as in timm.
-            is_causal: drop keys after the query instead of ``attn_mask``.
-            token_positions: (B, N) int64, for N tokens picked out of a longer sequence: where in it each stands.
-            num_tokens: length of the whole sequence, if the grid and the prefix of the layer do not tell it.
-
-        Returns:
-            (B, N, C).
-        """
-        if x.dim() != 3:
-            raise ValueError(f"x: expected shape (B, N, C), got {tuple(x.shape)}")
-        batch, tokens, _ = x.shape
-        gate = getattr(self, "gate", None)
-        gate = None if gate is None else gate(x).sigmoid()
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self._optional("q_norm", q), self._optional("k_norm", k)
-        check_qkv(q, k, v)
-        if is_causal:
-            attn_mask = causal_bias(q, k)
-        bias = additive_bias(attn_mask, q, k)
-        edges = self._edges_at(token_positions, num_tokens, self.num_heads, (batch, tokens))
-        if self.backend is not None:
-            out, _ = self.backend.attend(*autocast(q, k, v), bias=bias, dropout_p=self._dropout())
-        else:
-            scale = self.layer_mask.scale
-            out, _ = attend(
-                q,
-                k,
-                v,
-                self.layer_mask,
-                edges,
-                bias=bias,
-                dropout_p=self._dropout(),
-                scale=getattr(self, "scale", None) if scale is None else scale,
-                embeddings=x,
-            )
-        out = self._optional("norm", out.transpose(1, 2).reshape(batch, tokens, -1))
-        if gate is not None:
-            out = out * gate
-        return self._optional("proj_drop", self.proj(out))
-
-    def _optional(self, name: str, x: Tensor) -> Tensor:
-        module = getattr(self, name, None)
-        result: Tensor = x if module is None else module(x)
-        return result
-
-    def install(self, layer_mask: LayerMask | Mask) -> None:
-        """Attend by ``layer_mask`` from now on."""
-        weight = self.get_parameter("qkv.weight")
-        head_dim = weight.shape[0] // (3 * self.num_heads)
-        self._set_mechanism(layer_mask, head_dim, _dropout_probability(self), weight)
-
-    def _dropout(self) -> float:
-        return _dropout_probability(self) if self.training else 0.0
-
-    def extra_repr(self) -> str:
-        """Heads and mask."""
-        return f"num_heads={self.num_heads}, {self._mask_repr()}"
 
 
 class _Configurable(type):
@@ -131,8 +48,8 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
     """
 
     config: ClassVar[AttentionConfig] = AttentionConfig.parse("mask: none")
-    unplaced: bool = False
-    """The mask depends on where in the model the layer is, and nobody has told it."""
+    unplaced: AttentionConfig | None = None
+    """The configuration, if its mask depends on where in the model the layer is and nobody has told it."""
 
     def __init__(self, dim: int, num_heads: int = 8, *args: object, **kwargs: object) -> None:
         super().__init__()
@@ -140,8 +57,11 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
 
         self.__dict__.update(Attention(dim, num_heads, *args, **kwargs).__dict__)  # type: ignore[arg-type]
         self.dense_class = Attention
-        self.unplaced = _depends_on_place(self.config, num_heads)
-        self.install(dense_mask(num_heads) if self.unplaced else LayerMask(self.config, num_heads))
+        if _depends_on_place(self.config, num_heads):
+            self.unplaced = self.config
+            self.install(dense_mask(num_heads))
+        else:
+            self.install(LayerMask(self.config, num_heads))
         # The class of the configuration has done its work.
         self.__class__ = SparseTimmAttention
 
@@ -172,12 +92,41 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
         Raises:
             RuntimeError: the mask depends on the place of the layer, which is unknown.
         """
-        if self.unplaced:
+        self._check_placed()
+        return super().forward(x, attn_mask, is_causal, token_positions=token_positions, num_tokens=num_tokens)
+
+    @contextmanager
+    def densely(self) -> Iterator[None]:
+        """As in `SparseLayer`; there is no place to know."""
+        before, self.unplaced = self.unplaced, None
+        try:
+            with super().densely():
+                yield
+        finally:
+            self.unplaced = before
+
+    def mask(self, num_tokens: int) -> Mask:
+        """The edges, as `SparseLayer.mask`.
+
+        Raises:
+            RuntimeError: the mask depends on the place of the layer, which is unknown.
+        """
+        self._check_placed()
+        return super().mask(num_tokens)
+
+    def _check_placed(self) -> None:
+        if self.unplaced is not None:
             raise RuntimeError(
                 "layer: the mask depends on the depth of this layer, which timm does not tell it; call "
                 "sparse_mhsa.sparsify(model, config) once the model is built"
             )
-        return super().forward(x, attn_mask, is_causal, token_positions=token_positions, num_tokens=num_tokens)
+
+    def extra_repr(self) -> str:
+        """Heads and mask."""
+        if self.unplaced is None:
+            return super().extra_repr()
+        name = self.unplaced.mask if self.unplaced.uses_edges else self.unplaced.backend
+        return f"num_heads={self.num_heads}, mask={name}, layer=unknown until sparsify(model, config)"
 
 
 def _reduce_class(cls: _Configurable) -> str | tuple[object, ...]:
@@ -199,7 +148,10 @@ def _depends_on_place(config: AttentionConfig, num_heads: int) -> bool:
 
 @register_adapter
 class TimmAdapter(Adapter):
-    """Swaps timm's `Attention` and modules that compute the same from ``qkv``, ``proj`` and ``num_heads``."""
+    """Swaps timm's `Attention`, `AttentionRope` and `EvaAttention`, and copies of `Attention`.
+
+    A copy is a module that computes the same from ``qkv``, ``proj`` and ``num_heads``, whatever its class.
+    """
 
     name = "timm"
 
@@ -207,23 +159,20 @@ class TimmAdapter(Adapter):
         """By class, or by structure together with a trial that it computes softmax attention."""
         if isinstance(module, SparseAttention):
             return True
-        layers = sys.modules.get("timm.layers.attention")
-        if layers is not None and type(module) is layers.Attention:
+        if type(module) in (*_classes("timm.layers.attention", "Attention"), *_rotary_classes()):
             return True
         return _has_the_structure(module) and _computes_attention(module)
 
     def heads(self, module: nn.Module) -> tuple[int, int]:
         """Number of heads and head dimension."""
-        packed = module.get_submodule("qkv").out_features
         assert isinstance(module.num_heads, int)
-        assert isinstance(packed, int)
-        return module.num_heads, packed // (3 * module.num_heads)
+        return module.num_heads, query_projection(module)[1]
 
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
         if not isinstance(module, SparseAttention):
             dense_class = type(module)
-            module.__class__ = SparseAttention
+            module.__class__ = SparseAttentionRope if dense_class in _rotary_classes() else SparseAttention
             assert isinstance(module, SparseAttention)
             module.dense_class = dense_class
         module.__dict__.pop("unplaced", None)
@@ -231,7 +180,7 @@ class TimmAdapter(Adapter):
 
     def dropout(self, module: nn.Module) -> float:
         """Of ``attn_drop``."""
-        return _dropout_probability(module)
+        return dropout_probability(module)
 
     def densify(self, module: nn.Module) -> None:
         """Swap back in place."""
@@ -245,22 +194,35 @@ class TimmAdapter(Adapter):
     def finish(self, model: nn.Module) -> None:
         """Warn of patches dropped in training: masks go by position, and the positions close up."""
         sparse = any(isinstance(module, SparseAttention) for module in model.modules())
-        if sparse and not isinstance(getattr(model, "patch_drop", nn.Identity()), nn.Identity):
+        # Models without patch dropout have an Identity there, or None, or nothing.
+        if sparse and getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0.0:
             _LOGGER.warning(
                 "%s drops patches in training; its masks then apply to the patches left, as if they were neighbours",
                 type(model).__name__,
             )
 
     def layout(self, module: nn.Module) -> Layout | None:
-        """Of a module that embeds patches."""
-        embedding = getattr(module, "patch_embed", None)
-        return None if embedding is None else Layout(_grid(embedding), _prefix(module))
+        """Of a module that embeds patches, or at least knows what comes before them."""
+        embedding, prefix = getattr(module, "patch_embed", None), _prefix(module)
+        if embedding is None:
+            return None if prefix is None else Layout(None, prefix)
+        return Layout(_grid(embedding), prefix)
 
     def sample(self, model: nn.Module) -> Tensor | None:
         """One random image of the size that ``patch_embed`` expects."""
         embedding = getattr(model, "patch_embed", None)
         size = getattr(embedding, "img_size", None)
         return random_image(getattr(embedding, "proj", None), size) if isinstance(size, (tuple, list)) else None
+
+
+def _classes(module: str, *names: str) -> tuple[type[nn.Module], ...]:
+    """Classes of timm, which has not been imported if nobody has built a model with it."""
+    found = sys.modules.get(module)
+    return () if found is None else tuple(getattr(found, name) for name in names if hasattr(found, name))
+
+
+def _rotary_classes() -> tuple[type[nn.Module], ...]:
+    return (*_classes("timm.layers.attention", "AttentionRope"), *_classes("timm.models.eva", "EvaAttention"))
 
 
 def _grid(embedding: nn.Module) -> tuple[int, ...] | None:
@@ -280,16 +242,13 @@ def _prefix(module: nn.Module) -> int | None:
     return None
 
 
-def _dropout_probability(module: nn.Module) -> float:
-    dropout = getattr(module, "attn_drop", None)
-    return 0.0 if dropout is None else float(getattr(dropout, "p", dropout))
-
-
 def _has_the_structure(module: nn.Module) -> bool:
     children = dict(module.named_children())
     if not {"qkv", "proj"} <= children.keys() <= _CHILDREN or not isinstance(children["qkv"], nn.Linear):
         return False
     if any(x is not None for x in (*module._parameters.values(), *module._buffers.values())):
+        return False
+    if hasattr(module, "window_size"):
         return False
     num_heads = getattr(module, "num_heads", None)
     if not isinstance(num_heads, int) or num_heads < 1 or children["qkv"].out_features % (3 * num_heads):
@@ -300,16 +259,19 @@ def _has_the_structure(module: nn.Module) -> bool:
 
 def _computes_attention(module: nn.Module) -> bool:
     """Whether a module of the right structure gives, on three random tokens, what `SparseAttention` gives."""
+    dense = copy.deepcopy(module).eval()
+    generator = torch.Generator().manual_seed(0)
     if any(parameter.is_meta for parameter in module.parameters()):
-        return True
-    dense = copy.deepcopy(module).to("cpu", torch.float64).eval()
+        dense.to_empty(device="cpu")
+        for parameter in dense.parameters():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    dense.to("cpu", torch.float64)
     sparse = copy.deepcopy(dense)
     adapter = TimmAdapter()
     adapter.sparsify(sparse, dense_mask(adapter.heads(dense)[0]))
     qkv = dense.get_submodule("qkv")
     assert isinstance(qkv, nn.Linear)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, qkv.in_features, dtype=torch.float64, generator=generator)
+    x = torch.randn(1, 3, qkv.in_features, dtype=torch.float64, device="cpu", generator=generator)
     try:
         with torch.no_grad():
             # Not the modules themselves, so that no hook runs.
