@@ -2,8 +2,9 @@
 
 `PREDICATES[name]` is called as ``keep(queries, keys, head, size, **mask_kwargs)`` with index arrays of shape (n, 1) and
 (1, n), and says which pairs the head keeps. For masks over patches the indices count patches and ``size.tokens`` is the
-number of patches; for `ALL_TOKENS` they count tokens. `VARIANTS[name]` lists parameters worth trying, and `exists` says
-whether a mask can be built at a size with them: where not, it must raise.
+number of patches; for `ALL_TOKENS` they count tokens. A mask by content reads the scaled queries, the keys and the
+embeddings of these tokens from ``size``. `VARIANTS[name]` lists parameters worth trying, and `exists` says whether a
+mask can be built at a size with them: where not, it must raise.
 """
 
 import functools
@@ -25,13 +26,19 @@ class Size(NamedTuple):
     prefix_dense: bool = True
     grid: tuple[int, ...] = ()
     t_fastest: bool = False
+    q: np.ndarray | None = None
+    """(n, D) queries of the head, scaled."""
+    k: np.ndarray | None = None
+    """(n, D) keys of the head."""
+    embeddings: np.ndarray | None = None
+    """(n, E) input of the layer."""
 
     @property
     def dense_prefix(self):
         return range(self.prefix if self.prefix_dense else 0)
 
 
-ALL_TOKENS = {"none", "longformer", "global", "bigbird", "random", "per_head"}
+ALL_TOKENS = {"none", "longformer", "global", "bigbird", "random", "per_head", "topk"}
 DEFAULT_PREFIX = {
     "sparse": 1,
     "fibottention": 1,
@@ -39,6 +46,7 @@ DEFAULT_PREFIX = {
     "longformer": 1,
     "bigbird": 1,
     "random": 1,
+    "topk": 1,
 }
 COMPOSITES = {"union", "intersection", "difference", "per_head"}
 
@@ -327,6 +335,46 @@ def per_head(i, j, head, size, masks):
     return everywhere(i, j, size.dense_prefix) | between
 
 
+def best(scores, keep, allowed):
+    """The ``keep`` highest of the allowed scores of each row, the lower index first where they are equal."""
+    order = np.argsort(np.where(allowed, -scores, np.inf), axis=-1, kind="stable")
+    return (np.argsort(order, axis=-1) < keep) & allowed
+
+
+def topk(
+    i, j, head, size, k=3, causal=False, symmetric=False, keep_cls_dense=True, cls_row_dense=True, k_schedule=None
+):
+    """With the k of epoch 0."""
+    past = (j <= i) | (not causal)
+    chosen = best(size.q @ size.k.T, k if k_schedule is None else k_schedule["k_start"], past)
+    prefix = size.dense_prefix if keep_cls_dense else ()
+    dense = np.isin(j, prefix) | (cls_row_dense & np.isin(i, prefix))
+    return (chosen | (symmetric & chosen.T) | dense) & past
+
+
+def block_topk(i, j, head, size, k=2, block_size=32, pool="mean", causal=False):
+    starts = range(0, size.tokens, block_size)
+    q, keys = (
+        np.stack([getattr(np, pool)(x[start : start + block_size], axis=0) for start in starts])
+        for x in (size.q, size.k)
+    )
+    past = np.tri(len(starts), dtype=bool) | (not causal)
+    return best(q @ keys.T, k, past)[i // block_size, j // block_size] & ((j <= i) | (not causal))
+
+
+def importance(i, j, head, size, score="key_norm", k=None, indices=None):
+    if score == "list":
+        return np.isin(j, indices)
+    if score == "first":
+        return j < k
+    if score == "attention":
+        weights = np.exp(size.q @ size.k.T)
+        received = (weights / weights.sum(-1, keepdims=True)).sum(0)
+    else:
+        received = np.linalg.norm(size.k if score == "key_norm" else size.embeddings, axis=-1)
+    return best(received[None], k, True)
+
+
 PREDICATES = {
     f.__name__.rstrip("_"): f
     for f in (
@@ -351,6 +399,9 @@ PREDICATES = {
         intersection,
         difference,
         per_head,
+        topk,
+        block_topk,
+        importance,
     )
 }
 
@@ -371,6 +422,8 @@ def exists(name, size, **kwargs):
         return all(k <= max(length // d, 1) for k, d, length in zip(kernel, dilation, size.grid, strict=True))
     if name == "space_time":
         return len(size.grid) == 3
+    if name == "importance" and kwargs.get("score") in ("first", "list"):
+        return max([kwargs.get("k", 0), *(index + 1 for index in kwargs.get("indices", ()))]) <= size.tokens
     return True
 
 
@@ -514,6 +567,33 @@ VARIANTS = {
             ]
         },
         {"masks": [{"mask": "fibottention", "mask_kwargs": {"shuffled": False}, "heads": 4}]},
+    ],
+    "topk": [
+        {"k": 2},
+        {"k": 0, "keep_cls_dense": False},
+        {"k": 5, "causal": True},
+        {"symmetric": True},
+        {"k": 4, "causal": True, "keep_cls_dense": False},
+        {"cls_row_dense": False},
+        {"k": 10**9},
+        {"k_schedule": {"kind": "linear", "k_start": 6, "k_end": 1, "epochs": 4}},
+    ],
+    "block_topk": [
+        {"k": 2, "block_size": 2},
+        {"k": 1, "block_size": 1, "pool": "max"},
+        {"k": 3, "block_size": 4, "causal": True},
+        {"k": 2, "block_size": 7, "pool": "max", "causal": True},
+        {"k": 10**9, "block_size": 8},
+        {"block_size": 10**9},
+    ],
+    "importance": [
+        {"k": 2},
+        {"k": 0},
+        {"k": 4, "score": "embedding_norm"},
+        {"k": 3, "score": "attention"},
+        {"k": 10**9},
+        {"k": 5, "score": "first"},
+        {"score": "list", "indices": [7, 0, 7]},
     ],
 }
 

@@ -1,10 +1,12 @@
 """Every registered mask, whatever it is: a new mask is covered here without a new test."""
 
 import copy
+import itertools
 import json
 import math
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,15 +15,17 @@ import torch
 import sparse_mhsa as sm
 from predicates import ALL_TOKENS, ON_GRID, PREDICATES, VARIANTS, Size, default_prefix, exists
 from sparse_mhsa import _core
+from sparse_mhsa.content import edges_of
+from sparse_mhsa.layer_mask import LayerMask
 from sparse_mhsa.reference import dense_attention
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "attention"
-ALL_MASKS = [entry["name"] for entry in _core.registered_masks()]
-# Masks that choose keys by content have no edges of their own: tests/test_selection.py has their definitions.
-MASKS = [name for name in ALL_MASKS if not sm.load_config(CONFIGS / f"{name}.yaml").by_content]
+MASKS = [entry["name"] for entry in _core.registered_masks()]
+# Masks that choose keys by content have edges for given queries and keys only.
+BY_CONTENT = {name for name in MASKS if sm.load_config(CONFIGS / f"{name}.yaml").by_content}
 ON_A_GRID = {entry["name"] for entry in _core.registered_masks() if "grid" in entry["keys"]}
-YAMLS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not sm.load_config(path).by_content]
-HEADS, LAYERS = 4, 5
+YAMLS = sorted(CONFIGS.glob("*.yaml"))
+BATCH, HEADS, LAYERS = 2, 4, 5
 SIZES = [*range(1, 12), 17, 31, 32, 33, 50, 64, 65, 70]
 GRIDS = [
     (height, patches // height) for patches in range(1, 71) for height in range(1, patches + 1) if patches % height == 0
@@ -39,9 +43,11 @@ def grid_of(num_patches, num_axes):
 
 
 def config_at(name, num_tokens):
-    """The mask's YAML, where needed with positions and a grid that ``num_tokens`` tokens have."""
+    """The mask's YAML, where needed with positions and a grid that ``num_tokens`` tokens have, and with few keys."""
     document = json.loads(sm.load_config(CONFIGS / f"{name}.yaml").to_json())
     kwargs = document["mask_kwargs"]
+    if name in BY_CONTENT:
+        document["mask_kwargs"] = VARIANTS[name][0]
     if name in ON_A_GRID:
         document |= {"num_prefix_tokens": 0, "grid": grid_of(num_tokens, 3 if name == "space_time" else 2)}
     if name == "neighborhood":
@@ -52,14 +58,49 @@ def config_at(name, num_tokens):
     return document
 
 
+class Content(NamedTuple):
+    """What a mask by content chooses from: whole numbers, so that scores are exact and ties are everywhere."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    embeddings: torch.Tensor
+
+    @classmethod
+    def of(cls, num_tokens, dtype=torch.float64):
+        shape = (BATCH, HEADS, num_tokens, 4)
+        generator = torch.Generator().manual_seed(num_tokens)
+        q, k = (torch.randint(-2, 3, shape, generator=generator).to(dtype) for _ in range(2))
+        return cls(q, k, torch.randint(-9, 9, (BATCH, num_tokens, 6), generator=generator).to(dtype))
+
+
+def masks_of(config, num_tokens, layer=0, content=None):
+    """The mask; one per sample where it depends on the content."""
+    if not sm.load_config(config).by_content:
+        return [sm.Mask.from_config(config, num_tokens, HEADS, layer=layer, num_layers=LAYERS)]
+    q, k, embeddings = Content.of(num_tokens) if content is None else content
+    return sm.choose_masks(config, q, k, layer=layer, embeddings=embeddings)
+
+
 def mask_at(name, num_tokens, layer=0):
-    return sm.Mask.from_config(
-        config_at(name, num_tokens), num_tokens=num_tokens, num_heads=HEADS, layer=layer, num_layers=LAYERS
-    )
+    return masks_of(config_at(name, num_tokens), num_tokens, layer)[0]
 
 
-def by_definition(config, num_tokens, layer):
-    """(H, N, N) bool, from the predicate; None where the mask does not exist."""
+def attention_at(name, num_tokens, layer=0):
+    """Attention under the mask as a function of (q, k, v), and its dense form as a function of (q, k)."""
+    config = config_at(name, num_tokens)
+    if name not in BY_CONTENT:
+        mask = mask_at(name, num_tokens, layer)
+        return (lambda q, k, v: sm.sparse_attention(q, k, v, mask)), lambda q, k: mask.to_dense()
+    layer_mask = LayerMask(sm.load_config(config), HEADS, layer, LAYERS)
+
+    def dense(q, k):
+        return torch.stack([mask.to_dense() for mask in sm.choose_masks(config, q.detach(), k.detach(), layer=layer)])
+
+    return (lambda q, k, v: sm.functional.attend(q, k, v, layer_mask)[0]), dense
+
+
+def by_definition(config, num_tokens, layer, content):
+    """(B, H, N, N) bool from the predicate, B = 1 where samples share it; None where the mask does not exist."""
     name, kwargs = config["mask"], config["mask_kwargs"]
     prefix = config.get("num_prefix_tokens", default_prefix(name, kwargs))
     outside = 0 if name in ALL_TOKENS else prefix
@@ -70,28 +111,37 @@ def by_definition(config, num_tokens, layer):
     if not exists(name, size, **kwargs):
         return None
     kwargs = {key: value for key, value in kwargs.items() if key not in ("seed",)}
-    mask = np.full((HEADS, num_tokens, num_tokens), dense)
+    samples = BATCH if sm.load_config(config).by_content else 1
+    masks = np.full((samples, HEADS, num_tokens, num_tokens), dense)
     queries, keys = np.arange(size.tokens)[:, None], np.arange(size.tokens)[None, :]
-    for head in range(HEADS):
-        mask[head, outside:, outside:] = PREDICATES[name](queries, keys, head, size, **kwargs)
-    return mask
+    for sample, head in itertools.product(range(samples), range(HEADS)):
+        q, k, embeddings = (x.double().numpy()[sample] for x in content)
+        here = size._replace(
+            q=q[head, outside:] / math.sqrt(q.shape[-1]), k=k[head, outside:], embeddings=embeddings[outside:]
+        )
+        masks[sample, head, outside:, outside:] = PREDICATES[name](queries, keys, head, here, **kwargs)
+    return masks
 
 
-def check_definition(config, num_tokens, layer=0):
-    size = {"num_tokens": num_tokens, "num_heads": HEADS, "layer": layer, "num_layers": LAYERS}
-    expected = by_definition(config, num_tokens, layer)
+def check_definition(config, num_tokens, layer=0, dtype=torch.float64):
+    content = Content.of(num_tokens, dtype)
+    expected = by_definition(config, num_tokens, layer, content)
     if expected is None:
         with pytest.raises(sm.ConfigError):
-            sm.Mask.from_config(config, **size)
+            masks_of(config, num_tokens, layer, content)
     else:
-        got = sm.Mask.from_config(config, **size).to_dense().numpy()
-        np.testing.assert_array_equal(got, expected, str((config, size)))
+        got = np.stack([mask.to_dense().numpy() for mask in masks_of(config, num_tokens, layer, content)])
+        np.testing.assert_array_equal(got, expected, str((config, num_tokens, layer)))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_has_a_definition_to_compare_with(name):
+    assert name in PREDICATES
+    assert VARIANTS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name not in ON_A_GRID])
 def test_every_mask_keeps_exactly_the_edges_of_its_definition(name):
-    if name not in PREDICATES:
-        pytest.skip(f"tests/predicates.py has no definition of `{name}` to compare with")
     for index, kwargs in enumerate(VARIANTS[name]):
         for num_tokens in SIZES if index else range(1, 71):
             for layer in (0, 3):
@@ -110,6 +160,13 @@ def test_every_grid_mask_keeps_exactly_the_edges_of_its_definition(name):
                 check_definition(config, math.prod(grid) + 2)
 
 
+@pytest.mark.parametrize("name", sorted(BY_CONTENT))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_are_chosen_alike_in_every_dtype_that_holds_the_content_exactly(name, dtype):
+    for kwargs in VARIANTS[name]:
+        check_definition({"mask": name, "mask_kwargs": kwargs}, 33, dtype=dtype)
+
+
 @pytest.mark.parametrize(("name", "grid", "kwargs"), ON_GRID)
 def test_parameters_of_a_grid_mask_may_differ_by_axis(name, grid, kwargs):
     check_definition({"mask": name, "mask_kwargs": kwargs, "grid": grid}, math.prod(grid))
@@ -119,7 +176,7 @@ def test_parameters_of_a_grid_mask_may_differ_by_axis(name, grid, kwargs):
     assert torch.equal(*masks)
 
 
-@pytest.mark.parametrize("name", [name for name in MASKS if name in VARIANTS])
+@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_prefix_is_dense_or_left_to_the_mask(name, prefix, dense):
@@ -132,7 +189,7 @@ def test_a_prefix_is_dense_or_left_to_the_mask(name, prefix, dense):
         check_definition(config, 30 + prefix, layer=1)
 
 
-@pytest.mark.parametrize("name", ALL_MASKS)
+@pytest.mark.parametrize("name", MASKS)
 def test_every_mask_has_a_yaml_of_its_own_name(name):
     assert sm.load_config(CONFIGS / f"{name}.yaml").mask == name
 
@@ -146,8 +203,11 @@ def test_every_shipped_yaml_loads_round_trips_and_gives_a_mask_at_vit_size(path)
         num_tokens = math.prod(config.grid) + config.num_prefix_tokens
     if not config.uses_edges:
         return
-    mask = sm.Mask.from_config(path, num_tokens=num_tokens, num_heads=12, num_layers=12)
-    assert all(nnz > 0 for nnz in mask.nnz_per_head)
+    if config.by_content:
+        masks = sm.choose_masks(path, *torch.randn(2, BATCH, 12, num_tokens, 8))
+    else:
+        masks = [sm.Mask.from_config(path, num_tokens=num_tokens, num_heads=12, num_layers=12)]
+    assert all(nnz > 0 for mask in masks for nnz in mask.nnz_per_head)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -171,14 +231,13 @@ def test_counts_lists_and_pictures_agree_with_the_dense_mask(name, num_tokens):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("num_tokens", [1, 6, 65])
 def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
-    mask = mask_at(name, num_tokens, layer=1)
+    attend, dense = attention_at(name, num_tokens, layer=1)
     generator = torch.Generator().manual_seed(num_tokens)
     q, k, v, g = (torch.randn(2, HEADS, num_tokens, 7, dtype=torch.float64, generator=generator) for _ in range(4))
     results = []
-    for attend in (lambda *qkv: sm.sparse_attention(*qkv, mask), lambda *qkv: dense_attention(*qkv, mask.to_dense())):
+    for run in (attend, lambda *qkv: dense_attention(*qkv, dense(q, k))[0]):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves)
-        out = out[0] if isinstance(out, tuple) else out
+        out = run(*leaves)
         results.append((out, *torch.autograd.grad(out, leaves, g)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -187,30 +246,36 @@ def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_derivatives_of_first_and_second_order_are_right(name):
-    mask = mask_at(name, 6, layer=1)
+    attend, _ = attention_at(name, 6, layer=1)
     inputs = [torch.randn(1, HEADS, 6, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), inputs)
-    assert torch.autograd.gradgradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), inputs)
+    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.autograd.gradgradcheck(attend, inputs)
 
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_the_operator_contract_holds(name):
-    mask = mask_at(name, 9)
+    layer_mask = LayerMask(sm.load_config(config_at(name, 9)), HEADS, num_layers=LAYERS)
     q, k, v = (torch.randn(2, HEADS, 9, 5) for _ in range(3))
-    arguments = (q, k, v, mask.spec, None, None, None, 0.0, 0.3)
-    torch.library.opcheck(torch.ops.sparse_mhsa.forward, arguments)
-    out, lse = torch.ops.sparse_mhsa.forward(*arguments)
-    torch.library.opcheck(torch.ops.sparse_mhsa.backward, (torch.randn_like(out), q, k, v, out, lse, *arguments[3:]))
+    edges = (layer_mask.spec,)
+    forward, backward = torch.ops.sparse_mhsa.forward, torch.ops.sparse_mhsa.backward
+    if layer_mask.by_content:
+        torch.library.opcheck(torch.ops.sparse_mhsa.select_edges, (q, k, layer_mask.spec, None, None, None, 0.3))
+        edges = edges_of(q, k, layer_mask, scale=0.3)[1:]
+        forward, backward = torch.ops.sparse_mhsa.forward_edges, torch.ops.sparse_mhsa.backward_edges
+    arguments = (q, k, v, *edges, None, None, None, 0.0, 0.3)
+    torch.library.opcheck(forward, arguments)
+    out, lse = forward(*arguments)
+    torch.library.opcheck(backward, (torch.randn_like(out), q, k, v, out, lse, *arguments[3:]))
 
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
-    mask = mask_at(name, 65, layer=1)
+    attend, dense = attention_at(name, 65, layer=1)
     exact = [torch.randn(2, HEADS, 65, 16, dtype=dtype).double() for _ in range(4)]
-    dense = mask.to_dense()
+    kept = dense(*(x.to(dtype) for x in exact[:2]))
 
     def run(attend, cast):
         leaves = [x.to(cast).requires_grad_() for x in exact[:3]]
@@ -218,11 +283,11 @@ def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
         return [out, *torch.autograd.grad(out, leaves, exact[3].to(cast))]
 
     def torch_dense(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=kept)
 
     reference = run(torch_dense, torch.float64)
     baseline = run(torch_dense, dtype)
-    ours = run(lambda q, k, v: sm.sparse_attention(q, k, v, mask), dtype)
+    ours = run(attend, dtype)
     for index, (ref, base, got) in enumerate(zip(reference, baseline, ours, strict=True)):
         allowed = (2 if index == 0 else 3) * (base.double() - ref).abs().max() + 1e-6 * ref.abs().max()
         assert (got.double() - ref).abs().max() <= allowed
@@ -231,14 +296,14 @@ def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", MASKS)
 def test_results_are_the_same_bit_for_bit_on_any_number_of_threads(name):
-    mask = mask_at(name, 300, layer=1)
+    attend, _ = attention_at(name, 300, layer=1)
     q, k, v = (torch.randn(2, HEADS, 300, 24, requires_grad=True) for _ in range(3))
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            out = sm.sparse_attention(q, k, v, mask)
+            out = attend(q, k, v)
             results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     finally:
         torch.set_num_threads(before)
@@ -269,7 +334,7 @@ SPARSE_AT_ANY_LENGTH = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in MASKS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "none" and name not in BY_CONTENT])
 def test_the_edges_of_a_long_sequence_are_counted_without_a_matrix(name):
     """A fixed share of 131,073 x 131,073 entries is a mask too: only a matrix of them would not fit."""
     num_tokens = 131_072 if name in ON_A_GRID else 131_073

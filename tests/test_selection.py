@@ -218,23 +218,6 @@ def test_the_same_bits_on_any_number_of_threads_and_compiled(name):
 
 
 @pytest.mark.parametrize("name", BY_CONTENT)
-def test_second_derivatives_treat_the_choice_as_constant(name):
-    mask = layer_mask(name, heads=1, **BY_CONTENT[name])
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, 9, 2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    attend = lambda q, k, v: sm.functional.attend(q, k, v, mask)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(attend, (q, k, v))
-    assert torch.autograd.gradgradcheck(attend, (q, k, v))
-
-
-@pytest.mark.parametrize("name", BY_CONTENT)
-def test_the_operator_keeps_its_contract(name):
-    mask = layer_mask(name, **BY_CONTENT[name])
-    q = torch.randn(BATCH, HEADS, 20, 4)
-    torch.library.opcheck(torch.ops.sparse_mhsa.select_edges.default, (q, q, mask.spec, None, None, None, 0.5))
-
-
-@pytest.mark.parametrize("name", BY_CONTENT)
 def test_without_content_there_are_no_edges_and_the_error_says_so(name):
     with pytest.raises(ValueError, match=f"`{name}` chooses keys by the content"):
         sm.Mask.from_config({"mask": name, "mask_kwargs": BY_CONTENT[name]}, num_tokens=10, num_heads=2)

@@ -129,7 +129,8 @@ impl Rule {
                 blocks.choose(&mut chosen, keep, causal, run)?;
                 for unit in 0..batch * heads {
                     let of_head = &chosen[unit * count * keep..][..count * keep];
-                    self.append(&mut lists, causal, self.dense, queries, |row, out| {
+                    // `causal` speaks of patches: the prefix is outside of their order, and dense as for any mask over patches.
+                    self.append(&mut lists, false, self.dense, queries, |row, out| {
                         let Some(patch) = row.checked_sub(self.prefix) else { return };
                         let block = patch / block_size;
                         for &key_block in of_head[block * keep..][..keep].iter().filter(|&&key| key != NO_KEY)
