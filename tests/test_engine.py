@@ -109,6 +109,131 @@ with sm.engine("auto"): print(engine_for(torch.device("cpu")))
         assert result.stdout.split() == [expected, "cpu"], result.stderr
 
 
+class TestBackward:
+    """The backward pass uses the engine of its forward pass; the engines round differently, so the bits tell."""
+
+    MASK = mask_of(70)
+
+    def attend(self, q, k, v, mask=None, **options):
+        return sm.sparse_attention(q, k, v, mask or self.MASK, **options).square().sum()
+
+    @staticmethod
+    def leaves():
+        return [x.requires_grad_() for x in tensors(70, dtype=torch.float32)]
+
+    def gradients(self, name, attend=None, leaves=None):
+        """Forward pass under ``name``, and the backward pass there too."""
+        leaves = leaves or self.leaves()
+        with sm.engine(name):
+            return torch.autograd.grad((attend or self.attend)(*leaves), leaves)
+
+    @pytest.fixture(params=["mask", "edges"])
+    def attend_either(self, request):
+        """Attention to a registered mask, and to edges that are given as tensors."""
+        if request.param == "mask":
+            return self.attend
+        own = sm.Mask.from_csr(*self.MASK.to_csr())
+        return lambda q, k, v: self.attend(q, k, v, mask=own)
+
+    @pytest.mark.parametrize(("name", "later"), [("aten", "cpu"), ("cpu", "aten"), ("auto", "aten")])
+    def test_it_remembers_after_the_block(self, name, later, attend_either):
+        leaves = self.leaves()
+        expected, other = (self.gradients(engine, attend_either, leaves) for engine in (name, later))
+        assert not all(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
+        with sm.engine(name):
+            loss = attend_either(*leaves)
+        with sm.engine(later):
+            got = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+    def test_it_remembers_without_any_block(self):
+        leaves = self.leaves()
+        expected = self.gradients("aten", leaves=leaves)
+        with sm.engine("aten"):
+            loss = self.attend(*leaves)
+        got = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+    def test_it_remembers_in_another_thread(self):
+        leaves = self.leaves()
+        expected = self.gradients("aten", leaves=leaves)
+        with sm.engine("aten"):
+            loss = self.attend(*leaves)
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        assert all(torch.equal(leaf.grad, b) for leaf, b in zip(leaves, expected, strict=True))
+
+    def test_two_graphs_with_different_engines_do_not_mix(self):
+        leaves = self.leaves()
+        expected = {name: self.gradients(name, leaves=leaves) for name in ("cpu", "aten")}
+        losses = {}
+        for name in expected:
+            with sm.engine(name):
+                losses[name] = self.attend(*leaves)
+        for name in ("aten", "cpu"):
+            got = torch.autograd.grad(losses[name], leaves)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected[name], strict=True))
+
+    def test_it_remembers_inside_torch_func_and_vmap(self):
+        leaves = self.leaves()
+        expected = self.gradients("aten", leaves=leaves)
+        q, k, v = (x.detach() for x in leaves)
+        with sm.engine("aten"):
+            loss, pull_back = torch.func.vjp(self.attend, q, k, v)
+        assert all(torch.equal(a, b) for a, b in zip(pull_back(torch.ones_like(loss)), expected, strict=True))
+
+        batch = [x.expand(3, *x.shape) for x in (q, k, v)]
+        with sm.engine("aten"):
+            losses, pull_back = torch.func.vjp(torch.func.vmap(self.attend), *batch)
+        for gradient, one in zip(pull_back(torch.ones_like(losses)), expected, strict=True):
+            assert all(torch.equal(sample, one) for sample in gradient)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_a_compiled_function_remembers_and_is_compiled_once(self, backend):
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(self.attend, fullgraph=True, backend=counter)
+        for name, later in (("cpu", "aten"), ("aten", "cpu"), ("cpu", "cpu")):
+            leaves = self.leaves()
+            with sm.engine(name):
+                loss = compiled(*leaves)
+            with sm.engine(later):
+                got = torch.autograd.grad(loss, leaves)
+            expected = self.gradients(name, leaves=leaves)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert counter.frame_count == 1
+        torch._dynamo.reset()
+
+    def test_an_exported_program_asks_when_it_runs(self):
+        class Attend(torch.nn.Module):
+            def forward(self, q, k, v):
+                return sm.sparse_attention(q, k, v, mask)
+
+        mask, inputs = self.MASK, [x.detach() for x in self.leaves()]
+        exported = torch.export.export(Attend(), tuple(inputs)).module()
+        outputs = []
+        for name in ("cpu", "aten"):
+            with sm.engine(name):
+                outputs.append(exported(*inputs))
+                assert torch.equal(outputs[-1], Attend()(*inputs))
+        assert not torch.equal(*outputs)
+
+    def test_the_operators_take_the_choice_as_a_tensor(self):
+        arguments = (*tensors(70, dtype=torch.float32), self.MASK.spec, None, None, None, 0.0, 0.3)
+        for name in ("cpu", "aten"):
+            with sm.engine(name):
+                choice = torch.ops.sparse_mhsa.chosen_engine()
+                expected = torch.ops.sparse_mhsa.forward(*arguments)[0]
+            got, _ = torch.ops.sparse_mhsa.forward(*arguments, engine=choice)
+            assert torch.equal(got, expected)
+            checked = torch.library.opcheck(torch.ops.sparse_mhsa.forward, arguments, {"engine": choice})
+            assert set(checked.values()) == {"SUCCESS"}
+
+
 class TestRefusals:
     @pytest.mark.parametrize("name", ["gpu", "ATEN", "", None])
     def test_an_unknown_engine_names_what_is_allowed(self, name):

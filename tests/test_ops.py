@@ -724,6 +724,7 @@ class TestOperators:
         yield library.bias_gradient.default, (grad, q, k, v, lse, None, row_ptr, col, *options)
         yield library.edge_index.default, (mask.spec, 6, 6)
         yield library.dropout_keep.default, (row_ptr, col, 2, 2, seed, 0.25)
+        yield library.chosen_engine.default, ()
 
     def test_opcheck(self):
         for operator, args in self.calls():

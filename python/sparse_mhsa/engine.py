@@ -13,7 +13,7 @@ import torch
 EngineName = Literal["auto", "cpu", "cuda", "aten"]
 
 ENVIRONMENT_VARIABLE = "SPARSE_MHSA_ENGINE"
-_NAMES: tuple[EngineName, ...] = ("auto", "cpu", "cuda", "aten")
+NAMES: tuple[EngineName, ...] = ("auto", "cpu", "cuda", "aten")
 _chosen: ContextVar[EngineName | None] = ContextVar("sparse_mhsa_engine", default=None)
 
 
@@ -21,9 +21,9 @@ _chosen: ContextVar[EngineName | None] = ContextVar("sparse_mhsa_engine", defaul
 def engine(name: EngineName) -> Iterator[None]:
     """Choose what computes attention inside the ``with`` block, in this thread or asyncio task only.
 
-    The operators ask when they run, so the choice also holds inside compiled functions; a backward pass that
-    runs after the block uses what is chosen by then. Without a choice the environment variable
-    ``SPARSE_MHSA_ENGINE`` decides, and without it ``auto``.
+    The operators ask when they run, so the choice also holds inside compiled functions. The backward pass, whenever
+    and in whichever thread it runs, uses what was chosen when the forward pass ran. Without a choice the environment
+    variable ``SPARSE_MHSA_ENGINE`` decides, and without it ``auto``.
 
     Args:
         name:
@@ -44,15 +44,29 @@ def engine(name: EngineName) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def engine_for(device: torch.device) -> Literal["cpu", "aten"]:
-    """The engine for tensors on ``device``, as chosen right now.
+def chosen_engine() -> EngineName:
+    """What is chosen right now, here.
+
+    Raises:
+        ValueError: ``SPARSE_MHSA_ENGINE`` names no engine.
+        NotImplementedError: it names ``cuda``.
+    """
+    return _chosen.get() or _from_environment()
+
+
+def engine_for(device: torch.device, chosen: EngineName | None = None) -> Literal["cpu", "aten"]:
+    """The engine for tensors on ``device``.
+
+    Args:
+        device: where the tensors are.
+        chosen: the choice to go by; default is what is chosen right now.
 
     Raises:
         RuntimeError: engine ``cpu`` is chosen and ``device`` is another.
         ValueError: ``SPARSE_MHSA_ENGINE`` names no engine.
         NotImplementedError: it names ``cuda``.
     """
-    chosen = _chosen.get() or _from_environment()
+    chosen = chosen or chosen_engine()
     if chosen == "aten" or (chosen == "auto" and device.type != "cpu"):
         return "aten"
     if device.type != "cpu":
@@ -66,10 +80,10 @@ def _from_environment() -> EngineName:
 
 
 def _checked(name: str, source: str) -> EngineName:
-    if name not in _NAMES:
-        close = get_close_matches(str(name), _NAMES, n=1)
+    if name not in NAMES:
+        close = get_close_matches(str(name), NAMES, n=1)
         hint = f"did you mean `{close[0]}`? " if close else ""
-        raise ValueError(f"{source}: unknown engine {name!r}; {hint}allowed: {', '.join(_NAMES)}")
+        raise ValueError(f"{source}: unknown engine {name!r}; {hint}allowed: {', '.join(NAMES)}")
     if name == "cuda":
         raise NotImplementedError(
             f"{source}: this version has no native CUDA kernels; `auto` computes CUDA tensors with ATen operators"

@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import _core
 from .edges import EdgeAttention, EdgeSource
-from .engine import engine_for
+from .engine import NAMES, chosen_engine, engine_for
 
 _LIBRARY = torch.library.Library("sparse_mhsa", "DEF")  # type: ignore[no-untyped-call]
 # Devices whose tensors the operators take, as torch dispatches them. All but the CPU share one implementation.
@@ -28,6 +28,8 @@ _DEVICES = ("CPU", "CUDA", "MPS", "XPU")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _QKV = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "Tensor? key_mask, Tensor? bias, Tensor? seed, float dropout_p, float scale"
+# What `chosen_engine` gave when the forward pass ran; without it the operator goes by what is chosen when it runs.
+_ENGINE = "*, Tensor? engine=None"
 
 
 def _lse_dtype(device: torch.device) -> torch.dtype:
@@ -41,11 +43,13 @@ def has_background(spec: str | None) -> bool:
     return spec is not None and json.loads(spec).get("masked_logits") == "zero"
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.device))
 
 
-def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -53,8 +57,9 @@ def _kernel(name: str) -> Callable[..., Any]:
     """The core's function, told which engine to use when it runs: never when it is traced."""
     compute = getattr(_core, name)
 
-    def run(first: Tensor, *args: object) -> Any:  # noqa: ANN401
-        return compute(engine_for(first.device), first, *args)
+    def run(first: Tensor, *args: object, engine: Tensor | None = None) -> Any:  # noqa: ANN401
+        chosen = None if engine is None else NAMES[int(engine)]
+        return compute(engine_for(first.device, chosen), first, *args)
 
     return run
 
@@ -68,10 +73,10 @@ def _define_kernels() -> None:
     for suffix, edges in (("", "str spec"), ("_edges", "Tensor row_ptr, Tensor col")):
         forward, backward = f"forward{suffix}", f"backward{suffix}"
         _LIBRARY.define(  # type: ignore[no-untyped-call]
-            f"{forward}({_QKV}, {edges}, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=_TAGS
+            f"{forward}({_QKV}, {edges}, {_OPTIONS}, {_ENGINE}) -> (Tensor out, Tensor lse)", tags=_TAGS
         )
         _LIBRARY.define(  # type: ignore[no-untyped-call]
-            f"{backward}(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, {edges}, {_OPTIONS})"
+            f"{backward}(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, {edges}, {_OPTIONS}, {_ENGINE})"
             " -> (Tensor dq, Tensor dk, Tensor dv)",
             tags=_TAGS,
         )
@@ -176,7 +181,19 @@ def _define_bias_gradient() -> None:
     )
 
 
+def _define_choice() -> None:
+    """The choice of the engine as a tensor: what a compiled forward pass saves for its backward pass must be one."""
+    _LIBRARY.define("chosen_engine() -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(  # type: ignore[no-untyped-call]
+        "chosen_engine", lambda: torch.tensor(NAMES.index(chosen_engine()), device="cpu"), "BackendSelect"
+    )
+    torch.library.register_fake(
+        "sparse_mhsa::chosen_engine", lambda: torch.empty((), dtype=torch.int64, device="cpu"), lib=_LIBRARY
+    )
+
+
 _define_kernels()
+_define_choice()
 _define_edge_lists()
 _define_bias_gradient()
 _define_selection()
@@ -213,6 +230,7 @@ class _Attention(torch.autograd.Function):
         seed: Tensor | None,
         row_ptr: Tensor | None,
         col: Tensor | None,
+        engine: Tensor | None,
         spec: str | None,
         dropout_p: float,
         scale: float,
@@ -220,9 +238,9 @@ class _Attention(torch.autograd.Function):
         options = (key_mask, bias, seed, dropout_p, scale)
         result: tuple[Tensor, Tensor]
         if spec is not None:
-            result = _ops.forward.default(q, k, v, spec, *options)
+            result = _ops.forward.default(q, k, v, spec, *options, engine=engine)
         else:
-            result = _ops.forward_edges.default(q, k, v, row_ptr, col, *options)
+            result = _ops.forward_edges.default(q, k, v, row_ptr, col, *options, engine=engine)
         return result
 
     @staticmethod
@@ -233,18 +251,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_mask, bias, seed, row_ptr, col, out, lse = ctx.saved_tensors
+        q, k, v, key_mask, bias, seed, row_ptr, col, engine, out, lse = ctx.saved_tensors
         wants_bias = ctx.needs_input_grad[4]
-        tensors = (grad_out, q, k, v, out, lse, key_mask, bias, seed, row_ptr, col)
+        tensors = (grad_out, q, k, v, out, lse, key_mask, bias, seed, row_ptr, col, engine)
         differentiable = needs_autograd(grad_out, q, k, v, bias)
         run = _AttentionBackward.apply if differentiable else _AttentionBackward.forward
         dq, dk, dv, *dbias = run(*tensors, ctx.spec, ctx.dropout_p, ctx.scale, wants_bias)
-        return dq, dk, dv, None, dbias[0] if wants_bias else None, None, None, None, None, None, None
+        return dq, dk, dv, None, dbias[0] if wants_bias else None, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: _VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         inputs: _Inputs = args
-        if not _folds(in_dims[5:8], dropout_p=inputs[9]):
+        if not _folds(in_dims[5:8], dropout_p=inputs[10]):
             return _one_by_one(_Attention, info.batch_size, in_dims, inputs)
         batch = _batch_of(inputs[0], in_dims[0])
         fold = functools.partial(_fold, size=info.batch_size, batch=batch)
@@ -274,6 +292,7 @@ class _AttentionBackward(torch.autograd.Function):
         seed: Tensor | None,
         row_ptr: Tensor | None,
         col: Tensor | None,
+        engine: Tensor | None,
         spec: str | None,
         dropout_p: float,
         scale: float,
@@ -282,9 +301,9 @@ class _AttentionBackward(torch.autograd.Function):
         saved, options = (grad_out, q, k, v, out, lse), (key_mask, bias, seed, dropout_p, scale)
         grads: tuple[Tensor, ...]
         if spec is not None:
-            grads = _ops.backward.default(*saved, spec, *options)
+            grads = _ops.backward.default(*saved, spec, *options, engine=engine)
         else:
-            grads = _ops.backward_edges.default(*saved, row_ptr, col, *options)
+            grads = _ops.backward_edges.default(*saved, row_ptr, col, *options, engine=engine)
         if not wants_bias:
             return grads
         return *grads, _ops.bias_gradient.default(grad_out, q, k, v, lse, spec, row_ptr, col, *options)
@@ -296,23 +315,23 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        grad_out, q, k, v, _, lse, key_mask, bias, seed, row_ptr, col = ctx.saved_tensors
+        grad_out, q, k, v, _, lse, key_mask, bias, seed, row_ptr, col, _ = ctx.saved_tensors
         edges = EdgeSource(ctx.spec, row_ptr, col)
         attention = EdgeAttention(q, k, lse, edges, key_mask, seed, ctx.dropout_p, ctx.scale, has_background(ctx.spec))
         grads = attention.second_order(cotangents, grad_out, q, k, v, bias)
-        return *grads[:4], None, None, None, grads[4], None, None, None, None, None, None, None
+        return *grads[:4], None, None, None, grads[4], None, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: _VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         inputs: _Inputs = args
-        if not _folds(in_dims[8:11], dropout_p=inputs[12]):
+        if not _folds(in_dims[8:11], dropout_p=inputs[13]):
             return _one_by_one(_AttentionBackward, info.batch_size, in_dims, inputs)
         batch = _batch_of(inputs[1], in_dims[1])
         fold = functools.partial(_fold, size=info.batch_size, batch=batch)
         folded = [fold(tensor, dim) for tensor, dim in zip(inputs[:8], in_dims[:8], strict=True)]
         grads = _AttentionBackward.apply(*folded, *inputs[8:])  # type: ignore[no-untyped-call]
         whole = [grad.unflatten(0, (info.batch_size, batch)) for grad in grads]
-        if inputs[14] and _batch_of(inputs[7], in_dims[7]) == 1:
+        if inputs[15] and _batch_of(inputs[7], in_dims[7]) == 1:
             whole[3] = whole[3].sum(1, keepdim=True)
         return tuple(whole), (0,) * len(whole)
 
@@ -417,7 +436,7 @@ def attention(
             q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)
             bias = None if bias is None else bias.view_as(bias)
         result: tuple[Tensor, Tensor] = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, key_mask, bias, seed, row_ptr, col, spec, dropout_p, scale
+            q, k, v, key_mask, bias, seed, row_ptr, col, _ops.chosen_engine.default(), spec, dropout_p, scale
         )
         return result
-    return _Attention.forward(q, k, v, key_mask, bias, seed, row_ptr, col, spec, dropout_p, scale)
+    return _Attention.forward(q, k, v, key_mask, bias, seed, row_ptr, col, None, spec, dropout_p, scale)
