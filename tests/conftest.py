@@ -11,6 +11,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 import sparse_mhsa as sm
+from engines import NO_ATTENTION, runs_on_both
 
 # `torch.device` contexts recognise allocation functions by identity, and cache them: the real ones, not our wrappers.
 _device_constructors()
@@ -52,8 +53,29 @@ def same_draws():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "aten"])
-def engine(request):
+def pytest_generate_tests(metafunc):
+    """Run a test on both engines, unless `engines` says why not; one that asks for it by name runs on both anyway."""
+    asked = any("engine" in mark.args for mark in metafunc.definition.iter_markers("usefixtures"))
+    if asked or runs_on_both(_node_id(metafunc.definition)):
+        metafunc.parametrize("engine", ["cpu", "aten"], indirect=True)
+
+
+def _node_id(item):
+    return item.nodeid.removeprefix("tests/")
+
+
+@pytest.fixture(autouse=True)
+def engine(request, monkeypatch):
     """The test runs once on our kernels and once on ATen operators: each holds the other to its word."""
-    with sm.engine(request.param):
-        yield request.param
+    chosen = getattr(request, "param", None)
+    if chosen is not None:
+        with sm.engine(chosen):
+            yield chosen
+        return
+    if _node_id(request.node).startswith(NO_ATTENTION):
+
+        def refuse(*_):
+            raise AssertionError("this test computes attention: take it off the list in tests/engines.py")
+
+        monkeypatch.setattr(sm.ops, "engine_for", refuse)
+    yield None

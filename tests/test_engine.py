@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import sparse_mhsa as sm
+from engines import NO_ATTENTION, OWN_CHOICE, runs_on_both
 from sparse_mhsa import _core
 from sparse_mhsa.engine import engine_for
 from sparse_mhsa.reference import dense_attention
@@ -321,6 +323,25 @@ class TestOtherDevices:
         arguments[place] = torch.zeros_like(arguments[place], device="cpu")
         with pytest.raises(RuntimeError, match="device"):
             _core.forward("aten", *arguments, None, 0.0, 0.3)
+
+
+class TestWhichTestsRunOnBoth:
+    @pytest.mark.parametrize("entry", [*NO_ATTENTION, *OWN_CHOICE])
+    def test_every_exception_is_a_test_that_exists(self, entry):
+        file, *names = entry.split("::")
+        text = (Path(__file__).parent / file).read_text()
+        for name in names:
+            assert f"class {name}:" in text or f"def {name}" in text
+
+    def test_a_test_that_is_not_listed_runs_on_both(self, engine):
+        assert runs_on_both("test_anything.py::test_new")
+        assert not runs_on_both("test_ops.py::TestReference::test_it_is_scaled_dot_product_attention")
+        # This file is listed, so here nothing is chosen but by the test itself.
+        assert engine is None
+
+    @pytest.mark.usefixtures("engine")
+    def test_the_fixture_chooses(self, engine):
+        assert engine_for(CPU) == engine
 
 
 class TestWork:

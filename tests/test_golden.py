@@ -83,7 +83,6 @@ def softmax_cases():
 OUTPUT_CASES = list(softmax_cases())
 
 
-@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("case", OUTPUT_CASES, ids=[c["id"] for c in OUTPUT_CASES])
 def test_golden_outputs_and_gradients_of_the_softmax_backend(case):
     arrays = archive(case["file"])
@@ -178,7 +177,6 @@ def module_cases():
             yield case
 
 
-@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("case", list(module_cases()), ids=lambda c: c["id"])
 def test_golden_attention_module_with_the_scale_applied_once_and_twice(case):
     arrays = archive(case["file"])

@@ -434,7 +434,7 @@ class TestAttention:
         mask = sm.Mask.from_dense(scattered(num_tokens=7))
         q, k, v, _ = inputs(mask, dim=2, batch=1)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        assert torch.autograd.gradgradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), leaves)
+        assert torch.autograd.gradgradcheck(lambda q, k, v: sm.sparse_attention(q, k, v, mask), leaves, fast_mode=True)
 
     def test_vmap(self):
         mask = MADE["from_dense"]

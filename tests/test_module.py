@@ -314,7 +314,6 @@ class TestSparsity:
         drop = ~sparse.mask(x.shape[1]).to_dense()
         return dense(x, x, x, attn_mask=drop.repeat(x.shape[0], 1, 1), **kwargs)
 
-    @pytest.mark.usefixtures("engine")
     @pytest.mark.parametrize("config", [FIBOTTENTION, LOCAL, {"mask": "longformer", "mask_kwargs": {"window": 2}}])
     @pytest.mark.parametrize("average", [False, True])
     def test_it_is_the_dense_layer_with_the_mask(self, config, average):
@@ -402,7 +401,6 @@ class TestSparsity:
         with pytest.raises(ValueError, match="`local` is square, but query has 5 tokens and key has 7"):
             sparse(rand(2, 5, 12), rand(2, 7, 12), rand(2, 7, 12))
 
-    @pytest.mark.usefixtures("engine")
     def test_double_backward(self):
         _, sparse = pair(config=FIBOTTENTION, batch_first=True)
         x = rand(1, 5, 12, grad=True)
@@ -418,7 +416,6 @@ class TestSparsity:
 
 
 class TestDropout:
-    @pytest.mark.usefixtures("engine")
     def test_weights_are_those_after_dropout_and_give_the_output(self):
         torch.manual_seed(0)
         sparse = SparseMHSA(12, 3, dropout=0.5, config=FIBOTTENTION, batch_first=True, dtype=torch.float64)

@@ -11,7 +11,6 @@ import sparse_mhsa as sm
 from comparison import assert_as_good_as_dense, assert_same, oracle_with_grads
 from sparse_mhsa.reference import dense_attention
 
-pytestmark = pytest.mark.usefixtures("engine")
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from sparse_mhsa.engine import ENVIRONMENT_VARIABLE
+
 CHECKOUT = os.environ.get("PYTORCH_CHECKOUT")
 
 FILES = {
@@ -64,7 +66,7 @@ EXEMPTIONS = (
 )
 
 
-def run(file, selection, tmp_path, *options):
+def run(file, selection, tmp_path, *options, engine="auto"):
     """Outcome of every test of a file: its message if it failed, None if it passed."""
     report = tmp_path / "report.xml"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -72,7 +74,7 @@ def run(file, selection, tmp_path, *options):
     finished = subprocess.run(
         [*command, "-k", selection, *options, Path(file).name],
         cwd=Path(CHECKOUT, file).parent,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, ENVIRONMENT_VARIABLE: engine},
         capture_output=True,
         text=True,
         check=False,
@@ -89,9 +91,9 @@ def run(file, selection, tmp_path, *options):
 @pytest.mark.skipif(CHECKOUT is None, reason="PYTORCH_CHECKOUT names no checkout of PyTorch")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", FILES)
-def test_pytorchs_own_tests_pass_but_for_what_cannot_be(file, tmp_path):
+def test_pytorchs_own_tests_pass_but_for_what_cannot_be(file, tmp_path, engine):
     theirs = run(file, FILES[file], tmp_path)
-    ours = run(file, FILES[file], tmp_path, "-p", "stand_in")
+    ours = run(file, FILES[file], tmp_path, "-p", "stand_in", engine=engine)
     assert ours.keys() == theirs.keys()
     failed = {name: message for name, message in ours.items() if message is not None and theirs[name] is None}
 
