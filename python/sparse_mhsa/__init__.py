@@ -15,7 +15,7 @@ from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
 from .config import configs, load_config  # noqa: E402
-from .content import choose_masks  # noqa: E402
+from .content import choose_masks, recall  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
@@ -39,6 +39,7 @@ __all__ = [
     "engine",
     "load_config",
     "masks",
+    "recall",
     "register_backend",
     "register_mask",
     "set_epoch",
