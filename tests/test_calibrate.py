@@ -117,13 +117,14 @@ def test_a_timm_model_keeps_what_its_dense_weights_say():
 def test_a_torch_encoder_with_masks_counts_what_they_leave(masked):
     model, batch = encoder(), torch.randn(2, 12, 16, dtype=torch.float64)
     keep = torch.arange(12) < torch.tensor([[12], [7]]) if masked in ("padding", "both") else None
-    bias = torch.randn(12, 12, dtype=torch.float64) if masked in ("attn_mask", "both") else None
+    bias = torch.randn(2, 4, 12, 12, dtype=torch.float64) if masked in ("attn_mask", "both") else None
     if bias is not None:
-        bias[:, 3] = -torch.inf
+        bias[..., 3] = -torch.inf
     padding = None if keep is None else ~keep
     if masked == "both":  # torch wants both of one kind
         padding = torch.zeros(2, 12, dtype=torch.float64).masked_fill(padding, -torch.inf)
-    arguments = {"src": batch, "mask": bias, "src_key_padding_mask": padding}
+    mask = None if bias is None else bias.flatten(0, 1)
+    arguments = {"src": batch, "mask": mask, "src_key_padding_mask": padding}
     names = ["layers.0.self_attn", "layers.1.self_attn"]
     candidates = {name: CANDIDATES[name] for name in ("local", "fibottention", "dense")}
     if bias is None:
