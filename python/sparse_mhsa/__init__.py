@@ -14,18 +14,21 @@ from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
+from .calibration import Calibration  # noqa: E402
 from .config import configs, load_config  # noqa: E402
-from .content import choose_masks  # noqa: E402
+from .content import choose_masks, recall  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
+from .probe import calibrate  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
 
 __all__ = [
     "AttentionConfig",
     "Backend",
+    "Calibration",
     "ConfigError",
     "Mask",
     "MaskContext",
@@ -33,12 +36,14 @@ __all__ = [
     "SparseMHSA",
     "SparseTimmAttention",
     "__version__",
+    "calibrate",
     "choose_masks",
     "configs",
     "densify",
     "engine",
     "load_config",
     "masks",
+    "recall",
     "register_backend",
     "register_mask",
     "set_epoch",

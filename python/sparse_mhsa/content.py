@@ -1,11 +1,13 @@
 """Masks that choose keys by the content of queries and keys: the choice, and a look at what was chosen."""
 
+import json
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .config import ConfigLike, load_config
+from .config import ConfigLike, config_error, load_config
 from .converters import edges_from_csr
 from .edges import EdgeSource
 from .layer_mask import LayerMask
@@ -63,7 +65,7 @@ def choose_masks(
     key_padding_mask: Tensor | None = None,
     embeddings: Tensor | None = None,
 ) -> list[Mask]:
-    """The edges that a mask by content (``topk``, ``block_topk``, ``importance``) chooses, to look at or to reuse.
+    """The edges that a mask by content (such as ``topk``) chooses, to look at or to reuse.
 
     Args:
         config: whatever `load_config` takes.
@@ -92,3 +94,84 @@ def choose_masks(
         Mask._of(edges_from_csr(row_ptr, col, None), layer_mask.name, options, prefix)
         for _, row_ptr, col in edges.per_head(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     ]
+
+
+def recall(
+    config: ConfigLike | Mask,
+    q: Tensor,
+    k: Tensor,
+    *,
+    top: int,
+    layer: int = 0,
+    num_layers: int | None = None,
+    epoch: int = 0,
+    grid: Sequence[int] | None = None,
+    num_prefix_tokens: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    embeddings: Tensor | None = None,
+) -> Tensor:
+    """How many of the exactly best keys a mask keeps: ``|kept & best| / |best|`` over all queries of a head.
+
+    The best keys of a query are those that the mask ``topk`` keeps with ``k: top``, among past keys if the mask is
+    ``causal``. Scores are streamed, so that memory is O(N top) and the edges of the mask. A cheap choice such as
+    ``block_topk`` is best compared at its own size, ``top = k * block_size``.
+
+    Args:
+        config: whatever `load_config` takes, for any mask; or a `Mask`.
+        q: (B, H, N, D) queries.
+        k: (B, H or Hkv, N, D) keys.
+        top: keys that count as best, per query.
+        layer: zero-based depth, for masks that depend on it.
+        num_layers: number of layers, for masks that depend on it.
+        epoch: training epoch, for masks that change with it.
+        grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
+        num_prefix_tokens: leading tokens off the grid; the configuration's own value wins.
+        key_padding_mask: (B, N) bool, True = keep; other keys are neither chosen nor best.
+        embeddings: (B, N, E) input of the layer, for ``score: embedding_norm``.
+
+    Returns:
+        (B, H) float64 from 0 to 1; 1 where there is no key at all.
+
+    Raises:
+        ConfigError: the configuration cannot be honoured.
+        ValueError: ``top`` is less than 1, or the configuration names a backend without edges.
+    """
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, got {top}")
+    layer_mask: LayerMask | Mask
+    if isinstance(config, Mask):
+        layer_mask = config
+    else:
+        sides = None if grid is None else tuple(grid)
+        layer_mask = LayerMask(load_config(config), q.shape[1], layer, num_layers, epoch, sides, num_prefix_tokens)
+    if layer_mask.config is not None and not layer_mask.config.uses_edges:
+        raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no recall", key="backend")
+    options = {"key_mask": key_padding_mask, "embeddings": embeddings}
+    exact = {"k": top, "causal": _is_causal(layer_mask), "keep_cls_dense": False}
+    best = LayerMask(load_config({"mask": "topk", "mask_kwargs": exact, "num_prefix_tokens": 0}), q.shape[1])
+    kept_edges = edges_of(q, k, layer_mask, **options)  # type: ignore[arg-type]
+    best_edges = edges_of(q, k, best, key_mask=key_padding_mask, scale=layer_mask.scale)
+    batch, heads, queries = q.shape[:3]
+    sizes = (batch, heads, queries, k.shape[2], q.device)
+    shares = torch.ones(batch, heads, dtype=torch.float64)
+    kept = [(samples, _numbered(ptr, col, k.shape[2])) for samples, ptr, col in kept_edges.per_head(*sizes)]
+    for sample, (_, row_ptr, col) in enumerate(best_edges.per_head(*sizes)):
+        wanted = _numbered(row_ptr, col, k.shape[2])
+        have = next(numbers for samples, numbers in kept if samples.start <= sample < samples.stop)
+        found = torch.isin(wanted, have, assume_unique=True).cumsum(0)
+        total = torch.cat([found.new_zeros(1), found])[row_ptr[:, [0, -1]]].diff(dim=1).flatten()
+        count = row_ptr[:, -1] - row_ptr[:, 0]
+        shares[sample] = torch.where(count > 0, total.double() / count, shares[sample])
+    return shares
+
+
+def _is_causal(layer_mask: LayerMask | Mask) -> bool:
+    config = layer_mask.config
+    return config is not None and json.loads(config.to_json())["mask_kwargs"].get("causal") is True
+
+
+def _numbered(row_ptr: Tensor, col: Tensor, num_keys: int) -> Tensor:
+    """(nnz,) a number per edge, ascending, that tells head, query and key."""
+    heads, queries = row_ptr.shape[0], row_ptr.shape[1] - 1
+    rows = torch.repeat_interleave(torch.arange(heads * queries, device=col.device), row_ptr.diff(dim=1).flatten())
+    return rows * num_keys + col

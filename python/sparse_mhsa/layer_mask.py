@@ -47,7 +47,7 @@ class LayerMask:
     def __post_init__(self) -> None:
         if None in self.config.seeds:
             # Drawn once: from here on the mask, its copies and its pickles are the same.
-            object.__setattr__(self, "config", self.config.with_seed(_draw_seed()))
+            object.__setattr__(self, "config", self.config.with_seed(draw_seed()))
         config, grid = self.config, None if self.grid is None else list(self.grid)
         if config.layers:
             raise config_error(
@@ -145,6 +145,6 @@ def _built_in_masks() -> frozenset[str]:
     return frozenset(entry["name"] for entry in registered_masks())
 
 
-def _draw_seed() -> int:
+def draw_seed() -> int:
     """A seed from torch's default generator, which `torch.manual_seed` governs."""
     return int(torch.randint(torch.iinfo(torch.int32).max, (), device="cpu"))

@@ -3,7 +3,7 @@
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,6 +73,42 @@ def plot(
         place.spines[:].set_position(("outward", 3))
         place.spines[:].set_color("lightgrey")
     return axes
+
+
+def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], label: str) -> "list[Axes]":
+    """Draw a share per layer (downwards) and head (to the right), one heat map per name, all from 0 to 1.
+
+    Args:
+        maps: by title, one list per layer with a share per head; layers may differ in heads.
+        rows: names of the layers.
+        label: what the colours mean.
+
+    Returns:
+        The axes, one per name.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install sparse_mhsa[plot]") from error
+
+    heads = max((len(line) for shares in maps.values() for line in shares), default=1)
+    size = (1.6 + len(maps) * (0.6 + 0.22 * heads), 1.2 + 0.28 * len(rows))
+    figure, grid = plt.subplots(1, len(maps), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    places = list(grid.flat)
+    for place, (title, shares) in zip(places, maps.items(), strict=True):
+        image = np.full((len(rows), heads), np.nan)
+        for row, line in zip(image, shares, strict=True):
+            row[: len(line)] = line
+        drawn = place.imshow(image, cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest", aspect="auto")
+        place.set_title(f"{title}, mean {np.nanmean(image):.1%}", fontsize="small")
+        place.set_xlabel("head", fontsize="small")
+        place.set_yticks(range(len(rows)), rows)
+        place.tick_params(labelsize="x-small")
+    figure.colorbar(drawn, ax=places, label=label)
+    return places
 
 
 def png(mask: "Mask", max_heads: int = 64) -> bytes:

@@ -1,6 +1,8 @@
 //! Edges that depend on the content of queries and keys: a pattern says how to choose, the kernels choose, and what comes out is
 //! an edge list per (batch, head) like any other.
 
+mod slashes;
+
 use std::sync::Arc;
 
 use crate::config::Spec;
@@ -12,6 +14,7 @@ use crate::pattern::choice::{Choice, Importance, Pool};
 use crate::pattern::edges::EdgeSet;
 use crate::pattern::warn_clamped;
 use crate::plan::Plan;
+use slashes::{Slashes, estimate};
 
 /// What is chosen from. Queries and keys belong to the same tokens.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +69,9 @@ impl Rule {
         let chosen = match self.choice {
             Choice::TopK { keep, symmetric, .. } => keep.saturating_mul(1 + usize::from(symmetric)),
             Choice::TopBlocks { keep, block_size, .. } => keep.saturating_mul(block_size),
+            Choice::VerticalSlash { columns, distances, nearest, .. } => {
+                columns.saturating_add(distances).saturating_add(nearest)
+            }
             Choice::Keys { keep, .. } => keep,
         };
         (chosen, self.dense.saturating_mul(2))
@@ -140,6 +146,22 @@ impl Rule {
                             let end = if causal { end.min(patch + 1) } else { end };
                             out.extend((first..end).map(|key| (key + self.prefix) as u32));
                         }
+                    });
+                }
+            }
+            Choice::VerticalSlash { columns, distances, last_queries, nearest } => {
+                let content = content.after(self.prefix);
+                for Slashes { columns, distances } in
+                    estimate(&content, [columns, distances], last_queries, nearest, run)?
+                {
+                    self.append(&mut lists, false, self.dense, queries, |row, out| {
+                        let Some(patch) = row.checked_sub(self.prefix) else { return };
+                        let past = columns.iter().copied().take_while(|&key| key as usize <= patch);
+                        let near = distances
+                            .iter()
+                            .rev()
+                            .filter_map(|&distance| (patch as u32).checked_sub(distance));
+                        out.extend(past.chain(near).map(|key| key + self.prefix as u32));
                     });
                 }
             }

@@ -116,6 +116,34 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("mask: global\nmask_kwargs: {num_global: -1}", "num_global: expected at least 0, got -1"),
         ("mask: vertical_slash", "mask_kwargs: give at least one of vertical"),
         ("mask: vertical_slash\nmask_kwargs: {slash: [1, -2]}", "slash: expected at least 0, got -2"),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_vertical: 3, slash: [1]}",
+            "mask_kwargs.slash: expected nothing with num_vertical or num_slash",
+        ),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 3, vertical: [1]}",
+            "mask_kwargs.vertical: expected nothing with num_vertical or num_slash",
+        ),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 3, causal: false}",
+            "mask_kwargs.causal: expected true with num_vertical or num_slash",
+        ),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_vertical: -1}",
+            "mask_kwargs.num_vertical: expected 0 to 4294967295, got -1",
+        ),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_slash: -1}",
+            "mask_kwargs.num_slash: expected 0 to 4294967295, got -1",
+        ),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 1, last_queries: 0}",
+            "mask_kwargs.last_queries: expected 1 to 4294967295, got 0",
+        ),
+        (
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 0, window: 3}",
+            "mask_kwargs.num_vertical: expected at least 1 here or in num_slash, got 0",
+        ),
         ("mask: random", "mask_kwargs: give exactly one of k"),
         ("mask: random\nmask_kwargs: {k: 3, keep_ratio: 0.5}", "mask_kwargs: give exactly one of k"),
         ("mask: random\nmask_kwargs: {k: 0}", "mask_kwargs.k: expected at least 1, got 0"),

@@ -16,6 +16,7 @@ mod selection;
 mod shape;
 pub mod simd;
 mod softmax;
+mod sums;
 mod view;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use element::{Element, Real};
 pub use selection::{NO_KEY, Selection, best};
 pub use shape::{Shapes, Sizes};
 pub use simd::Isa;
+pub use sums::WeightSums;
 pub use view::{View, View2, View4};
 
 use crate::error::Result;

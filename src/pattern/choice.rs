@@ -29,6 +29,17 @@ pub enum Choice {
         /// Only past keys, and the query's own.
         causal: bool,
     },
+    /// Every query of a head keeps the same columns and distances into the past: those to which the last queries attend most.
+    VerticalSlash {
+        /// Key columns per head.
+        columns: usize,
+        /// Distances per head.
+        distances: usize,
+        /// Queries whose attention is looked at.
+        last_queries: usize,
+        /// Nearest keys that every query keeps besides, its own included.
+        nearest: usize,
+    },
     /// Every query of a head keeps the same `keep` keys: those of most importance.
     Keys {
         /// Keys per head.

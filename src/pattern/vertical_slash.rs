@@ -1,18 +1,25 @@
-//! Columns and diagonals: the vertical-slash pattern (Jiang et al., 2024, MInference, arXiv 2407.02490) with given lists.
+//! Columns and diagonals: the vertical-slash pattern (Jiang et al., 2024, MInference, arXiv 2407.02490), listed or estimated.
 
 use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::choice::Choice;
 use super::edges::EdgeSet;
 use super::registry::check_range;
-use super::{Context, HeadEdges, Pattern};
+use super::{Context, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
 
 /// Query patch i keeps key patch j if j is in `vertical`, or |i - j| is in `slash`, or |i - j| <= `window`; with `causal` also
 /// j <= i.
-#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+///
+/// With `num_vertical` or `num_slash` instead of lists, columns and distances are estimated anew for every sample and head, from
+/// the causal attention weights p_ij of the last `last_queries` patches that padding leaves: the columns are the `num_vertical`
+/// keys j with the largest sum of p_ij over those i, the distances the `num_slash` numbers d with the largest sum of p_ij over
+/// i - j = d; of equal sums the lower number. The mask is then causal, and no gradient passes through the choice. Source:
+/// MInference, which also keeps the first keys (here: prefix tokens) and the nearest (here: `window`).
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerticalSlash {
     /// Key patches that every query keeps.
@@ -21,19 +28,87 @@ pub struct VerticalSlash {
     slash: Vec<i64>,
     /// Half width of a sliding window besides.
     window: Option<i64>,
-    /// Only j <= i.
-    causal: bool,
+    /// Only j <= i; by default for estimated columns and distances, which are never anything else, and not for lists.
+    causal: Option<bool>,
+    /// How many key patches to estimate, in place of lists.
+    num_vertical: Option<i64>,
+    /// How many distances to estimate, in place of lists.
+    num_slash: Option<i64>,
+    /// Queries whose attention the estimate looks at.
+    last_queries: i64,
+}
+
+impl Default for VerticalSlash {
+    fn default() -> Self {
+        VerticalSlash {
+            vertical: Vec::new(),
+            slash: Vec::new(),
+            window: None,
+            causal: None,
+            num_vertical: None,
+            num_slash: None,
+            last_queries: 64,
+        }
+    }
+}
+
+/// No sequence has more tokens.
+const MOST: i64 = u32::MAX as i64;
+
+impl VerticalSlash {
+    fn is_estimated(&self) -> bool {
+        self.num_vertical.is_some() || self.num_slash.is_some()
+    }
+
+    fn is_causal(&self) -> bool {
+        self.causal.unwrap_or(false)
+    }
+
+    fn check_estimate(&self) -> Result<()> {
+        let exclusive = |key: &str| {
+            Error::config(key, "expected nothing with num_vertical or num_slash, which estimate columns and distances")
+        };
+        if !self.vertical.is_empty() {
+            return Err(exclusive("vertical"));
+        }
+        if !self.slash.is_empty() {
+            return Err(exclusive("slash"));
+        }
+        if !self.is_causal() {
+            return Err(Error::config(
+                "causal",
+                "expected true with num_vertical or num_slash, because the estimate is one of causal attention; got false",
+            ));
+        }
+        let (vertical, slash) = (self.num_vertical.unwrap_or(0), self.num_slash.unwrap_or(0));
+        check_range("num_vertical", vertical, 0..=MOST)?;
+        check_range("num_slash", slash, 0..=MOST)?;
+        check_range("last_queries", self.last_queries, 1..=MOST)?;
+        if vertical == 0 && slash == 0 {
+            return Err(Error::config("num_vertical", "expected at least 1 here or in num_slash, got 0"));
+        }
+        Ok(())
+    }
 }
 
 impl Pattern for VerticalSlash {
     const NAME: &'static str = "vertical_slash";
-    const ABOUT: &'static str = "listed key columns and listed distances, plus a window";
+    const ABOUT: &'static str =
+        "key columns and distances, listed or estimated from the attention of the last queries, plus a window";
+
+    fn resolve(&mut self) -> Result<()> {
+        self.causal.get_or_insert(self.num_vertical.is_some() || self.num_slash.is_some());
+        Ok(())
+    }
 
     fn check(&self) -> Result<()> {
-        if self.vertical.is_empty() && self.slash.is_empty() && self.window.is_none() {
+        if self.is_estimated() {
+            self.check_estimate()?;
+        } else if self.vertical.is_empty() && self.slash.is_empty() && self.window.is_none() {
             return Err(Error::config(
                 "",
-                "give at least one of vertical (key columns), slash (distances), window (half width)",
+                "give at least one of vertical (key columns), slash (distances), window (half width), num_vertical and \
+                 num_slash (how many to estimate)",
             ));
         }
         self.vertical.iter().try_for_each(|&column| check_range("vertical", column, 0..=i64::MAX))?;
@@ -41,8 +116,20 @@ impl Pattern for VerticalSlash {
         self.window.map_or(Ok(()), |window| check_range("window", window, 0..=i64::MAX))
     }
 
+    fn choice(&self, _epoch: u64) -> Option<Choice> {
+        self.is_estimated().then(|| Choice::VerticalSlash {
+            columns: self.num_vertical.unwrap_or(0) as usize,
+            distances: self.num_slash.unwrap_or(0) as usize,
+            last_queries: self.last_queries as usize,
+            nearest: self.window.map_or(0, |window| (window as usize).saturating_add(1)),
+        })
+    }
+
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
-        let n = context.num_tokens;
+        if self.is_estimated() {
+            return by_content(Self::NAME);
+        }
+        let (n, causal) = (context.num_tokens, self.is_causal());
         let mut builder = EdgeSet::builder(n, n)?;
         for &column in &self.vertical {
             if column >= n as i64 {
@@ -52,16 +139,16 @@ impl Pattern for VerticalSlash {
                 ));
             }
             let column = column as usize;
-            builder = builder.rect(if self.causal { column } else { 0 }..n, column..column + 1);
+            builder = builder.rect(if causal { column } else { 0 }..n, column..column + 1);
         }
         for &distance in &self.slash {
             builder = builder.diagonal(-distance, 0..n, 0..n);
-            if !self.causal {
+            if !causal {
                 builder = builder.diagonal(distance, 0..n, 0..n);
             }
         }
         if let Some(window) = self.window {
-            builder = builder.band((-window, if self.causal { 0 } else { window }, 1), 0..n, 0..n);
+            builder = builder.band((-window, if causal { 0 } else { window }, 1), 0..n, 0..n);
         }
         Ok(vec![Arc::new(builder.build())])
     }

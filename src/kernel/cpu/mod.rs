@@ -16,9 +16,11 @@ mod matrix;
 mod panel;
 mod row;
 mod select;
+mod sums;
 mod tasks;
 mod tile;
 
 pub(super) use backward::backward;
 pub(super) use forward::forward;
 pub(super) use select::select;
+pub(super) use sums::weight_sums;

@@ -9,6 +9,7 @@ mod rejected;
 mod selection;
 mod semantics;
 mod strips;
+mod sums;
 
 use std::sync::Arc;
 
