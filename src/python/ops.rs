@@ -13,8 +13,7 @@ use super::edge_lists::compressed_rows;
 use super::enter::enter;
 use super::error::{from_torch, to_python};
 use super::tensor::{
-    Output, PyTensor, Stored, TensorRef, double_tensor, dtype_name, int64_tensor,
-    seed_value, slice, view,
+    Output, PyTensor, Stored, TensorRef, double_tensor, dtype_name, int64_tensor, seed_value, slice, view,
 };
 use crate::attention::{ResolvedMask, resolve, resolve_edge_lists};
 use crate::error::{Error, Result, unknown_name};

@@ -35,7 +35,7 @@ where
     }
 }
 
-/// `a . b` over padded rows.
+/// `a . b` over padded rows, summed as [`super::gather::dots`] sums: where a row keeps one key, `dO . O` is the `dO . v` of it.
 ///
 /// # Safety
 /// The instructions of `V` are available; both rows have the same [`padded`] length.
@@ -48,7 +48,9 @@ pub(super) unsafe fn dot<V: Vector>(a: &[V::Lane], b: &[V::Lane]) -> V::Lane {
         for d in (0..a.len()).step_by(V::LANES) {
             sum = V::load(a.as_ptr().add(d)).mul_add(V::load(b.as_ptr().add(d)), sum);
         }
-        sum.sum()
+        let (mut sums, zero) = ([V::Lane::ZERO; 4], V::splat(V::Lane::ZERO));
+        V::sums([sum, zero, zero, zero], &mut sums);
+        sums[0]
     }
 }
 

@@ -128,16 +128,6 @@ register! {
         }
 
         #[inline(always)]
-        fn sums([a, b, c, d]: [Self; 4], out: &mut [f32; 4]) {
-            // SAFETY: as above.
-            unsafe {
-                let pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.0, b.0), _mm256_hadd_ps(c.0, d.0));
-                let sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
-                _mm_storeu_ps(out.as_mut_ptr(), sums);
-            }
-        }
-
-        #[inline(always)]
         unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
             // SAFETY: the caller promises the instructions and both squares.
             unsafe {
@@ -266,16 +256,6 @@ register! {
             unsafe {
                 let two = _mm_max_pd(_mm256_castpd256_pd128(self.0), _mm256_extractf128_pd::<1>(self.0));
                 _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)))
-            }
-        }
-
-        #[inline(always)]
-        fn sums([a, b, c, d]: [Self; 4], out: &mut [f64; 4]) {
-            // SAFETY: as above.
-            unsafe {
-                let (ab, cd) = (_mm256_hadd_pd(a.0, b.0), _mm256_hadd_pd(c.0, d.0));
-                let sums = _mm256_add_pd(_mm256_permute2f128_pd::<0x20>(ab, cd), _mm256_permute2f128_pd::<0x31>(ab, cd));
-                _mm256_storeu_pd(out.as_mut_ptr(), sums);
             }
         }
 

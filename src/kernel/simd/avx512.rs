@@ -122,12 +122,6 @@ register! {
         }
 
         #[inline(always)]
-        fn sums([a, b, c, d]: [Self; 4], out: &mut [f32; 4]) {
-            let ([a, e], [b, f], [c, g], [d, h]) = (a.halves(), b.halves(), c.halves(), d.halves());
-            F32x8::sums([a + e, b + f, c + g, d + h], out);
-        }
-
-        #[inline(always)]
         unsafe fn transpose(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
             for (row, column) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
                 // SAFETY: four squares of eight make the square of sixteen that the caller promised.
@@ -236,12 +230,6 @@ register! {
         fn largest(self) -> f64 {
             let [low, high] = self.halves();
             low.max(high).largest()
-        }
-
-        #[inline(always)]
-        fn sums([a, b, c, d]: [Self; 4], out: &mut [f64; 4]) {
-            let ([a, e], [b, f], [c, g], [d, h]) = (a.halves(), b.halves(), c.halves(), d.halves());
-            F64x4::sums([a + e, b + f, c + g, d + h], out);
         }
 
         #[inline(always)]

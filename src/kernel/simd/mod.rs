@@ -69,8 +69,22 @@ pub trait Vector:
     fn max_of_four(self) -> Self;
     /// Lane `i` is the sum of `registers[i]`; those beyond `LANES` do not count.
     fn sum_each(registers: &[Self; MAX_LANES]) -> Self;
-    /// The sums of four registers, each as precise as [`Self::sum`], written to `out`.
-    fn sums(registers: [Self; 4], out: &mut [Self::Lane; 4]);
+    /// The sums of four registers, written to `out`: the same numbers as those of [`Self::sum_each`], bit for bit, so that it does
+    /// not matter where an edge's dot product is computed.
+    #[inline(always)]
+    fn sums([a, b, c, d]: [Self; 4], out: &mut [Self::Lane; 4]) {
+        // SAFETY: values of this type prove that the instructions exist; four numbers fit into `out`.
+        unsafe {
+            let mut registers = [Self::splat(Self::Lane::ZERO); MAX_LANES];
+            (registers[0], registers[1], registers[2], registers[3]) = (a, b, c, d);
+            let sums = Self::sum_each(&registers);
+            if Self::LANES == 4 {
+                sums.store(out.as_mut_ptr())
+            } else {
+                sums.store_first(out.as_mut_ptr(), 4)
+            }
+        }
+    }
 
     /// `LANES / 4` numbers from `from`, each in a group of four lanes.
     ///

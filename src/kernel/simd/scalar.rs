@@ -177,13 +177,6 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
     }
 
     #[inline(always)]
-    fn sums(registers: [Self; 4], out: &mut [R; 4]) {
-        for (register, out) in registers.into_iter().zip(out) {
-            *out = register.sum();
-        }
-    }
-
-    #[inline(always)]
     unsafe fn outline<T: Element>(kernel: impl Kernel<T>) {
         // SAFETY: the caller's promise.
         unsafe { enter(kernel) }

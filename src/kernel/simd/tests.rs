@@ -90,6 +90,11 @@ impl<R: Real> Kernel<R> for Arithmetic {
             for (sum, row) in lanes(V::sum_each(&registers)).into_iter().zip(&rows) {
                 assert!(close(sum, R::from_f64(row.iter().map(|x| x.to_f64()).sum())));
             }
+            let each = lanes(V::sum_each(&registers));
+            let [ra, rb, rc, rd] = [registers[0], registers[1], registers[2], registers[3]];
+            let mut four = [R::ZERO; 4];
+            V::sums([ra, rb, rc, rd], &mut four);
+            assert!(four == each[..4], "not the same sums: {four:?} {each:?}");
             assert!(close(va.sum(), sums[0]) && close(vd.sum(), sums[3]));
             assert!(a.iter().all(|&x| x <= va.largest()) && a.contains(&va.largest()));
             assert!(zero.largest() == R::ZERO);

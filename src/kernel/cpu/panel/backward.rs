@@ -14,7 +14,7 @@ use crate::kernel::Run;
 use crate::kernel::cpu::backward::{Saved, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
-use crate::kernel::cpu::row::{dot, write_scaled};
+use crate::kernel::cpu::row::write_scaled;
 use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
@@ -128,8 +128,9 @@ struct Scratch<R> {
     squares: Vec<Square>,
     slots: Vec<usize>,
     keys: Keys<R>,
-    /// A tile of queries and of the gradients of their outputs.
+    /// A tile of queries, of their outputs and of the gradients of those.
     queries: Panels<R>,
+    out: Panels<R>,
     grad_out: Panels<R>,
     /// Scores, then P, of a tile's squares.
     weights: Buffer<R>,
@@ -137,12 +138,12 @@ struct Scratch<R> {
     grads: Buffer<R>,
     /// Per query of a tile: its lse in two parts, its delta.
     shifts: [[R; 2]; PANEL],
-    deltas: [R; PANEL],
+    deltas: Buffer<R>,
     /// Sums for the rows and panels of a task.
     dq: Buffer<R>,
     dk: Buffer<R>,
     dv: Buffer<R>,
-    /// Two tokens.
+    /// One token.
     token: Buffer<R>,
 }
 
@@ -167,15 +168,16 @@ impl<R: Real> Scratch<R> {
                 Panels::new(value_dim, slots, Order::Columns),
             ),
             queries: Panels::new(dim, 1, Order::Both),
+            out: Panels::new(value_dim, 1, Order::Columns),
             grad_out: Panels::new(value_dim, 1, Order::Both),
             weights: Buffer::unset(GROUP * SQUARE),
             grads: Buffer::unset(GROUP * SQUARE),
             shifts: [[R::ZERO; 2]; PANEL],
-            deltas: [R::ZERO; PANEL],
+            deltas: Buffer::unset(PANEL),
             dq: sums(wants.queries, rows.next_multiple_of(PANEL), width),
             dk: sums(wants.keys, panels * PANEL, width),
             dv: sums(wants.keys, panels * PANEL, value_width),
-            token: Buffer::unset(2 * width.max(value_width)),
+            token: Buffer::unset(width.max(value_width)),
         }
     }
 }
@@ -276,18 +278,23 @@ impl<T: Element> Task<'_, T> {
         start: usize,
         count: usize,
     ) {
-        let Scratch { queries, grad_out, shifts, deltas, token, .. } = &mut *self.scratch;
+        let Scratch { queries, out, grad_out, shifts, deltas, .. } = &mut *self.scratch;
         let scale = self.call.scale;
         let bits = u16::MAX >> (PANEL - count);
-        // SAFETY: the queries exist, and a token has room for the widest.
+        // SAFETY: the queries exist; panels by columns have PANEL numbers for each of their channels.
         unsafe {
+            out.pack::<V, T>(0, &head.out, start, bits);
             grad_out.pack::<V, T>(0, &head.grad_out, start, bits);
-            let (out, grad) = token[..2 * grad_out.width].split_at_mut(grad_out.width);
+            // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
+            for lane in (0..PANEL).step_by(V::LANES) {
+                let mut sum = V::splat(T::Acc::ZERO);
+                for place in (lane..grad_out.size()).step_by(PANEL) {
+                    let grad = V::load(grad_out.columns.as_ptr().add(place));
+                    sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+                }
+                sum.store(deltas.as_mut_ptr().add(lane));
+            }
             for slot in 0..count {
-                head.out.stage::<V>(start + slot, out);
-                // Again from the tensor, because the panel lacks what is not finite.
-                head.grad_out.stage::<V>(start + slot, grad);
-                deltas[slot] = dot::<V>(grad, out);
                 shifts[slot] = shift(head.lse.at(start + slot));
             }
             queries.pack::<V, T>(0, &head.tensors.q, start, bits);
