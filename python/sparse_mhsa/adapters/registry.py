@@ -83,6 +83,7 @@ class Site:
     num_tokens: int | None
     grid: tuple[int, ...] | None
     num_prefix_tokens: int | None
+    token_order: str
     dense_by_design: str | None
 
     @property
@@ -107,6 +108,8 @@ class Layout:
 
     grid: tuple[int, ...] | None = None
     num_prefix_tokens: int | None = None
+    token_order: str = "row_major"
+    """Of a grid of frames; as in the configuration."""
 
     @property
     def num_tokens(self) -> int | None:
@@ -156,6 +159,7 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
                 num_tokens=layout.num_tokens,
                 grid=layout.grid,
                 num_prefix_tokens=layout.num_prefix_tokens,
+                token_order=layout.token_order,
                 dense_by_design=_by_name(name) or adapter.dense_by_design(parent, name),
             )
         )
@@ -192,16 +196,22 @@ def _stack(name: str) -> str:
 
 
 def _by_name(name: str) -> str | None:
-    parts = name.split(".")
-    if any(part.startswith("temporal") for part in parts):
+    if _is_temporal(name):
         return "temporal attention"
-    if any(part.startswith("decoder") for part in parts):
+    if any(part.startswith("decoder") for part in name.split(".")):
         return "decoder"
     return None
 
 
+def _is_temporal(name: str) -> bool:
+    return any(part.startswith("temporal") for part in name.split("."))
+
+
 def _layout(model: nn.Module, name: str) -> Layout:
     """What the innermost module around ``name`` tells that tells anything."""
+    if _is_temporal(name):
+        # The frames of one patch: no class token among them, and their number is the clip's.
+        return Layout(None, 0)
     ancestors = [model]
     for part in name.split(".")[:-1]:
         ancestors.append(ancestors[-1].get_submodule(part))
@@ -211,6 +221,13 @@ def _layout(model: nn.Module, name: str) -> Layout:
             if layout is not None:
                 return layout
     return Layout()
+
+
+def sides(size: object) -> tuple[int, int] | None:
+    """Height and width from a number, a pair, or neither."""
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
 
 
 def random_image(projection: object, sides: Sequence[int]) -> Tensor | None:

@@ -59,9 +59,10 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
         self.dense_class = Attention
         if _depends_on_place(self.config, num_heads):
             self.unplaced = self.config
-            self.install(dense_mask(num_heads))
+            layer_mask = dense_mask(num_heads)
         else:
-            self.install(LayerMask(self.config, num_heads))
+            layer_mask = LayerMask(self.config, num_heads)
+        self.install(layer_mask, query_projection(self)[1])
         # The class of the configuration has done its work.
         self.__class__ = SparseTimmAttention
 
@@ -168,7 +169,7 @@ class TimmAdapter(Adapter):
             assert isinstance(module, SparseAttention)
             module.dense_class = dense_class
         module.__dict__.pop("unplaced", None)
-        module.install(layer_mask)
+        module.install(layer_mask, query_projection(module)[1])
 
     def dropout(self, module: nn.Module) -> float:
         """Of ``attn_drop``."""
@@ -177,11 +178,8 @@ class TimmAdapter(Adapter):
     def densify(self, module: nn.Module) -> None:
         """Swap back in place."""
         assert isinstance(module, SparseAttention)
-        dense_class = module.dense_class
         module.__dict__.pop("unplaced", None)
-        del module.layer_mask, module.backend, module.dense_class
-        dense: nn.Module = module
-        dense.__class__ = dense_class
+        module.revert()
 
     def finish(self, model: nn.Module) -> None:
         """Warn of patches dropped in training: masks go by position, and the positions close up."""

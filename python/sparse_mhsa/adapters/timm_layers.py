@@ -64,17 +64,25 @@ class SparseAttention(SparseLayer):
         gate = getattr(self, "gate", None)
         if gate is not None:
             out = out * gate(x).sigmoid()
-        return self._optional("proj_drop", self.get_submodule("proj")(out))
+        return self._optional("proj_drop", self._optional("proj", out))
 
     def _optional(self, name: str, x: Tensor) -> Tensor:
         module = getattr(self, name, None)
         result: Tensor = x if module is None else module(x)
         return result
 
-    def install(self, layer_mask: LayerMask | Mask) -> None:
+    def install(self, layer_mask: LayerMask | Mask, head_dim: int) -> None:
         """Attend by ``layer_mask`` from now on."""
-        projection, head_dim = query_projection(self)
-        self._set_mechanism(layer_mask, head_dim, dropout_probability(self), projection.weight)
+        like = next(self.parameters(), torch.empty(0))
+        self._set_mechanism(layer_mask, head_dim, dropout_probability(self), like)
+
+    def revert(self) -> nn.Module:
+        """Make the layer what it was, in place."""
+        dense: nn.Module = self
+        dense_class = self.dense_class
+        del self.layer_mask, self.backend, self.dense_class
+        dense.__class__ = dense_class
+        return dense
 
     def _dropout(self) -> float:
         return dropout_probability(self) if self.training else 0.0
