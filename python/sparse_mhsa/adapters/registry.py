@@ -148,7 +148,9 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
     for name, module, adapter in found:
         stack = stacks[_stack(name)]
         layout = _layout(model, name)
-        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        # PEFT puts a layer inside one of its own, in the place that the layer had.
+        place = name.removesuffix(".base_layer")
+        parent = model.get_submodule(place.rpartition(".")[0]) if place else None
         sites.append(
             Site(
                 name=name,
@@ -160,7 +162,7 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
                 grid=layout.grid,
                 num_prefix_tokens=layout.num_prefix_tokens,
                 token_order=layout.token_order,
-                dense_by_design=_by_name(name) or adapter.dense_by_design(parent, name),
+                dense_by_design=_by_name(name) or adapter.dense_by_design(parent, place),
             )
         )
     return sites

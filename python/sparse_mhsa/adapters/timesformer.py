@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..layer_mask import LayerMask
 from ..mask import Mask
 from .registry import Adapter, Layout, register_adapter, sides
-from .timm_layers import SparseAttention, dropout_probability, query_projection
+from .timm_layers import SparseAttention, dropout_probability, head_dim_of
 from .transformers_attention import attention_forward
 
 
@@ -73,7 +73,7 @@ class TimesformerAdapter(Adapter):
         """Number of heads and head dimension."""
         assert isinstance(module.num_heads, int)
         if hasattr(module, "qkv"):
-            return module.num_heads, query_projection(module)[1]
+            return module.num_heads, head_dim_of(module)
         assert isinstance(module.scale, float)
         return module.num_heads, round(module.scale**-2)
 
