@@ -499,8 +499,8 @@ class TestMessages:
             sparse(nested, nested, nested)
 
     def test_many_tokens_with_weights_warn_once(self, monkeypatch):
-        monkeypatch.setattr(sm.module, "_MANY_TOKENS", 8)
-        sm.module._warn_of_dense_weights.cache_clear()
+        monkeypatch.setattr(sm.functional, "MANY_TOKENS", 8)
+        sm.functional.warn_of_dense_weights.cache_clear()
         sparse = SparseMHSA(12, 3, config=FIBOTTENTION, batch_first=True)
         x = torch.randn(1, 9, 12)
         with pytest.warns(UserWarning, match="need_weights=True makes a dense tensor"):
@@ -508,7 +508,7 @@ class TestMessages:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             sparse(x, x, x)
-        sm.module._warn_of_dense_weights.cache_clear()
+        sm.functional.warn_of_dense_weights.cache_clear()
 
 
 class TestTransformerLayers:

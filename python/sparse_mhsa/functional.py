@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from typing import Literal, overload
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 from . import ops
 from ._core import AttentionConfig
 from .content import edges_of
-from .edges import EdgeSource, accumulation_dtype
+from .edges import EdgeAttention, EdgeSource, accumulation_dtype
 from .layer_mask import LayerMask
 from .mask import Mask
 from .positions import edges_at
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+MANY_TOKENS = 4096
+"""Number of tokens above which dense attention weights deserve a warning."""
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -182,6 +185,56 @@ def attend(
     if layer_mask.on_empty_row == "error":
         _refuse_empty_rows(lse)
     return out, lse
+
+
+def weights_of(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    edges: EdgeSource,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: float,
+    averaged: bool = False,
+) -> Tensor:
+    """The dense attention weights of a call of `attend`, which takes O(N x S) memory.
+
+    Args:
+        q: (B, H, N, D) as `attend` got it.
+        k: (B, Hkv, S, D).
+        lse: (B, H, N) as `attend` returned it.
+        edges: the mask.
+        key_mask: as `attend` got it.
+        bias: likewise.
+        dropout_p: likewise.
+        seed: likewise.
+        scale: factor of the scores.
+        averaged: mean over the heads.
+
+    Returns:
+        (B, H, N, S), or (B, N, S) averaged, after dropout.
+    """
+    if q.is_meta:
+        return q.new_empty((q.shape[0], *(() if averaged else q.shape[1:2]), q.shape[2], k.shape[2]))
+    if k.shape[2] > MANY_TOKENS:
+        warn_of_dense_weights(k.shape[2])
+    background = ops.has_background(edges.spec)
+    attention = EdgeAttention(q, k, lse, edges, key_mask, seed, dropout_p, scale, background)
+    bias = None if bias is None else bias.to(q.dtype)
+    return attention.mean_weights(q, k, bias) if averaged else attention.weights(q, k, bias)
+
+
+@functools.cache
+def warn_of_dense_weights(num_keys: int) -> None:
+    """Say once per number of keys that weights were asked for which are not proportional to the edges."""
+    warnings.warn(
+        f"need_weights=True makes a dense tensor of attention weights over {num_keys} tokens; pass "
+        "need_weights=False to keep memory proportional to the edges",
+        stacklevel=4,
+    )
 
 
 def check_square(layer_mask: LayerMask | Mask, num_queries: int, num_keys: int) -> None:

@@ -1,7 +1,6 @@
 """`SparseMHSA`: `torch.nn.MultiheadAttention` over the edges of a mask."""
 
 import copy
-import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +12,22 @@ from torch import Tensor, nn
 from .backends import Backend
 from .config import ConfigLike, config_error, load_config
 from .content import edges_of
-from .edges import EdgeAttention, EdgeSource, append_visible_keys
-from .functional import attend, autocast, causal_bias, check_qkv, check_square, dense_mask, draw_seed
+from .edges import EdgeSource, append_visible_keys
+from .functional import (
+    MANY_TOKENS,
+    attend,
+    autocast,
+    causal_bias,
+    check_qkv,
+    check_square,
+    dense_mask,
+    draw_seed,
+    warn_of_dense_weights,
+    weights_of,
+)
 from .layer import SparseLayer
 from .layer_mask import LayerMask
 from .mask import Mask
-from .ops import has_background
-
-_MANY_TOKENS = 4096
-"""Number of tokens above which dense attention weights deserve a warning."""
 
 
 class SparseMHSA(nn.MultiheadAttention, SparseLayer):
@@ -285,19 +291,20 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         )
         out = self._merge(context, batch_first)
         weights = None
-        if need_weights and q.is_meta:
-            heads = () if average_attn_weights else q.shape[1:2]
-            weights = q.new_empty((q.shape[0], *heads, q.shape[2], k.shape[2]))
-        elif need_weights:
-            if k.shape[2] > _MANY_TOKENS:
-                _warn_of_dense_weights(k.shape[2])
-            edges = self.layer_mask.source(q.shape[2]) if edges is None else edges
+        if need_weights:
             scale = self.layer_mask.scale
-            scale = self.head_dim**-0.5 if scale is None else scale
-            background = has_background(edges.spec)
-            attention = EdgeAttention(q, k, lse, edges, key_mask, seed, dropout_p, scale, background)
-            of_heads = attention.mean_weights if average_attn_weights else attention.weights
-            weights = of_heads(q, k, bias)
+            weights = weights_of(
+                q,
+                k,
+                lse,
+                self.layer_mask.source(q.shape[2]) if edges is None else edges,
+                key_mask=key_mask,
+                bias=bias,
+                dropout_p=dropout_p,
+                seed=seed,
+                scale=self.head_dim**-0.5 if scale is None else scale,
+                averaged=average_attn_weights,
+            )
         if not batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -395,8 +402,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention without edges: context (B, H, L, Dv), and weights (B, H, L, S) or None."""
-        if needs_weights and k.shape[2] > _MANY_TOKENS:
-            _warn_of_dense_weights(k.shape[2])
+        if needs_weights and k.shape[2] > MANY_TOKENS:
+            warn_of_dense_weights(k.shape[2])
         q, k, v = autocast(q, k, v)
         return backend.attend(
             q,
@@ -527,12 +534,3 @@ def _unsqueeze_alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     q = query.unsqueeze(0)
     k = q if key is query else key.unsqueeze(0)
     return q, k, k if value is key else value.unsqueeze(0)
-
-
-@functools.cache
-def _warn_of_dense_weights(num_keys: int) -> None:
-    warnings.warn(
-        f"need_weights=True makes a dense tensor of attention weights over {num_keys} tokens; pass "
-        "need_weights=False to keep memory proportional to the edges",
-        stacklevel=3,
-    )

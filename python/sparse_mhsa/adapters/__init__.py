@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .._core import AttentionConfig
+from .._core import AttentionConfig, ConfigError
 from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
 from ..layer_mask import LayerMask
-from . import timm, torch_nn
+from . import timesformer, timm, torch_nn, transformers
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported, why_unsupported
 from .report import Report, Row
 from .selection import Selection, matches_none
@@ -31,8 +31,10 @@ __all__ = [
     "find_attention",
     "register_adapter",
     "sparsify",
+    "timesformer",
     "timm",
     "torch_nn",
+    "transformers",
 ]
 
 
@@ -130,7 +132,7 @@ def densify(model: nn.Module) -> None:
 def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     """The mask of a layer, built once where its number of tokens is known, to see that it can be."""
     layer_mask = LayerMask(
-        config.for_layer(site.name),
+        _ordered(config.for_layer(site.name), site.token_order),
         site.num_heads,
         site.layer,
         site.num_layers,
@@ -153,6 +155,17 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         nnz=nnz,
     )
     return layer_mask, row
+
+
+def _ordered(config: AttentionConfig, token_order: str) -> AttentionConfig:
+    """The configuration with the order of tokens that the model has, unless it names another."""
+    document = json.loads(config.to_json())
+    if document["token_order"] != "row_major" or token_order == "row_major":
+        return config
+    try:
+        return load_config({**document, "token_order": token_order})
+    except ConfigError:  # the mask does not look at the grid
+        return config
 
 
 def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str, object]] | None) -> AttentionConfig:

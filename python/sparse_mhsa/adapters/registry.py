@@ -83,6 +83,7 @@ class Site:
     num_tokens: int | None
     grid: tuple[int, ...] | None
     num_prefix_tokens: int | None
+    token_order: str
     dense_by_design: str | None
 
     @property
@@ -107,6 +108,8 @@ class Layout:
 
     grid: tuple[int, ...] | None = None
     num_prefix_tokens: int | None = None
+    token_order: str = "row_major"
+    """Of a grid of frames; as in the configuration."""
 
     @property
     def num_tokens(self) -> int | None:
@@ -145,7 +148,9 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
     for name, module, adapter in found:
         stack = stacks[_stack(name)]
         layout = _layout(model, name)
-        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        # PEFT puts a layer inside one of its own, in the place that the layer had.
+        place = name.removesuffix(".base_layer")
+        parent = model.get_submodule(place.rpartition(".")[0]) if place else None
         sites.append(
             Site(
                 name=name,
@@ -156,7 +161,8 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
                 num_tokens=layout.num_tokens,
                 grid=layout.grid,
                 num_prefix_tokens=layout.num_prefix_tokens,
-                dense_by_design=_by_name(name) or adapter.dense_by_design(parent, name),
+                token_order=layout.token_order,
+                dense_by_design=_by_name(name) or adapter.dense_by_design(parent, place),
             )
         )
     return sites
@@ -192,16 +198,22 @@ def _stack(name: str) -> str:
 
 
 def _by_name(name: str) -> str | None:
-    parts = name.split(".")
-    if any(part.startswith("temporal") for part in parts):
+    if _is_temporal(name):
         return "temporal attention"
-    if any(part.startswith("decoder") for part in parts):
+    if any(part.startswith("decoder") for part in name.split(".")):
         return "decoder"
     return None
 
 
+def _is_temporal(name: str) -> bool:
+    return any(part.startswith("temporal") for part in name.split("."))
+
+
 def _layout(model: nn.Module, name: str) -> Layout:
     """What the innermost module around ``name`` tells that tells anything."""
+    if _is_temporal(name):
+        # The frames of one patch: no class token among them, and their number is the clip's.
+        return Layout(None, 0)
     ancestors = [model]
     for part in name.split(".")[:-1]:
         ancestors.append(ancestors[-1].get_submodule(part))
@@ -211,6 +223,13 @@ def _layout(model: nn.Module, name: str) -> Layout:
             if layout is not None:
                 return layout
     return Layout()
+
+
+def sides(size: object) -> tuple[int, int] | None:
+    """Height and width from a number, a pair, or neither."""
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
 
 
 def random_image(projection: object, sides: Sequence[int]) -> Tensor | None:

@@ -19,7 +19,7 @@ from ..functional import dense_mask
 from ..layer_mask import LayerMask
 from ..mask import Mask
 from .registry import Adapter, Layout, random_image, register_adapter
-from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, query_projection
+from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, head_dim_of
 
 _LOGGER = logging.getLogger("sparse_mhsa")
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
@@ -59,9 +59,10 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
         self.dense_class = Attention
         if _depends_on_place(self.config, num_heads):
             self.unplaced = self.config
-            self.install(dense_mask(num_heads))
+            layer_mask = dense_mask(num_heads)
         else:
-            self.install(LayerMask(self.config, num_heads))
+            layer_mask = LayerMask(self.config, num_heads)
+        self.install(layer_mask, head_dim_of(self))
         # The class of the configuration has done its work.
         self.__class__ = SparseTimmAttention
 
@@ -166,7 +167,7 @@ class TimmAdapter(Adapter):
     def heads(self, module: nn.Module) -> tuple[int, int]:
         """Number of heads and head dimension."""
         assert isinstance(module.num_heads, int)
-        return module.num_heads, query_projection(module)[1]
+        return module.num_heads, head_dim_of(module)
 
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
@@ -176,7 +177,7 @@ class TimmAdapter(Adapter):
             assert isinstance(module, SparseAttention)
             module.dense_class = dense_class
         module.__dict__.pop("unplaced", None)
-        module.install(layer_mask)
+        module.install(layer_mask, head_dim_of(module))
 
     def dropout(self, module: nn.Module) -> float:
         """Of ``attn_drop``."""
@@ -185,11 +186,8 @@ class TimmAdapter(Adapter):
     def densify(self, module: nn.Module) -> None:
         """Swap back in place."""
         assert isinstance(module, SparseAttention)
-        dense_class = module.dense_class
         module.__dict__.pop("unplaced", None)
-        del module.layer_mask, module.backend, module.dense_class
-        dense: nn.Module = module
-        dense.__class__ = dense_class
+        module.revert()
 
     def finish(self, model: nn.Module) -> None:
         """Warn of patches dropped in training: masks go by position, and the positions close up."""
@@ -242,16 +240,23 @@ def _prefix(module: nn.Module) -> int | None:
     return None
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer, or one inside a layer of PEFT."""
+    return isinstance(getattr(module, "base_layer", module), nn.Linear)
+
+
 def _has_the_structure(module: nn.Module) -> bool:
     children = dict(module.named_children())
-    if not {"qkv", "proj"} <= children.keys() <= _CHILDREN or not isinstance(children["qkv"], nn.Linear):
+    if not {"qkv", "proj"} <= children.keys() <= _CHILDREN or not _is_linear(children["qkv"]):
         return False
     if any(x is not None for x in (*module._parameters.values(), *module._buffers.values())):
         return False
     if hasattr(module, "window_size"):
         return False
     num_heads = getattr(module, "num_heads", None)
-    if not isinstance(num_heads, int) or num_heads < 1 or children["qkv"].out_features % (3 * num_heads):
+    packed = children["qkv"].out_features
+    assert isinstance(packed, int)
+    if not isinstance(num_heads, int) or num_heads < 1 or packed % (3 * num_heads):
         return False
     first, *others = list(inspect.signature(module.forward).parameters)
     return first == "x" and set(others) <= {"attn_mask", "is_causal"}
@@ -269,9 +274,9 @@ def _computes_attention(module: nn.Module) -> bool:
     sparse = copy.deepcopy(dense)
     adapter = TimmAdapter()
     adapter.sparsify(sparse, dense_mask(adapter.heads(dense)[0]))
-    qkv = dense.get_submodule("qkv")
-    assert isinstance(qkv, nn.Linear)
-    x = torch.randn(1, 3, qkv.in_features, dtype=torch.float64, device="cpu", generator=generator)
+    in_features = dense.get_submodule("qkv").in_features
+    assert isinstance(in_features, int)
+    x = torch.randn(1, 3, in_features, dtype=torch.float64, device="cpu", generator=generator)
     try:
         with torch.no_grad():
             # Not the modules themselves, so that no hook runs.

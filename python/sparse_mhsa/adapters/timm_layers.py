@@ -87,17 +87,25 @@ class SparseAttention(SparseLayer):
         gate = getattr(self, "gate", None)
         if gate is not None:
             out = out * gate(x).sigmoid()
-        return self._optional("proj_drop", self.get_submodule("proj")(out))
+        return self._optional("proj_drop", self._optional("proj", out))
 
     def _optional(self, name: str, x: Tensor) -> Tensor:
         module = getattr(self, name, None)
         result: Tensor = x if module is None else module(x)
         return result
 
-    def install(self, layer_mask: LayerMask | Mask) -> None:
+    def install(self, layer_mask: LayerMask | Mask, head_dim: int) -> None:
         """Attend by ``layer_mask`` from now on."""
-        projection, head_dim = query_projection(self)
-        self._set_mechanism(layer_mask, head_dim, dropout_probability(self), projection.weight)
+        like = next(self.parameters(), torch.empty(0))
+        self._set_mechanism(layer_mask, head_dim, dropout_probability(self), like)
+
+    def revert(self) -> nn.Module:
+        """Make the layer what it was, in place."""
+        dense: nn.Module = self
+        dense_class = self.dense_class
+        del self.layer_mask, self.backend, self.dense_class
+        dense.__class__ = dense_class
+        return dense
 
     def _dropout(self) -> float:
         return dropout_probability(self) if self.training else 0.0
@@ -149,7 +157,7 @@ class SparseAttentionRope(SparseAttention):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed = getattr(self, "qkv", None)
         if packed is None:
-            head_dim = query_projection(self)[1]
+            head_dim = head_dim_of(self)
             q, k, v = (
                 self.get_submodule(name)(x).unflatten(-1, (-1, head_dim)).transpose(1, 2)
                 for name in ("q_proj", "k_proj", "v_proj")
@@ -159,7 +167,8 @@ class SparseAttentionRope(SparseAttention):
         if q_bias is None:
             return super()._project(x)
         bias = torch.cat((q_bias, self.get_buffer("k_bias"), self.get_parameter("v_bias")))
-        if getattr(self, "qkv_bias_separate", False):
+        # What wraps the projection, such as LoRA, would be passed over by reading its weight.
+        if getattr(self, "qkv_bias_separate", False) or type(packed) is not nn.Linear:
             projected = packed(x) + bias
         else:
             projected = nn.functional.linear(x, packed.weight, bias)
@@ -174,14 +183,15 @@ class SparseAttentionRope(SparseAttention):
         return torch.cat([prefix, rotated], dim=2)
 
 
-def query_projection(module: nn.Module) -> tuple[nn.Linear, int]:
-    """The layer that makes the queries, alone or together with keys and values, and the head dimension."""
+def head_dim_of(module: nn.Module) -> int:
+    """D, from the projection of the queries, alone or together with keys and values."""
     num_heads = module.num_heads
     assert isinstance(num_heads, int)
     packed = getattr(module, "qkv", None)
-    projection = module.get_submodule("q_proj") if packed is None else packed
-    assert isinstance(projection, nn.Linear)
-    return projection, projection.weight.shape[0] // (num_heads if packed is None else 3 * num_heads)
+    # A layer that wraps the projection, such as LoRA's, shows its weight too.
+    weight = (module.get_submodule("q_proj") if packed is None else packed).weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] // (num_heads if packed is None else 3 * num_heads)
 
 
 def dropout_probability(module: nn.Module) -> float:

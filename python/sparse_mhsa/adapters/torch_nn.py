@@ -42,8 +42,10 @@ class TorchAdapter(Adapter):
         module.revert()
 
     def dense_by_design(self, parent: nn.Module | None, name: str) -> str | None:
-        """Decoders and cross-attention."""
+        """Decoders and cross-attention, such as pooling by a learned query."""
         if name.rpartition(".")[2] == "multihead_attn" or "cross" in name:
+            return "cross-attention"
+        if isinstance(getattr(parent, "probe", None), nn.Parameter):
             return "cross-attention"
         return "decoder" if isinstance(parent, nn.TransformerDecoderLayer) else None
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import torch
@@ -13,6 +14,10 @@ from ..layer import SparseLayer
 
 Sample: TypeAlias = Tensor | Sequence[object] | Mapping[str, object]
 """What a model is called with: a tensor, positional or keyword arguments."""
+
+
+looking: ContextVar[bool] = ContextVar("looking", default=False)
+"""Whether a run only looks at the order of the layers, so that each may attend densely."""
 
 
 class _SparseCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,6 +62,8 @@ def call_order(model: nn.Module, layers: Mapping[str, nn.Module], sample: Sample
         with ExitStack() as stack:
             for layer in swapped:
                 stack.enter_context(layer.densely())
+            token = looking.set(True)
+            stack.callback(looking.reset, token)
             _run(model, sample)
     finally:
         for handle in handles:

@@ -1,0 +1,221 @@
+"""Hugging Face transformers: models that call attention through its interface, and TimeSformer, which does not.
+
+The interface looks a function up by name for every call, so `sparsify` registers ours as ``sparse_mhsa`` in
+`AttentionInterface` *and* `AttentionMaskInterface` (without the second, transformers drops padding masks), and
+names it in the configuration that the swapped layers read. A layer of such a model that was not swapped stays
+dense; a model that names ``sparse_mhsa`` without having been swapped is refused.
+
+`save_pretrained` writes the attention configuration into ``config.json`` under ``sparse_mhsa``; weights are those
+of the dense model. `from_pretrained` gives the dense model back, and `restore` swaps it again.
+"""
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layer import SparseLayer
+from ..layer_mask import LayerMask
+from ..mask import Mask
+from .registry import Adapter, Layout, register_adapter, sides
+from .transformers_attention import (
+    IMPLEMENTATION,
+    STAYS_DENSE,
+    SparseInterfaceLayer,
+    attention_forward,
+    attention_mask,
+    sparse_class,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .report import Report
+
+
+def register() -> None:
+    """Make ``sparse_mhsa`` known to transformers; `sparsify` does it for models that need it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
+
+
+def restore(model: nn.Module) -> "Report":
+    """Swap the layers of a loaded model that were swapped when it was saved, with the configuration they had.
+
+    Args:
+        model: from `from_pretrained`, of the class that was saved.
+
+    Returns:
+        The report of `sparsify`.
+
+    Raises:
+        ValueError: the model was not saved with sparse attention.
+    """
+    from . import sparsify
+
+    saved = getattr(getattr(model, "config", None), IMPLEMENTATION, None)
+    if saved is None:
+        raise ValueError(f"model: the configuration of {type(model).__name__} has no `{IMPLEMENTATION}`; use sparsify")
+    layers = {f"^{re.escape(name)}$": config for name, config in saved.items()}
+    return sparsify(model, "mask: none", include=list(layers), overrides=layers)
+
+
+@register_adapter
+class TransformersAdapter(Adapter):
+    """Swaps layers of transformers, and of modules made like them, that call attention through its interface."""
+
+    name = "transformers"
+
+    def matches(self, module: nn.Module) -> bool:
+        """By the code of ``forward``, which looks the attention function up."""
+        if isinstance(module, SparseInterfaceLayer):
+            return True
+        forward = inspect.unwrap(type(module).forward)
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        return "ALL_ATTENTION_FUNCTIONS" in names and _num_heads(module) is not None
+
+    def heads(self, module: nn.Module) -> tuple[int, int]:
+        """Number of heads and head dimension."""
+        heads, head_dim = _num_heads(module), _first_number(module, ("head_dim", "attention_head_size"))
+        assert heads is not None
+        if head_dim is None:
+            width = getattr(getattr(module, "config", None), "hidden_size", heads)
+            head_dim = width // heads
+        return int(heads), int(head_dim)
+
+    def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
+        """Swap in place."""
+        register()
+        if not isinstance(module, SparseInterfaceLayer):
+            module.__class__ = sparse_class(type(module))
+            assert isinstance(module, SparseInterfaceLayer)
+            # Layers share their configuration: the first one finds what it was.
+            named = module.config._attn_implementation
+            module.dense_implementation = None if named == IMPLEMENTATION else named
+        module.__dict__.pop(STAYS_DENSE, None)
+        module.config._attn_implementation = IMPLEMENTATION
+        module._set_mechanism(layer_mask, self.heads(module)[1], self.dropout(module), next(module.parameters()))
+
+    def dropout(self, module: nn.Module) -> float:
+        """Of the attention weights."""
+        found = _first_number(module, ("attention_dropout", "dropout_prob", "dropout"))
+        return 0.0 if found is None else float(found)
+
+    def densify(self, module: nn.Module) -> None:
+        """Swap back in place."""
+        assert isinstance(module, SparseInterfaceLayer)
+        if module.config._attn_implementation == IMPLEMENTATION:
+            module.config._attn_implementation = module.dense_implementation or "sdpa"
+        dense_class = module.dense_class
+        del module.layer_mask, module.backend, module.dense_implementation
+        dense: nn.Module = module
+        dense.__class__ = dense_class
+
+    def dense_by_design(self, parent: nn.Module | None, name: str) -> str | None:
+        """Text towers, causal layers and cross-attention."""
+        module = None if parent is None else getattr(parent, name.rpartition(".")[2])
+        if "cross" in name or getattr(module, "is_cross_attention", False):
+            return "cross-attention"
+        if getattr(module, "is_causal", False):
+            return "decoder"
+        return "text" if "text_model" in name.split(".") else None
+
+    def layout(self, module: nn.Module) -> Layout | None:
+        """Of a vision model: the grid from its configuration, the prefix from its embeddings."""
+        config, embeddings = getattr(module, "config", None), getattr(module, "embeddings", None)
+        if embeddings is None or not hasattr(config, "image_size"):
+            return None
+        return Layout(_grid(config), _prefix(embeddings))
+
+    def sample(self, model: nn.Module) -> Tensor | None:
+        """Random pixels of the size in the configuration, for models of nothing but pixels."""
+        config: Any = getattr(model, "config", None)
+        grid = sides(getattr(config, "image_size", None))
+        if getattr(model, "main_input_name", None) != "pixel_values" or grid is None:
+            return None
+        _first, *others = inspect.signature(model.forward).parameters.values()
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in others):
+            return None
+        frames = () if getattr(config, "num_frames", None) is None else (config.num_frames,)
+        weight = next(model.parameters())
+        return torch.randn((1, *frames, config.num_channels, *grid), device=weight.device).to(weight.dtype)
+
+    def finish(self, model: nn.Module) -> None:
+        """Mark the layers that stay dense beside swapped ones, and keep the configuration with the model's own."""
+        modules = list(model.modules())
+        shared = {id(m.config) for m in modules if isinstance(m, SparseInterfaceLayer)}
+        for module in modules:
+            if id(getattr(module, "config", None)) in shared and not isinstance(module, SparseLayer):
+                module.__dict__[STAYS_DENSE] = True
+            else:
+                module.__dict__.pop(STAYS_DENSE, None)
+        for pretrained in _outermost_pretrained(model):
+            swapped = {
+                name: _without(json.loads(m.layer_mask.config.to_json()), "layers", "embed_dim", "num_heads")
+                for name, m in pretrained.named_modules()
+                if isinstance(m, SparseLayer) and m.layer_mask.config is not None
+            }
+            if swapped:
+                setattr(pretrained.config, IMPLEMENTATION, swapped)
+            elif hasattr(pretrained.config, IMPLEMENTATION):
+                delattr(pretrained.config, IMPLEMENTATION)
+
+
+def _num_heads(module: nn.Module) -> int | float | None:
+    names = ("num_attention_heads", "num_heads")
+    own = _first_number(module, names)
+    return _first_number(getattr(module, "config", None), names) if own is None else own
+
+
+def _without(document: dict[str, object], *keys: str) -> dict[str, object]:
+    return {key: value for key, value in document.items() if key not in keys}
+
+
+def _first_number(module: object, names: tuple[str, ...]) -> int | float | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((value for value in found if isinstance(value, (int, float))), None)
+
+
+def _grid(config: object) -> tuple[int, ...] | None:
+    """Patches per axis, where the model takes images of one size."""
+    image, tubelet = sides(getattr(config, "image_size", None)), getattr(config, "tubelet_size", None)
+    # These interpolate their positions to whatever image arrives.
+    if image is None or getattr(config, "model_type", "").startswith("dinov"):
+        return None
+    frames, patch = tubelet, sides(getattr(config, "patch_size", None))
+    if isinstance(tubelet, (list, tuple)):
+        frames, patch = tubelet[0], sides(tubelet[1:])
+    if patch is None:
+        return None
+    spatial = (image[0] // patch[0], image[1] // patch[1])
+    return spatial if frames is None else (getattr(config, "num_frames", 1) // frames, *spatial)
+
+
+def _prefix(embeddings: nn.Module) -> int:
+    """Leading tokens: class token, distillation token, registers."""
+    count = 0
+    for name in ("cls_token", "class_embedding", "distillation_token", "register_tokens"):
+        token = getattr(embeddings, name, None)
+        if isinstance(token, Tensor):
+            count += 1 if token.dim() < 3 else token.shape[1]
+    return count
+
+
+def _outermost_pretrained(model: nn.Module) -> "Iterator[PreTrainedModel]":
+    loaded = sys.modules.get("transformers.modeling_utils")
+    if loaded is None:
+        return
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, loaded.PreTrainedModel) and not any(
+            not outer or name.startswith(f"{outer}.") for outer in found
+        ):
+            found.append(name)
+            yield module
