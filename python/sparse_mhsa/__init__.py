@@ -10,7 +10,7 @@ from ._torch_version import check_torch
 
 check_torch()
 
-from . import masks  # noqa: E402
+from . import budget, masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
@@ -22,6 +22,8 @@ from .layer import set_epoch  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
+from .scores import Scores, collect_scores  # noqa: E402
+from .solve import Solution, solve_budget  # noqa: E402
 
 __all__ = [
     "AttentionConfig",
@@ -30,10 +32,14 @@ __all__ = [
     "Mask",
     "MaskContext",
     "Report",
+    "Scores",
+    "Solution",
     "SparseMHSA",
     "SparseTimmAttention",
     "__version__",
+    "budget",
     "choose_masks",
+    "collect_scores",
     "configs",
     "densify",
     "engine",
@@ -42,6 +48,7 @@ __all__ = [
     "register_backend",
     "register_mask",
     "set_epoch",
+    "solve_budget",
     "sparse_attention",
     "sparsify",
 ]

@@ -28,6 +28,7 @@ pub struct VerticalSlash {
 impl Pattern for VerticalSlash {
     const NAME: &'static str = "vertical_slash";
     const ABOUT: &'static str = "listed key columns and listed distances, plus a window";
+    const BUDGET_KEYS: &'static [&'static str] = &["window"];
 
     fn check(&self) -> Result<()> {
         if self.vertical.is_empty() && self.slash.is_empty() && self.window.is_none() {
