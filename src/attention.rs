@@ -159,7 +159,7 @@ mod tests {
     use crate::config::AttentionConfig;
 
     fn spec(text: &str, heads: usize) -> String {
-        AttentionConfig::parse(text, None).unwrap().spec(heads, 0, None, 0, None, None).unwrap()
+        AttentionConfig::parse(text, None).unwrap().spec(heads, 0, None, 0, None, None, None).unwrap()
     }
 
     #[test]

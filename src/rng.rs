@@ -1,6 +1,8 @@
 //! Random numbers that must be the same everywhere: CPython's shuffle, as the published Fibottention masks use it, and a
 //! counter-based generator for masks that are drawn.
 
+use std::collections::HashSet;
+
 use rand_mt::Mt;
 
 /// The permutation that `random.seed(seed); random.shuffle(list(range(len)))` gives in CPython.
@@ -88,7 +90,7 @@ impl RowDraws {
     }
 
     /// A uniform number below `n` (`n` >= 1), by Lemire's multiplication with rejection: exactly uniform.
-    fn below(&mut self, n: u32) -> u32 {
+    pub fn below(&mut self, n: u32) -> u32 {
         loop {
             let product = u64::from(self.next_u32()) * u64::from(n);
             // The rejected products are the first 2^32 mod n of each residue.
@@ -96,6 +98,32 @@ impl RowDraws {
                 return (product >> 32) as u32;
             }
         }
+    }
+}
+
+impl RowDraws {
+    /// A uniform number below `n` (`n` >= 1), as [`Self::below`] for more candidates than 32 bits hold.
+    fn below_wide(&mut self, n: u64) -> u64 {
+        loop {
+            let word = u64::from(self.next_u32()) << 32 | u64::from(self.next_u32());
+            let product = u128::from(word) * u128::from(n);
+            if product as u64 >= n.wrapping_neg() % n {
+                return (product >> 64) as u64;
+            }
+        }
+    }
+
+    /// `k` distinct numbers below `n`, every subset equally likely, in no particular order (Floyd's method), in O(k).
+    pub fn subset(&mut self, n: u64, k: u64) -> Vec<u64> {
+        let mut chosen = HashSet::with_capacity(k as usize);
+        let mut order = Vec::with_capacity(k as usize);
+        for last in n - k.min(n)..n {
+            let drawn = self.below_wide(last + 1);
+            let fresh = if chosen.contains(&drawn) { last } else { drawn };
+            chosen.insert(fresh);
+            order.push(fresh);
+        }
+        order
     }
 }
 
@@ -157,6 +185,23 @@ mod tests {
             first(1, 2, 3, 4, 6),
         ];
         assert!(others.iter().all(|&other| other != base));
+    }
+
+    #[test]
+    fn subsets_of_any_size_are_distinct_and_equally_likely() {
+        let draws = HeadDraws::new(3, 0, 0, 0);
+        for (n, k) in [(0, 0), (1, 1), (10, 0), (10, 10), (1 << 40, 100)] {
+            let chosen: HashSet<u64> = draws.row(0).subset(n, k).into_iter().collect();
+            assert!(chosen.len() as u64 == k && chosen.iter().all(|&number| number < n));
+        }
+        let (rows, mut counts) = (20_000, std::collections::BTreeMap::new());
+        for row in 0..rows {
+            let mut chosen = draws.row(row).subset(5, 2);
+            chosen.sort_unstable();
+            *counts.entry(chosen).or_insert(0) += 1;
+        }
+        // Each of the 10 pairs 2,000 times, within five standard deviations.
+        assert!(counts.len() == 10 && counts.values().all(|&count: &i32| (count - 2000).abs() < 215));
     }
 
     #[test]

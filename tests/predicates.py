@@ -10,6 +10,7 @@ mask can be built at a size with them: where not, it must raise.
 import functools
 import math
 import random as python_random
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -179,6 +180,41 @@ def sparse(
         return (r // block == c // block) | ((c // block < r // block) & (first <= place) & (place < last))
 
     return directed(i, j) | (symmetric & directed(j, i))
+
+
+def pairs_of_heads(size, keep_ratio=None, pruning_ratio=None, weights=None, **_):
+    """Pairs of patches that each head keeps: heads share the budget equally, the first ones what does not divide."""
+    pairs = size.heads * size.tokens**2
+    keep = math.floor(Fraction(str(keep_ratio)) * pairs) if pruning_ratio is None else None
+    keep = pairs - math.ceil(Fraction(str(pruning_ratio)) * pairs) if keep is None else keep
+    if weights is None:
+        return [keep // size.heads + (head < keep % size.heads) for head in range(size.heads)]
+    return largest_remainder(keep, weights, size.tokens)
+
+
+def largest_remainder(total, weights, least):
+    """In exact fractions, for weights under which no head has all its pairs: heads below the least get that."""
+    shares, free = {}, set(range(len(weights)))
+    while True:
+        level = Fraction(total - sum(shares.values()), sum(weights[h] for h in free))
+        low = {h for h in free if level * weights[h] < least}
+        if not low:
+            break
+        shares |= dict.fromkeys(low, least)
+        free -= low
+    quotas = {h: level * weights[h] for h in free}
+    shares |= {h: math.floor(quota) for h, quota in quotas.items()}
+    by_remainder = sorted(free, key=lambda h: (shares[h] - quotas[h], -weights[h], h))
+    for h in by_remainder[: total - sum(shares.values())]:
+        shares[h] += 1
+    return [shares[h] for h in range(len(weights))]
+
+
+def pruning(i, j, head, size, **kwargs):
+    order = np.lexsort([key.ravel() for key in np.broadcast_arrays(j, i, abs(i - j))])  # the last key first
+    kept = np.zeros(size.tokens**2, dtype=bool)
+    kept[order[: pairs_of_heads(size, **kwargs)[head]]] = True
+    return kept.reshape(size.tokens, size.tokens)
 
 
 @functools.cache
@@ -388,6 +424,7 @@ PREDICATES = {
         longformer,
         bigbird,
         random,
+        pruning,
         sparse,
         fibottention,
         fibottentioncrossdiag,
@@ -424,6 +461,8 @@ def exists(name, size, **kwargs):
         return len(size.grid) == 3
     if name == "importance" and kwargs.get("score") in ("first", "list"):
         return max([kwargs.get("k", 0), *(index + 1 for index in kwargs.get("indices", ()))]) <= size.tokens
+    if name == "pruning":
+        return sum(pairs_of_heads(size, **kwargs | {"weights": None})) >= size.heads * size.tokens
     return True
 
 
@@ -491,6 +530,13 @@ VARIANTS = {
         {"mask_ratio": 0, "seed": 0, "causal": True},
         {"k": 99, "seed": 0, "keep_cls_dense": False, "causal": True},
         {"keep_ratio": 1, "seed": 0, "keep_cls_dense": False, "causal": True, "symmetric": True},
+    ],
+    "pruning": [
+        {"keep_ratio": 0.1},
+        {"keep_ratio": 1},
+        {"pruning_ratio": 0},
+        {"pruning_ratio": 0.7, "method": "position"},
+        {"keep_ratio": 0.37, "weights": [1, 2, 1, 3]},
     ],
     "sparse": [
         {},

@@ -52,6 +52,9 @@ def config_at(name, num_tokens):
         document |= {"num_prefix_tokens": 0, "grid": grid_of(num_tokens, 3 if name == "space_time" else 2)}
     if name == "neighborhood":
         kwargs["kernel_size"] = [min(5, side - 1 + side % 2) for side in document["grid"]]
+    if name == "pruning":
+        document["num_prefix_tokens"] = 0
+        kwargs["keep_ratio"] = max(kwargs["keep_ratio"], 1 / num_tokens)
     if name == "vertical_slash":
         document["num_prefix_tokens"] = 0
         kwargs["vertical"] = [0, num_tokens // 2]
@@ -323,6 +326,7 @@ def test_masks_and_modules_survive_pickling_and_copying(name):
 # Parameters that keep few keys of a long sequence, so that this test of masks whose share is fixed stays quick.
 SPARSE_AT_ANY_LENGTH = {
     "strided": {"stride": 4096},
+    "pruning": {"keep_ratio": 1e-4},
     "strided_columns": {"stride": 4096},
     "space_time": {"kind": "tube", "radius": 1},
     "union": {"masks": [{"mask": "fibottention"}, {"mask": "strided_columns", "mask_kwargs": {"stride": 4096}}]},

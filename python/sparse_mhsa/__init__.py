@@ -10,7 +10,7 @@ from ._torch_version import check_torch
 
 check_torch()
 
-from . import masks  # noqa: E402
+from . import budget, masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
@@ -24,6 +24,8 @@ from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
 from .probe import calibrate  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
+from .scores import Scores, collect_scores  # noqa: E402
+from .solve import Solution, solve_budget  # noqa: E402
 
 __all__ = [
     "AttentionConfig",
@@ -33,11 +35,15 @@ __all__ = [
     "Mask",
     "MaskContext",
     "Report",
+    "Scores",
+    "Solution",
     "SparseMHSA",
     "SparseTimmAttention",
     "__version__",
+    "budget",
     "calibrate",
     "choose_masks",
+    "collect_scores",
     "configs",
     "densify",
     "engine",
@@ -47,6 +53,7 @@ __all__ = [
     "register_backend",
     "register_mask",
     "set_epoch",
+    "solve_budget",
     "sparse_attention",
     "sparsify",
 ]

@@ -99,11 +99,12 @@ class AttentionConfig:
         epoch: int = 0,
         grid: list[int] | None = None,
         num_prefix_tokens: int | None = None,
+        head_dim: int | None = None,
     ) -> str:
         """Canonical text of one layer's mask: what the operators take.
 
-        ``grid`` and ``num_prefix_tokens`` are what was found in the model; the configuration's own values win over
-        them.
+        ``grid``, ``num_prefix_tokens`` and ``head_dim`` are what was found in the model; the configuration's own values
+        win over them.
         """
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -166,11 +167,27 @@ class Edges:
         """(s, s), s = min(size, N): the share of kept entries in each cell of the mask, in O(edges)."""
 
 def registered_masks() -> list[dict[str, Any]]:
-    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``default_prefix`` (None if
+    """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``budget_keys`` (those
+    that set how many pairs are kept), ``default_prefix`` (None if
     it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
 
 def allocate(total: int, weights: list[float], minimum: list[int], maximum: list[int]) -> list[int]:
     """``total`` split in proportion to ``weights`` within bounds, by largest remainder; see `sparse_mhsa.budget`."""
+
+def save_scores(
+    path: str,
+    keys: NDArray[np.uint32],
+    scores: NDArray[np.float32],
+    importance: NDArray[np.float64],
+    bound: NDArray[np.float64],
+    about: str,
+) -> None:
+    """Write a file of calibration scores; see `sparse_mhsa.scores.Scores`. ``about`` is JSON."""
+
+def load_scores(
+    path: str,
+) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], str]:
+    """What `save_scores` was given, checked."""
 
 def config_schema() -> str:
     """JSON Schema (draft 2020-12) of a configuration document, as text."""
@@ -190,6 +207,9 @@ def register_mask(
 ) -> None:
     """Make a mask known to configurations, or replace one of the same name. ``edges`` takes the context and the
     ``mask_kwargs`` as JSON text and returns the edges over the patches, of one head or of all."""
+
+def expected_edges(spec: str, num_tokens: int) -> list[tuple[float, float]]:
+    """Edges and patch-to-patch edges of each head of a mask by content, in the mean if all keys are equally likely."""
 
 def selection_room(spec: str) -> tuple[int, int] | None:
     """``(a, b)`` such that a head of N tokens has at most ``N * (min(a, N) + b)`` edges, or None for a mask that

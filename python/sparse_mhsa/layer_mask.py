@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._core import AttentionConfig, Edges, registered_masks
+from ._core import AttentionConfig, Edges, registered_masks, selection_room
 from .config import config_error
 from .edges import EdgeSource
 
@@ -31,6 +31,8 @@ class LayerMask:
     epoch: int = 0
     grid: tuple[int, ...] | None = None
     num_prefix_tokens: int | None = None
+    head_dim: int | None = field(default=None, compare=False)
+    """Channels of a head, for masks that fit a budget of operations."""
     spec: str = field(init=False, repr=False)
     """Canonical text of the mask: what the operators take."""
     name: str = field(init=False, repr=False)
@@ -55,7 +57,7 @@ class LayerMask:
                 "give the configuration to sparsify, or take one layer's with config.for_layer(name)",
                 key="layers",
             )
-        for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens"):
+        for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens", "head_dim"):
             number = getattr(self, name)
             if number is not None and number < 0:
                 raise ValueError(f"{name}: expected at least 0, got {number}")
@@ -65,7 +67,8 @@ class LayerMask:
             raise ValueError(
                 f"num_heads: the configuration is for {config.num_heads} heads, but it is used with {self.num_heads}"
             )
-        spec = config.spec(self.num_heads, self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens)
+        place = (self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens)
+        spec = config.spec(self.num_heads, *place, self.head_dim)
         derived = {
             "spec": spec,
             "name": config.mask if config.uses_edges else config.backend,
@@ -80,7 +83,10 @@ class LayerMask:
 
     def _refuse_what_never_works(self) -> None:
         """Raise now what no number of tokens would mend, and not in the first forward pass."""
-        if self.by_content or not self.config.uses_edges or self.name not in _built_in_masks():
+        if not self.config.uses_edges or self.name not in _built_in_masks():
+            return
+        if self.by_content:
+            selection_room(self.spec)  # reads the rule, which knows the heads and the layer
             return
         spec = json.loads(self.spec)
         prefix, grid = spec["num_prefix_tokens"], spec["grid"] or spec["mask_kwargs"].get("grid")

@@ -123,7 +123,7 @@ class Mask:
             layer: zero-based depth, for masks that depend on it.
             num_layers: number of layers, for masks that depend on it.
             epoch: training epoch, for masks that change with it.
-            head_dim: default of `flops`.
+            head_dim: D, default of `flops`, and for masks that fit a budget of operations.
             grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
             num_prefix_tokens: leading tokens off the grid; the configuration's own value wins.
 
@@ -135,7 +135,8 @@ class Mask:
             ValueError: ``grid`` does not have as many cells as there are tokens after the prefix.
         """
         sides = None if grid is None else tuple(grid)
-        layer_mask = LayerMask(load_config(config), num_heads, layer, num_layers, epoch, sides, num_prefix_tokens)
+        place = (layer, num_layers, epoch, sides, num_prefix_tokens)
+        layer_mask = LayerMask(load_config(config), num_heads, *place, head_dim)
         mask = cls(layer_mask, num_tokens, head_dim)
         if sides is not None and math.prod(sides) != num_tokens - mask.num_prefix_tokens:
             raise ValueError(

@@ -96,7 +96,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             device,
             dtype,
         )
-        self._adopt(_layer_mask(num_heads, config, layer, num_layers, grid, num_prefix_tokens))
+        place = (layer, num_layers, grid, num_prefix_tokens)
+        self._adopt(_layer_mask(num_heads, config, *place, self.head_dim))
 
     @classmethod
     def from_yaml(
@@ -155,7 +156,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         """
         if not isinstance(mha, nn.MultiheadAttention):
             raise TypeError(f"mha: expected a torch.nn.MultiheadAttention, got {type(mha).__name__}")
-        layer_mask = _layer_mask(mha.num_heads, config, layer, num_layers, grid, num_prefix_tokens)
+        place = (layer, num_layers, grid, num_prefix_tokens)
+        layer_mask = _layer_mask(mha.num_heads, config, *place, mha.head_dim)
         # The containers of parameters, submodules and hooks are copied one level deep: same objects, own
         # registry.
         twin = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
@@ -496,6 +498,7 @@ def _layer_mask(
     num_layers: int | None,
     grid: Sequence[int] | None,
     num_prefix_tokens: int | None,
+    head_dim: int,
 ) -> LayerMask | Mask:
     if config is None:
         return dense_mask(num_heads)
@@ -504,7 +507,7 @@ def _layer_mask(
             raise ValueError(f"config: expected a mask of {num_heads} heads, got one of {config.num_heads}")
         return config
     sides = None if grid is None else tuple(grid)
-    return LayerMask(load_config(config), num_heads, layer, num_layers, 0, sides, num_prefix_tokens)
+    return LayerMask(load_config(config), num_heads, layer, num_layers, 0, sides, num_prefix_tokens, head_dim)
 
 
 def _check_key_padding_mask(key_padding_mask: Tensor, batch: int, keys: int) -> None:

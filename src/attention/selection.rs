@@ -1,6 +1,7 @@
 //! Edges that depend on the content of queries and keys: a pattern says how to choose, the kernels choose, and what comes out is
 //! an edge list per (batch, head) like any other.
 
+mod expected;
 mod slashes;
 
 use std::sync::Arc;
@@ -43,9 +44,11 @@ pub struct EdgeLists {
 }
 
 /// A choice with the prefix around it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Rule {
     choice: Choice,
+    /// Keys that each head chooses, where heads differ.
+    per_head: Option<Vec<usize>>,
     /// Leading tokens that are not chosen from (blocks and importance) but may be dense.
     prefix: usize,
     /// Leading tokens kept by every query.
@@ -61,7 +64,9 @@ impl Rule {
         let pattern = spec.pattern()?;
         let prefix = spec.num_prefix_tokens as usize;
         let dense = if spec.prefix_dense && pattern.keeps_prefix_dense() { prefix } else { 0 };
-        Ok(pattern.choice(spec.epoch).map(|choice| Rule { choice, prefix, dense }))
+        let Some(choice) = pattern.choice(spec.epoch) else { return Ok(None) };
+        let per_head = pattern.keys_per_head(&spec.context(0)).map_err(|error| error.below("mask_kwargs"))?;
+        Ok(Some(Rule { choice, per_head, prefix, dense }))
     }
 
     /// `(a, b)` such that a head of N tokens has at most `N * (min(a, N) + b)` edges, whatever the content.
@@ -109,13 +114,13 @@ impl Rule {
                         "topk: k {keep} is more than the {queries} tokens and acts as {queries}"
                     ));
                 }
-                let keep = keep.min(queries);
-                let mut chosen = vec![NO_KEY; batch * heads * queries * keep];
-                let Content { q, k, key_mask, bias, scale, .. } = *content;
-                Selection { q, k, key_mask, bias, scale, keep, causal }.choose(&mut chosen, run)?;
+                let chosen = self.top_keys(content, keep.min(queries), causal, run)?;
                 let dense_rows = if dense_rows { self.dense } else { 0 };
                 for unit in 0..batch * heads {
-                    let of_head = &chosen[unit * queries * keep..][..queries * keep];
+                    // One list for all heads, or one per head.
+                    let (list, at) = if chosen.len() == 1 { (0, unit) } else { (unit % heads, unit / heads) };
+                    let (keep, ref keys) = chosen[list];
+                    let of_head = &keys[at * queries * keep..][..queries * keep];
                     let mut rows = rows_of(of_head, queries, keep);
                     if symmetric {
                         add_transposed(&mut rows, of_head, keep);
@@ -183,6 +188,40 @@ impl Rule {
             }
         }
         Ok(lists)
+    }
+
+    /// How many keys a query chooses at most, and the keys (B, H, N, that many): of all heads, or one such list per head.
+    fn top_keys<T: Element>(
+        &self,
+        content: &Content<T>,
+        most: usize,
+        causal: bool,
+        run: &Run,
+    ) -> Result<Vec<(usize, Vec<u32>)>> {
+        let Content { q, k, key_mask, bias, scale, .. } = *content;
+        let [batch, heads, queries, _] = q.shape();
+        let choose = |selection: Selection<T>| {
+            let keep = selection.keep;
+            let mut chosen = vec![NO_KEY; selection.q.shape()[1] * batch * queries * keep];
+            selection.choose(&mut chosen, run)?;
+            Ok((keep, chosen))
+        };
+        let Some(per_head) = &self.per_head else {
+            return Ok(vec![choose(Selection { q, k, key_mask, bias, scale, keep: most, causal })?]);
+        };
+        if per_head.len() != heads {
+            return Err(Error::Shape(format!(
+                "q: the mask describes {} heads, but the tensor has {heads}",
+                per_head.len()
+            )));
+        }
+        let kv_heads = k.shape()[1];
+        let of_head = |(head, &keep): (usize, &usize)| {
+            let bias = bias.map(|bias| bias.only(1, head));
+            let (q, k) = (q.only(1, head), k.only(1, head * kv_heads / heads));
+            choose(Selection { q, k, key_mask, bias, scale, keep: keep.min(queries), causal })
+        };
+        per_head.iter().enumerate().map(of_head).collect()
     }
 
     /// Add the rows of one head: what `fill` appends, and the dense prefix.

@@ -3,6 +3,7 @@
 
 mod backend;
 mod document;
+mod files;
 mod schema;
 mod spec;
 mod tree;
@@ -62,7 +63,8 @@ impl AttentionConfig {
             Some(Value::String(text)) if text == "None" => " (`None` is a YAML string; write `null`)",
             _ => "",
         };
-        match Self::from_root(root.clone()) {
+        let absolute = files::absolute(root.clone(), source);
+        match Self::from_root(absolute) {
             Ok(config) => Ok(config),
             Err(broken) => {
                 let message = format!("{}{}", broken.message, hint(&broken.path));
@@ -221,6 +223,7 @@ impl AttentionConfig {
     ///
     /// # Errors
     /// [`Error::Value`] for a head count out of range.
+    #[expect(clippy::too_many_arguments, reason = "what a mask may know, which callers name")]
     pub fn spec(
         &self,
         num_heads: usize,
@@ -229,6 +232,7 @@ impl AttentionConfig {
         epoch: u64,
         grid: Option<Vec<u64>>,
         num_prefix_tokens: Option<u64>,
+        head_dim: Option<usize>,
     ) -> Result<String> {
         if num_heads == 0 || num_heads as u64 > MAX_HEADS {
             return Err(Error::Value(format!("num_heads: expected 1 to {MAX_HEADS}, got {num_heads}")));
@@ -244,6 +248,7 @@ impl AttentionConfig {
             mask_kwargs: mask_kwargs.clone(),
             masked_logits: document.masked_logits,
             heads: num_heads,
+            head_dim: head_dim.filter(|_| pattern.uses_head_dim()),
             // What a mask does not depend on is left out of its text, so that layers share plans and graphs do not recompile.
             layer: if by_layer { layer } else { 0 },
             num_layers: num_layers.filter(|_| by_layer),

@@ -24,6 +24,9 @@ pub struct Spec {
     pub masked_logits: MaskedLogits,
     /// Number of query heads.
     pub heads: usize,
+    /// Channels of a head, if the mask depends on them and they are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
     /// Zero-based layer, 0 if the mask does not depend on it.
     pub layer: usize,
     /// Number of layers, if the mask depends on the layer and the number is known.
@@ -88,6 +91,7 @@ impl Spec {
         Context {
             num_tokens,
             num_heads: self.heads,
+            head_dim: self.head_dim,
             layer: self.layer,
             num_layers: self.num_layers,
             epoch: self.epoch,

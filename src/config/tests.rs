@@ -246,7 +246,7 @@ fn overrides_by_layer_replace_keys_in_order() {
 #[test]
 fn a_mask_that_ignores_the_layer_has_one_text_for_all_layers() {
     let spec = |mask: &str, layer| {
-        AttentionConfig::parse(mask, None).unwrap().spec(3, layer, Some(12), 7, None, Some(1)).unwrap()
+        AttentionConfig::parse(mask, None).unwrap().spec(3, layer, Some(12), 7, None, Some(1), None).unwrap()
     };
     let local = "{mask: local, mask_kwargs: {window: 1}}";
     assert_eq!(spec(local, 0), spec(local, 5));
@@ -265,7 +265,7 @@ fn the_reference_gather_backend_is_the_fibottention_mask() {
 fn prefix_tokens_come_from_the_configuration_then_the_model_then_the_mask() {
     let prefix = |text: &str, found| {
         let config = AttentionConfig::parse(text, None).unwrap();
-        Spec::from_text(&config.spec(2, 0, None, 0, None, found).unwrap()).unwrap().num_prefix_tokens
+        Spec::from_text(&config.spec(2, 0, None, 0, None, found, None).unwrap()).unwrap().num_prefix_tokens
     };
     assert_eq!(prefix("mask: fibo\nnum_prefix_tokens: 5", Some(2)), 5);
     assert_eq!(prefix("mask: fibo", Some(2)), 2);
@@ -322,7 +322,8 @@ fn a_seed_that_is_missing_is_filled_in_once_and_one_that_is_given_stays() {
 #[test]
 fn only_masks_that_look_at_the_grid_hear_of_the_models() {
     let edges = |text: &str, found, num_tokens| {
-        let spec = AttentionConfig::parse(text, None).unwrap().spec(2, 0, None, 0, found, None).unwrap();
+        let spec =
+            AttentionConfig::parse(text, None).unwrap().spec(2, 0, None, 0, found, None, None).unwrap();
         Spec::from_text(&spec).unwrap().edges(num_tokens).map(|edges| edges.heads[0].nnz())
     };
     let message = |text: &str, found, num_tokens| edges(text, found, num_tokens).unwrap_err().to_string();
@@ -344,7 +345,7 @@ fn only_masks_that_look_at_the_grid_hear_of_the_models() {
 #[test]
 fn what_does_not_fit_the_sizes_is_named_when_the_edges_are_made() {
     let message = |text: &str, num_tokens| {
-        let spec = AttentionConfig::parse(text, None).unwrap().spec(4, 0, None, 0, None, None).unwrap();
+        let spec = AttentionConfig::parse(text, None).unwrap().spec(4, 0, None, 0, None, None, None).unwrap();
         Spec::from_text(&spec).unwrap().edges(num_tokens).unwrap_err().to_string()
     };
     let cases = [

@@ -42,6 +42,7 @@ enum Score {
 impl Pattern for Importance {
     const NAME: &'static str = "importance";
     const ABOUT: &'static str = "the k keys of most importance, the same for every query of a head";
+    const BUDGET_KEYS: &'static [&'static str] = &["k"];
 
     fn check(&self) -> Result<()> {
         match (self.score, self.k, &self.indices) {

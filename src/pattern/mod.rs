@@ -13,7 +13,9 @@ mod one_or_list;
 mod part;
 pub mod registry;
 mod regular;
+pub mod scores;
 pub(crate) mod segments;
+mod shares;
 pub mod user;
 
 use std::fmt::Debug;
@@ -37,6 +39,8 @@ pub struct Context {
     pub num_tokens: usize,
     /// Number of query heads H.
     pub num_heads: usize,
+    /// Channels of a head, where known.
+    pub head_dim: Option<usize>,
     /// Zero-based index of the layer.
     pub layer: usize,
     /// Number of layers in the model, where known.
@@ -97,6 +101,10 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
     const ABOUT: &'static str;
     /// Keys of the reference system that have no effect here: accepted, and logged at debug level.
     const IGNORED: &'static [&'static str] = &[];
+    /// Keys that set how many pairs are kept, whole numbers or (`*_ratio`) shares: what a budget is solved for, the preferred first.
+    const BUDGET_KEYS: &'static [&'static str] = &[];
+    /// Keys that name files; relative paths are made absolute before the mask sees them.
+    const FILES: &'static [&'static str] = &[];
 
     /// Finish reading, for parameters that are masks themselves.
     ///
@@ -139,6 +147,11 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         false
     }
 
+    /// Whether the edges depend on the number of channels of a head.
+    fn uses_head_dim(&self) -> bool {
+        false
+    }
+
     /// Whether the edges depend on the shape of the patch grid.
     fn uses_grid(&self) -> bool {
         false
@@ -165,6 +178,14 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         None
     }
 
+    /// With [`Self::choice`]: how many keys each head chooses in this layer, where heads differ; at most as many as the choice says.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there is not one number per head.
+    fn keys_per_head(&self, _context: &Context) -> Result<Option<Vec<usize>>> {
+        Ok(None)
+    }
+
     /// The edges over the pattern's own tokens: one set for all heads, or one per head.
     ///
     /// # Errors
@@ -189,6 +210,10 @@ pub trait AnyPattern: Debug + Send + Sync {
     fn uses_layer(&self) -> bool;
     /// [`Pattern::uses_epoch`].
     fn uses_epoch(&self) -> bool;
+    /// [`Pattern::uses_head_dim`].
+    fn uses_head_dim(&self) -> bool {
+        false
+    }
     /// [`Pattern::uses_grid`].
     fn uses_grid(&self) -> bool {
         false
@@ -208,6 +233,13 @@ pub trait AnyPattern: Debug + Send + Sync {
     /// [`Pattern::choice`].
     fn choice(&self, _epoch: u64) -> Option<Choice> {
         None
+    }
+    /// [`Pattern::keys_per_head`].
+    ///
+    /// # Errors
+    /// See [`Pattern::keys_per_head`].
+    fn keys_per_head(&self, _context: &Context) -> Result<Option<Vec<usize>>> {
+        Ok(None)
     }
     /// [`Pattern::edges`].
     ///
@@ -238,6 +270,9 @@ impl<P: Pattern> AnyPattern for P {
     fn uses_epoch(&self) -> bool {
         Pattern::uses_epoch(self)
     }
+    fn uses_head_dim(&self) -> bool {
+        Pattern::uses_head_dim(self)
+    }
     fn uses_grid(&self) -> bool {
         Pattern::uses_grid(self)
     }
@@ -252,6 +287,9 @@ impl<P: Pattern> AnyPattern for P {
     }
     fn choice(&self, epoch: u64) -> Option<Choice> {
         Pattern::choice(self, epoch)
+    }
+    fn keys_per_head(&self, context: &Context) -> Result<Option<Vec<usize>>> {
+        Pattern::keys_per_head(self, context)
     }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         Pattern::edges(self, context)

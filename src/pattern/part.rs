@@ -116,6 +116,10 @@ macro_rules! as_its_parts {
             self.masks.iter().any(|part| part.pattern().uses_epoch())
         }
 
+        fn uses_head_dim(&self) -> bool {
+            self.masks.iter().any(|part| part.pattern().uses_head_dim())
+        }
+
         fn uses_grid(&self) -> bool {
             self.masks.iter().any(|part| part.pattern().uses_grid())
         }

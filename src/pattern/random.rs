@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
 use super::registry::check_range;
+use super::shares::Shares;
 use super::{Context, Domain, HeadEdges, Pattern, warn_clamped};
 use crate::error::{Error, Result};
 use crate::rng::{HeadDraws, Sampler};
@@ -21,8 +22,8 @@ use crate::rng::{HeadDraws, Sampler};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Random {
-    /// Keys per query.
-    k: Option<i64>,
+    /// Keys per query: one number, a list by head, or a list by layer of lists by head.
+    k: Option<Shares<i64>>,
     /// Share of the allowed keys that is kept.
     keep_ratio: Option<f64>,
     /// Share of the allowed keys that is dropped.
@@ -71,23 +72,23 @@ fn seed_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Resu
 }
 
 impl Random {
-    /// Keys to draw for a query with this many allowed ones.
-    fn count(&self, allowed: usize) -> usize {
-        match (self.k, self.keep_ratio, self.mask_ratio) {
+    /// Keys to draw for a query with this many allowed ones; `k` is that of its head.
+    fn count(&self, k: Option<i64>, allowed: usize) -> usize {
+        match (k, self.keep_ratio, self.mask_ratio) {
             (Some(k), ..) => (k as usize).min(allowed),
             (_, Some(keep), _) => of_ratio(keep, allowed),
             (.., mask) => of_ratio(1.0 - mask.unwrap_or_default(), allowed),
         }
     }
 
-    fn head(&self, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
+    fn head(&self, k: Option<i64>, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
         let n = context.num_tokens;
         let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
         let (mut sampler, mut chosen) = (Sampler::new(n), Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
             if query >= first {
                 let allowed = if self.causal { query + 1 } else { n } - first;
-                sampler.choose(&mut draws.row(query), allowed, self.count(allowed), &mut chosen);
+                sampler.choose(&mut draws.row(query), allowed, self.count(k, allowed), &mut chosen);
                 out.extend(chosen.iter().map(|&key| first + key..first + key + 1));
             }
         });
@@ -107,6 +108,7 @@ fn of_ratio(keep: f64, allowed: usize) -> usize {
 impl Pattern for Random {
     const NAME: &'static str = "random";
     const ABOUT: &'static str = "a given number of keys per query, drawn uniformly without replacement";
+    const BUDGET_KEYS: &'static [&'static str] = &["k", "keep_ratio", "mask_ratio"];
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
     fn check(&self) -> Result<()> {
@@ -115,8 +117,11 @@ impl Pattern for Random {
             let message = "give exactly one of k (keys per query), keep_ratio, mask_ratio";
             return Err(Error::config("", message));
         }
-        if let Some(k) = self.k {
-            check_range("k", k, 1..=i64::MAX)?;
+        if let Some(k) = &self.k {
+            k.values().try_for_each(|k| check_range("k", k, 1..=i64::MAX))?;
+            if self.per_head_same && !matches!(k, Shares::All(_)) {
+                return Err(Error::config("k", "expected one number with `per_head_same: true`, got a list"));
+            }
         }
         if let Some(keep) = self.keep_ratio.filter(|keep| !(*keep > 0.0 && *keep <= 1.0)) {
             return Err(Error::config(
@@ -155,12 +160,16 @@ impl Pattern for Random {
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let n = context.num_tokens;
-        if let Some(k) = self.k.filter(|&k| k > n as i64) {
+        let keys = self.k.as_ref().map(|k| k.of_layer("k", context)).transpose()?;
+        if let Some(k) = keys.iter().flatten().max().filter(|&&k| k > n as i64) {
             warn_clamped(format!("random: k {k} acts as {n} for {n} tokens"));
         }
         let heads = if self.per_head_same { 1 } else { context.num_heads };
         (0..heads)
-            .map(|head| self.head(head_draws(self.seed, self.reseed_each_epoch, head, context)?, context))
+            .map(|head| {
+                let k = keys.as_ref().map(|keys| if keys.len() == 1 { keys[0] } else { keys[head] });
+                self.head(k, head_draws(self.seed, self.reseed_each_epoch, head, context)?, context)
+            })
             .collect()
     }
 }

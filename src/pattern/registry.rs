@@ -23,6 +23,7 @@ macro_rules! masks {
             longformer::Longformer,
             bigbird::BigBird,
             random::Random,
+            pruning::Pruning,
             fibottention::Fibottention,
             crossdiag::CrossDiagonal,
             neighborhood::Neighborhood,
@@ -82,6 +83,10 @@ pub enum Origin {
         schema: fn(&mut SchemaGenerator) -> Schema,
         /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters without a default.
         default_prefix: fn() -> Option<usize>,
+        /// Those of the keys that set how many pairs are kept, the preferred first.
+        budget_keys: &'static [&'static str],
+        /// Those of the keys that name files.
+        files: &'static [&'static str],
         /// The pattern with given parameters.
         read: fn(&Value) -> std::result::Result<Box<dyn AnyPattern>, ReadError>,
     },
@@ -118,6 +123,8 @@ impl Registered {
                     pattern.resolve().ok()?;
                     Some(pattern.default_prefix())
                 },
+                budget_keys: P::BUDGET_KEYS,
+                files: P::FILES,
                 read: |value| {
                     let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
                         ReadError::Type { path: e.path().to_string(), message: e.inner().to_string() }
@@ -134,6 +141,22 @@ impl Registered {
         match &self.origin {
             Origin::BuiltIn { keys, .. } => keys(),
             Origin::User(mask) => mask.keys,
+        }
+    }
+
+    /// The keys of `mask_kwargs` that set how many pairs are kept, the preferred first; unknown for a mask of the program.
+    pub fn budget_keys(&self) -> &'static [&'static str] {
+        match &self.origin {
+            Origin::BuiltIn { budget_keys, .. } => budget_keys,
+            Origin::User(_) => &[],
+        }
+    }
+
+    /// The keys of `mask_kwargs` that name files.
+    pub fn files(&self) -> &'static [&'static str] {
+        match &self.origin {
+            Origin::BuiltIn { files, .. } => files,
+            Origin::User(_) => &[],
         }
     }
 

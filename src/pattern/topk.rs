@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::choice::Choice;
 use super::registry::check_range;
+use super::shares::Shares;
 use super::{Context, Domain, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
 
@@ -13,12 +14,13 @@ use crate::error::{Error, Result};
 /// The choice is made per sample and head, and no gradient passes through it. `causal` chooses among keys j <= i, fewer than k
 /// where there are fewer. `symmetric` adds the pair (j, i) for every chosen (i, j). `keep_cls_dense` keeps the prefix dense: its
 /// keys for every query and, unless `cls_row_dense` is false, every key for its queries (with `causal`: every past one).
-/// `k_schedule` replaces k by a number that changes with the epoch. Source: the vision benchmark's Top-K baseline.
+/// `k_schedule` replaces k by a number that changes with the epoch;
+/// lists give every head its own, such as `sparse_mhsa.budget.allocate` makes. Source: the vision benchmark's Top-K baseline.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct TopK {
-    /// Keys that every query keeps.
-    k: i64,
+    /// Keys that every query keeps: one number, a list by head, or a list by layer of lists by head.
+    k: Shares<i64>,
     /// Only j <= i.
     causal: bool,
     /// Add the transpose.
@@ -34,7 +36,7 @@ pub struct TopK {
 impl Default for TopK {
     fn default() -> Self {
         TopK {
-            k: 3,
+            k: Shares::All(3),
             causal: false,
             symmetric: false,
             keep_cls_dense: true,
@@ -86,9 +88,10 @@ const MAX_KEEP: i64 = u32::MAX as i64;
 impl Pattern for TopK {
     const NAME: &'static str = "topk";
     const ABOUT: &'static str = "the k keys with the highest scores, chosen anew for every input";
+    const BUDGET_KEYS: &'static [&'static str] = &["k"];
 
     fn check(&self) -> Result<()> {
-        check_range("k", self.k, 0..=MAX_KEEP)?;
+        self.k.values().try_for_each(|k| check_range("k", k, 0..=MAX_KEEP))?;
         if self.causal && self.symmetric {
             return Err(Error::config(
                 "symmetric",
@@ -111,17 +114,32 @@ impl Pattern for TopK {
         1
     }
 
+    fn uses_layer(&self) -> bool {
+        self.k_schedule.is_none() && self.k.by_layer()
+    }
+
     fn uses_epoch(&self) -> bool {
         self.k_schedule.is_some()
     }
 
     fn choice(&self, epoch: u64) -> Option<Choice> {
         Some(Choice::TopK {
-            keep: self.k_schedule.as_ref().map_or(self.k, |schedule| schedule.at(epoch)) as usize,
+            keep: match &self.k_schedule {
+                Some(schedule) => schedule.at(epoch),
+                None => self.k.values().max().unwrap_or_default(),
+            } as usize,
             causal: self.causal,
             symmetric: self.symmetric,
             dense_rows: self.keep_cls_dense && self.cls_row_dense,
         })
+    }
+
+    fn keys_per_head(&self, context: &Context) -> Result<Option<Vec<usize>>> {
+        if self.k_schedule.is_some() || matches!(self.k, Shares::All(_)) {
+            return Ok(None);
+        }
+        let keys = self.k.of_layer("k", context)?;
+        Ok(Some(keys.into_iter().map(|k| k as usize).collect()))
     }
 
     fn keeps_prefix_dense(&self) -> bool {

@@ -95,6 +95,7 @@ impl Pattern for VerticalSlash {
     const NAME: &'static str = "vertical_slash";
     const ABOUT: &'static str =
         "key columns and distances, listed or estimated from the attention of the last queries, plus a window";
+    const BUDGET_KEYS: &'static [&'static str] = &["window"];
 
     fn resolve(&mut self) -> Result<()> {
         self.causal.get_or_insert(self.num_vertical.is_some() || self.num_slash.is_some());

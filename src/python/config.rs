@@ -143,7 +143,7 @@ impl PyAttentionConfig {
         self.0.for_layer(name).map(Self).map_err(|error| to_python(py, error))
     }
 
-    #[pyo3(signature = (num_heads, layer=0, num_layers=None, epoch=0, grid=None, num_prefix_tokens=None))]
+    #[pyo3(signature = (num_heads, layer=0, num_layers=None, epoch=0, grid=None, num_prefix_tokens=None, head_dim=None))]
     #[expect(clippy::too_many_arguments, reason = "the signature is Python's, where they are keywords")]
     fn spec(
         &self,
@@ -154,9 +154,10 @@ impl PyAttentionConfig {
         epoch: u64,
         grid: Option<Vec<u64>>,
         num_prefix_tokens: Option<u64>,
+        head_dim: Option<usize>,
     ) -> PyResult<String> {
         self.0
-            .spec(num_heads, layer, num_layers, epoch, grid, num_prefix_tokens)
+            .spec(num_heads, layer, num_layers, epoch, grid, num_prefix_tokens, head_dim)
             .map_err(|error| to_python(py, error))
     }
 

@@ -8,6 +8,7 @@ mod edges;
 mod enter;
 mod error;
 mod ops;
+mod scores;
 mod selection;
 mod tensor;
 mod user_mask;
@@ -31,6 +32,7 @@ fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         entry.set_item("aliases", mask.aliases)?;
         entry.set_item("about", mask.about)?;
         entry.set_item("keys", mask.keys())?;
+        entry.set_item("budget_keys", mask.budget_keys())?;
         entry.set_item("default_prefix", mask.default_prefix())?;
         entry.set_item("schema", mask_schema(mask).to_string())?;
         masks.append(entry)?;
@@ -56,6 +58,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
     module.add_function(wrap_pyfunction!(selection::selection_room, module)?)?;
+    module.add_function(wrap_pyfunction!(selection::expected_edges, module)?)?;
+    module.add_function(wrap_pyfunction!(scores::save_scores, module)?)?;
+    module.add_function(wrap_pyfunction!(scores::load_scores, module)?)?;
     module.add_function(wrap_pyfunction!(selection::select_edges, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::backward, module)?)?;

@@ -19,6 +19,18 @@ pub(super) fn selection_room(py: Python<'_>, spec: &str) -> PyResult<Option<(usi
     enter(py, |_| Ok(Rule::of(&Spec::from_text(spec)?)?.map(|rule| rule.room())))
 }
 
+/// Edges and patch-to-patch edges that a head is expected to keep if all keys are equally likely to be chosen.
+#[pyfunction]
+pub(super) fn expected_edges(py: Python<'_>, spec: &str, num_tokens: usize) -> PyResult<Vec<(f64, f64)>> {
+    enter(py, |_| {
+        let spec = Spec::from_text(spec)?;
+        let rule = Rule::of(&spec)?.ok_or_else(|| {
+            Error::Value("spec: this mask does not choose by content; its edges can be counted".into())
+        })?;
+        rule.expected_edges(num_tokens, spec.heads)
+    })
+}
+
 /// `row_ptr` (B x H, N + 1) and `col`, whose end is -1 where fewer edges were chosen than there is room for.
 #[pyfunction]
 #[pyo3(signature = (q, k, spec, key_mask, bias, importance, scale))]

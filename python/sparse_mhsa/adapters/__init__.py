@@ -30,6 +30,7 @@ __all__ = [
     "densify",
     "find_attention",
     "register_adapter",
+    "select_sites",
     "sparsify",
     "timesformer",
     "timm",
@@ -116,6 +117,23 @@ def sparsify(
     return report
 
 
+def select_sites(
+    model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> list[Site]:
+    """The self-attention layers that `sparsify` would swap, in module order.
+
+    Args:
+        model: the model.
+        include: as in `sparsify`.
+        exclude: as in `sparsify`.
+
+    Raises:
+        ValueError: ``include`` or ``exclude`` is no regular expression.
+    """
+    selection = Selection.of(include, exclude)
+    return [site for site in find_attention(model) if selection.why_not(site) is None]
+
+
 def densify(model: nn.Module) -> None:
     """Undo `sparsify`: every swapped layer becomes the class it was, with the same parameters.
 
@@ -131,15 +149,17 @@ def densify(model: nn.Module) -> None:
 
 def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     """The mask of a layer, built once where its number of tokens is known, to see that it can be."""
+    num_heads, head_dim = site.adapter.heads(site.module)
     layer_mask = LayerMask(
         _ordered(config.for_layer(site.name), site.token_order),
-        site.num_heads,
+        num_heads,
         site.layer,
         site.num_layers,
         grid=site.grid,
         num_prefix_tokens=site.num_prefix_tokens,
+        head_dim=head_dim,
     )
-    check_backend(layer_mask, site.adapter.heads(site.module)[1], site.adapter.dropout(site.module), site.num_tokens)
+    check_backend(layer_mask, head_dim, site.adapter.dropout(site.module), site.num_tokens)
     density = nnz = None
     if site.num_tokens is not None and layer_mask.config.uses_edges and not layer_mask.by_content:
         mask = layer_mask.at(site.num_tokens)

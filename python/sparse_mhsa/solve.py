@@ -1,0 +1,295 @@
+"""The parameter of a mask that meets a budget."""
+
+import bisect
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import _core
+from ._core import AttentionConfig, Edges
+from .config import ConfigLike, config_error, load_config
+from .flops import Unit, attention_macs, in_unit
+from .layer_mask import LayerMask
+
+_EVERY_VALUE = 4096
+"""Values that are tried one by one where more of a parameter does not always mean more pairs."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The value of a mask's parameter that meets a budget as closely as the mask can."""
+
+    parameter: str
+    """Key of ``mask_kwargs``."""
+    value: int | float
+    """What it must be."""
+    config: AttentionConfig
+    """The configuration with that value."""
+    density: float
+    """Share of all query-key pairs that is then kept, prefix included."""
+    pruning_ratio: float
+    """1 - density over the patch-to-patch pairs, the convention of published tables."""
+    edges: float
+    """Pairs kept in all heads, and in all layers if there are ``num_layers``; a mean for a mask by content."""
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Edges of a mask, and of dense attention, in all heads and layers."""
+
+    edges: float
+    patches: float
+    dense_edges: int
+    dense_patches: int
+
+    @property
+    def density(self) -> float:
+        return self.edges / max(1, self.dense_edges)
+
+    @property
+    def pruning_ratio(self) -> float:
+        return 1.0 - self.patches / self.dense_patches if self.dense_patches else 0.0
+
+
+def solve_budget(
+    config: ConfigLike,
+    num_tokens: int,
+    num_heads: int,
+    density: float | None = None,
+    *,
+    pruning_ratio: float | None = None,
+    flops: float | None = None,
+    unit: Unit | None = None,
+    head_dim: int | None = None,
+    num_layers: int | None = None,
+    layer: int = 0,
+    grid: Sequence[int] | None = None,
+    num_prefix_tokens: int | None = None,
+    parameter: str | None = None,
+) -> Solution:
+    """Set the parameter of a mask so that it keeps a given share of pairs, as closely as it can.
+
+    So methods are compared at matched cost. The parameter is searched by counting edges, never with an N x N array:
+    by bisection where more of it always means more pairs (or fewer), otherwise value by value. Of two values equally
+    close the cheaper one, and of equal costs the lower value, is taken. A mask that chooses keys by content is counted
+    in the mean over contents for which every key is equally likely to be chosen.
+
+    Args:
+        config: whatever `load_config` takes; a mapping may leave out the parameter itself.
+        num_tokens: N, all tokens.
+        num_heads: H.
+        density: share of all query-key pairs to keep, prefix included.
+        pruning_ratio: 1 - density over the patch-to-patch pairs, the convention of published tables; instead.
+        flops: cost of the two products of attention in all layers, in ``unit``; instead.
+        unit: ``GMACs`` (a multiply-accumulate counts as one) or ``GFLOPs`` (as two), with ``flops``.
+        head_dim: D, with ``flops``, and for masks that need it.
+        num_layers: L, with ``flops``; all layers are counted. Without it one layer is.
+        layer: which, without ``num_layers``.
+        grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
+        num_prefix_tokens: leading tokens off the grid; the configuration's own value wins.
+        parameter: key of ``mask_kwargs`` to set; default is the one that the mask names for it (``budget_keys`` in
+            the registry). Required for masks that are registered by the program.
+
+    Returns:
+        Parameter, value, the finished configuration and what it keeps.
+
+    Raises:
+        ConfigError: the configuration cannot be honoured, the backend has no edges, or the mask has no such
+            parameter (the message says its density).
+        ValueError: not exactly one budget is given, or it is out of range.
+    """
+    document = _document(config)
+    kwargs = dict(document.get("mask_kwargs") or {})
+    place = _Place(num_tokens, num_heads, layer, num_layers, grid, num_prefix_tokens, head_dim)
+    key = parameter or _budget_key(document, kwargs, place)
+
+    def with_value(value: float) -> AttentionConfig:
+        return load_config(document | {"mask_kwargs": kwargs | {key: value}})
+
+    @functools.cache
+    def count(value: float) -> _Count:
+        return place.count(with_value(value))
+
+    def is_valid(value: float) -> bool:
+        try:
+            count(value)
+        except ValueError:
+            return False
+        return True
+
+    values = _values(key, kwargs.get(key), num_tokens, is_valid)
+    if values is None:
+        count(1)  # raises what is wrong
+        raise config_error(
+            f"mask_kwargs.{key}: no value can be applied to {num_tokens} tokens", key=f"mask_kwargs.{key}"
+        )
+    target = _target(place, count(values.at(0)), density, pruning_ratio, flops, unit)
+    between_patches = pruning_ratio is not None
+
+    def cost(index: int) -> float:
+        counted = count(values.at(index))
+        return counted.patches if between_patches else counted.edges
+
+    if values.count > 1 and cost(0) == cost(values.count - 1) and cost(0) == cost(values.count // 2):
+        kept = count(values.at(0))
+        raise config_error(
+            f"mask_kwargs.{key}: does not change how many pairs `{document.get('mask')}` keeps, a density of "
+            f"{kept.density:.4%}",
+            key=f"mask_kwargs.{key}",
+        )
+    index = min(_closest(cost, values.count, target), key=lambda i: (abs(cost(i) - target), cost(i), i))
+    value = values.at(index)
+    found = count(value)
+    return Solution(key, value, with_value(value), found.density, found.pruning_ratio, found.edges)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a mask is used."""
+
+    num_tokens: int
+    num_heads: int
+    layer: int
+    num_layers: int | None
+    grid: Sequence[int] | None
+    num_prefix_tokens: int | None
+    head_dim: int | None
+
+    def count(self, config: AttentionConfig) -> _Count:
+        """The edges of one layer, or of all."""
+        if not config.uses_edges:
+            raise config_error(f"backend: `{config.backend}` has no edges to count", key="backend")
+        if None in config.seeds:
+            config = config.with_seed(0)  # numbers do not depend on it, and torch's generator is left alone
+        sides = None if self.grid is None else tuple(self.grid)
+        layers = [self.layer] if self.num_layers is None else range(self.num_layers)
+        rest = (self.num_layers, 0, sides, self.num_prefix_tokens, self.head_dim)
+        masks = [LayerMask(config, self.num_heads, layer, *rest) for layer in layers]
+        of_spec = {spec: self._edges(spec, masks[0].by_content) for spec in {mask.spec for mask in masks}}
+        edges, patches = (sum(of_spec[mask.spec][which] for mask in masks) for which in (0, 1))
+        heads, prefix = self.num_heads * len(masks), masks[0].num_prefix_tokens_used
+        return _Count(edges, patches, heads * self.num_tokens**2, heads * max(0, self.num_tokens - prefix) ** 2)
+
+    def _edges(self, spec: str, by_content: bool) -> tuple[float, float]:
+        if by_content:
+            all_edges, between = zip(*_core.expected_edges(spec, self.num_tokens), strict=True)
+            return math.fsum(all_edges), math.fsum(between)
+        edges = Edges.from_spec(spec, self.num_tokens)
+        return sum(edges.nnz()), sum(edges.nnz_patches())
+
+
+def _document(config: ConfigLike) -> dict[str, Any]:
+    """The keys of a configuration; a mapping may be incomplete."""
+    if isinstance(config, Mapping):
+        inner = config.get("attention", config)
+        if isinstance(inner, Mapping) and isinstance(inner.get("mask_kwargs") or {}, Mapping):
+            return dict(inner)
+    document: dict[str, Any] = json.loads(load_config(config).to_json())
+    return document
+
+
+def _budget_key(document: Mapping[str, Any], kwargs: Mapping[str, object], place: _Place) -> str:
+    name = str(document.get("mask") or "none").lower()
+    entry = next((x for x in _core.registered_masks() if name in (x["name"], *x["aliases"])), None)
+    keys: list[str] = [] if entry is None else entry["budget_keys"]
+    if keys:
+        return next((key for key in keys if kwargs.get(key) is not None), keys[0])
+    kept = place.count(load_config(document))
+    raise config_error(
+        f"mask: `{name}` names no parameter that sets how many pairs it keeps; its density is {kept.density:.4%}, its "
+        f"pruning ratio {kept.pruning_ratio:.4%}",
+        key="mask",
+    )
+
+
+def _target(
+    place: _Place,
+    like: _Count,
+    density: float | None,
+    pruning_ratio: float | None,
+    flops: float | None,
+    unit: Unit | None,
+) -> float:
+    """Edges to keep, between patches for a pruning ratio."""
+    given = {"density": density, "pruning_ratio": pruning_ratio, "flops": flops}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"budget: give exactly one of {', '.join(given)}")
+    if flops is None and unit is not None:
+        raise ValueError(f"unit: expected None except with flops, got {unit!r}")
+    if density is not None:
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
+        return density * like.dense_edges
+    if pruning_ratio is not None:
+        if not 0.0 <= pruning_ratio < 1.0:
+            raise ValueError(f"pruning_ratio: expected at least 0 and less than 1, got {pruning_ratio}")
+        return (1.0 - pruning_ratio) * like.dense_patches
+    assert flops is not None
+    if not 0.0 < flops < math.inf:
+        raise ValueError(f"flops: expected a number above 0, got {flops}")
+    for name, value in (("unit", unit), ("head_dim", place.head_dim), ("num_layers", place.num_layers)):
+        if value is None:
+            raise ValueError(f"{name}: expected a value with flops, got None")
+    assert unit is not None
+    assert place.head_dim is not None
+    return flops / in_unit(attention_macs(1, place.head_dim), unit)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The values a parameter may take, in order: ``first + index * step``, divided by ``whole`` for a ratio."""
+
+    first: int
+    step: int
+    count: int
+    whole: int | None = None
+    dropped: bool = False
+
+    def at(self, index: int) -> int | float:
+        number = self.first + index * self.step
+        if self.whole is None:
+            return number
+        return 1.0 - number / self.whole if self.dropped else number / self.whole
+
+
+def _values(key: str, given: object, num_tokens: int, is_valid: Callable[[float], bool]) -> _Values | None:
+    if key.endswith("_ratio"):
+        # As fine as pairs are; a share of nothing is none.
+        pairs = max(1, num_tokens) ** 2
+        all_pairs = _Values(1, 1, pairs, pairs, dropped=key in ("mask_ratio", "pruning_ratio"))
+        first = _first(pairs, lambda index: is_valid(all_pairs.at(index)))
+        return None if first == pairs else replace(all_pairs, first=first + 1, count=pairs - first)
+    start = next((value for value in range(num_tokens + 2) if is_valid(value)), None)
+    if start is None:
+        return None
+    step = next((step for step in (1, 2) if is_valid(start + step)), 1)
+    longest = max(num_tokens + 1 - start, 0) // step + 1
+    return _Values(start, step, _first(longest, lambda index: not is_valid(start + index * step)))
+
+
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """The first index at which ``holds``, which stays true from there on; ``count`` if there is none."""
+    return bisect.bisect_left(range(count), True, key=holds)
+
+
+def _closest(cost: Callable[[int], float], count: int, target: float) -> Iterable[int]:
+    """Indices among which one has the cost closest to ``target``."""
+    looked = sorted({*range(min(count, 8)), *(round((count - 1) * i / 16) for i in range(17))})
+    costs = [cost(index) for index in looked]
+    rising = all(a <= b for a, b in itertools.pairwise(costs))
+    if not rising and not all(a >= b for a, b in itertools.pairwise(costs)):
+        if count <= _EVERY_VALUE:
+            return range(count)
+        stride = -(-count // _EVERY_VALUE)
+        best = min(range(0, count, stride), key=lambda index: abs(cost(index) - target))
+        return range(max(0, best - stride), min(count, best + stride + 1))
+
+    def reached(bound: float) -> int:
+        return _first(count, lambda index: cost(index) >= bound if rising else cost(index) <= bound)
+
+    after = reached(target)
+    return [*([after] if after < count else []), *([reached(cost(after - 1))] if after > 0 else [])]

@@ -1,0 +1,258 @@
+"""The budget solver: the parameter it returns meets the target, and no other value comes closer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_mhsa as sm
+from sparse_mhsa import _core
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "attention"
+REGISTERED = {entry["name"]: entry for entry in _core.registered_masks()}
+SOLVABLE = [name for name, entry in REGISTERED.items() if entry["budget_keys"]]
+TOKENS, HEADS = 50, 4
+GRIDS = {"neighborhood": [7, 7], "grid_window": [7, 7], "space_time": [1, 7, 7]}
+# Where the mask's own YAML has a parameter that excludes the one that is solved for, or decides without it.
+KWARGS = {
+    "importance": {"score": "key_norm"},
+    "space_time": {"kind": "tube"},
+    "vertical_slash": {"slash": [9]},
+    "block": {"layout": "diagonal"},
+    "random": {"seed": 0},
+    "local": {},
+    "pruning": {},
+}
+
+
+def problem(name):
+    """A configuration without its parameter, and where it is used."""
+    config = {"mask": name, "mask_kwargs": KWARGS.get(name, {}), "num_prefix_tokens": 1}
+    return config, {"num_tokens": TOKENS, "num_heads": HEADS, "grid": GRIDS.get(name)}
+
+
+def every_value(name, config, place):
+    """(value, density, pruning ratio) of all values that exist."""
+    (key, *_) = REGISTERED[name]["budget_keys"]
+    values = range(TOKENS + 2)
+    if key.endswith("_ratio"):
+        values = [pairs / TOKENS**2 for pairs in range(1, TOKENS**2 + 1)]
+    for value in values:
+        document = config | {"mask_kwargs": config["mask_kwargs"] | {key: value}}
+        try:
+            if sm.load_config(document).by_content:
+                yield value, *by_content(document, place)
+            else:
+                mask = sm.Mask.from_config(document, **place)
+                yield value, mask.density, mask.pruning_ratio
+        except sm.ConfigError:
+            continue
+
+
+def by_content(document, place):
+    """Counted where keys are chosen from noise, at more samples than the differences between values need."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(40, place["num_heads"], place["num_tokens"], 16, generator=generator) for _ in range(2))
+    chosen = sm.choose_masks(document, q, k)
+    return (sum(getattr(mask, what) for mask in chosen) / len(chosen) for what in ("density", "pruning_ratio"))
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVABLE if name != "pruning"])
+@pytest.mark.parametrize("target", [0.01, 0.06, 0.2, 0.5, 0.9])
+def test_no_other_value_comes_closer(name, target):
+    config, place = problem(name)
+    values = list(every_value(name, config, place))
+    by_density = sm.solve_budget(config, density=target, **place)
+    noise = 2e-3 if by_density.config.by_content else 1e-12
+    assert abs(by_density.density - target) <= min(abs(density - target) for _, density, _ in values) + noise
+    by_ratio = sm.solve_budget(config, pruning_ratio=1 - target, **place)
+    assert abs(by_ratio.pruning_ratio - 1 + target) <= min(abs(ratio - 1 + target) for *_, ratio in values) + noise
+    assert by_ratio.parameter == REGISTERED[name]["budget_keys"][0]
+
+
+@pytest.mark.parametrize("target", [0.021, 0.06, 0.3, 1.0])
+def test_pruning_meets_a_target_to_the_pair(target):
+    for ratio in ("keep_ratio", "pruning_ratio"):
+        config = {"mask": "pruning", "mask_kwargs": {ratio: 0.5}, "num_prefix_tokens": 1}
+        solution = sm.solve_budget(config, TOKENS, HEADS, pruning_ratio=1 - target)
+        assert solution.parameter == ratio
+        assert abs(solution.pruning_ratio - (1 - target)) <= 0.5 / 49**2 + 1e-12
+
+
+@pytest.mark.parametrize("name", SOLVABLE)
+def test_what_is_returned_is_what_the_configuration_gives(name):
+    config, place = problem(name)
+    solution = sm.solve_budget(config, density=0.2, **place)
+    assert f'"{solution.parameter}":' in solution.config.to_json()
+    if solution.config.by_content:
+        density, ratio = by_content(solution.config, place)
+        tolerance = 2e-3
+    else:
+        mask = sm.Mask.from_config(solution.config, **place)
+        density, ratio, tolerance = mask.density, mask.pruning_ratio, 1e-12
+        assert solution.edges == mask.nnz
+    assert solution.density == pytest.approx(density, abs=tolerance)
+    assert solution.pruning_ratio == pytest.approx(ratio, abs=tolerance)
+
+
+# The table of the vision benchmark: 197 tokens, 12 heads, pruning ratios over the patches. What it ran with is what the
+# solver finds at those ratios, and near the 98 % that it aims at every method comes within one step of its parameter.
+PUBLISHED = [
+    ({"mask": "fibottention"}, 0.9801, None),
+    ({"mask": "longformer"}, 0.9847, 1),
+    ({"mask": "longformer", "mask_kwargs": {"dilation": 2}}, 0.9899, 1),
+    ({"mask": "bigbird"}, 0.9796, 1),
+    ({"mask": "topk"}, 0.9852, 3),
+    ({"mask": "topk"}, 0.9848, 3),
+    ({"mask": "sparse", "mask_kwargs": {"pattern": "local"}}, 0.9847, 1),
+    ({"mask": "sparse", "mask_kwargs": {"pattern": "strided", "symmetric": True}}, 0.9860, 74),
+    ({"mask": "block"}, 0.9796, 4),
+    ({"mask": "random", "mask_kwargs": {"seed": 1}}, 0.9805, 4),
+    ({"mask": "pruning"}, 0.9798, None),
+]
+
+
+@pytest.mark.parametrize(("config", "ratio", "value"), PUBLISHED, ids=lambda x: str(x))
+def test_the_published_row_is_found_again(config, ratio, value):
+    config = {"num_prefix_tokens": 1} | config
+    solution = sm.solve_budget(config, 197, 12, pruning_ratio=ratio)
+    assert solution.pruning_ratio == pytest.approx(ratio, abs=2e-3)
+    if config["mask"] != "random":  # 3.8 keys per query there, a whole number here
+        assert solution.pruning_ratio == pytest.approx(ratio, abs=5e-4)
+    if value is not None:
+        assert solution.value == value
+
+
+@pytest.mark.parametrize("config", [config for config, *_ in PUBLISHED], ids=str)
+def test_every_method_comes_near_the_matched_budget(config):
+    solution = sm.solve_budget({"num_prefix_tokens": 1} | config, 197, 12, pruning_ratio=0.98)
+    assert 0.9745 < solution.pruning_ratio < 0.9860
+
+
+def test_the_window_of_fibottention_is_the_default_at_its_own_ratio():
+    default = sm.Mask.from_config("mask: fibottention", 197, 12)
+    solution = sm.solve_budget("mask: fibottention", 197, 12, pruning_ratio=default.pruning_ratio)
+    assert solution.pruning_ratio == default.pruning_ratio
+    assert solution.value <= 65
+
+
+def test_operations_of_all_layers_are_a_budget():
+    """0.0143 GMACs in twelve layers of ViT-Base."""
+    place = {"num_tokens": 197, "num_heads": 12, "head_dim": 64, "num_layers": 12}
+    for name in ("pruning", "random", "fibottention"):
+        config = {"mask": name, "mask_kwargs": {}, "num_prefix_tokens": 1}
+        solution = sm.solve_budget(config, flops=0.03, unit="GMACs", **place)
+        assert solution.edges * 2 * 64 / 1e9 == pytest.approx(0.03, rel=0.06)
+        assert solution.value == sm.solve_budget(config, flops=0.06, unit="GFLOPs", **place).value
+    kept = 0.03e9 / 128
+    solution = sm.solve_budget({"mask": "pruning"}, flops=0.03, unit="GMACs", **place)
+    assert abs(solution.edges - kept) <= 144
+
+
+def test_long_sequences_are_solved_without_a_matrix():
+    for config in ({"mask": "local"}, {"mask": "pruning"}, {"mask": "topk"}):
+        solution = sm.solve_budget(config, 100_000, 2, density=1e-3)
+        assert solution.density == pytest.approx(1e-3, rel=0.03)
+
+
+def test_the_callers_generator_is_left_alone():
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    solution = sm.solve_budget({"mask": "random"}, TOKENS, HEADS, 0.2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert solution.config.seeds == [None]
+
+
+def test_a_mask_without_a_parameter_says_its_density():
+    for name in REGISTERED.keys() - set(SOLVABLE):
+        config = CONFIGS / f"{name}.yaml"
+        place = {"num_tokens": 197, "num_heads": 12}
+        density = sm.Mask.from_config(config, **place).density
+        with pytest.raises(sm.ConfigError, match=f"mask: `{name}` names no parameter.*its density is {density:.4%}"):
+            sm.solve_budget(config, density=0.02, **place)
+
+
+def test_a_mask_of_the_program_says_which_parameter():
+    @sm.register_mask("every_nth", replace=True)
+    def every_nth(context, period: int = 2):
+        return [torch.arange(row % period, context.num_patches, period).tolist() for row in range(context.num_patches)]
+
+    with pytest.raises(sm.ConfigError, match="names no parameter"):
+        sm.solve_budget({"mask": "every_nth"}, 24, 2, 0.25)
+    assert sm.solve_budget({"mask": "every_nth"}, 24, 2, 0.25, parameter="period").value == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "budget", "error", "message"),
+    [
+        ("mask: topk", {}, ValueError, "budget: give exactly one of density, pruning_ratio, flops"),
+        ("mask: topk", {"density": 0.1, "flops": 1.0}, ValueError, "budget: give exactly one"),
+        ("mask: topk", {"density": 0.0}, ValueError, "density: expected more than 0 and at most 1, got 0"),
+        ("mask: topk", {"pruning_ratio": 1.0}, ValueError, "pruning_ratio: .*got 1"),
+        ("mask: topk", {"flops": 1.0}, ValueError, "unit: expected a value with flops"),
+        ("mask: topk", {"flops": 1.0, "unit": "GMACs"}, ValueError, "head_dim: expected a value with flops"),
+        ("mask: topk", {"flops": 1.0, "unit": "TOPs", "head_dim": 4, "num_layers": 2}, ValueError, "unit: expected"),
+        ("mask: topk", {"density": 0.1, "unit": "GMACs"}, ValueError, "unit: expected None except with flops"),
+        ("backend: linformer\nbackend_kwargs: {projector: {max_seq_len: 50, r: 4, num_heads: 4}}", {"density": 0.1},
+         sm.ConfigError, "backend: `linformer` has no edges"),
+        ({"mask": "space_time", "mask_kwargs": {"kind": "space"}, "grid": [2, 5, 5]}, {"density": 0.1}, sm.ConfigError,
+         "mask_kwargs.radius: "),
+        ({"mask": "topk", "mask_kwargs": {"k_schedule": {"kind": "step", "k_start": 1, "k_end": 2, "epochs": 3}}},
+         {"density": 0.1}, sm.ConfigError, "mask_kwargs.k: does not change how many pairs `topk` keeps"),
+        ({"mask": "fibotention"}, {"density": 0.1}, sm.ConfigError, "unknown mask `fibotention`: did you mean"),
+        ({"mask": "local", "mask_kwargs": {"windw": 3}}, {"density": 0.1}, sm.ConfigError, "unknown key `windw`"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_solved_says_why(config, budget, error, message):
+    with pytest.raises(error, match=message):
+        sm.solve_budget(config, TOKENS, HEADS, **budget)
+
+
+# What the allocation of a budget is for: numbers by head, or by layer and head, in a configuration.
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_topk_and_random_take_a_number_for_every_head(layer):
+    k = sm.budget.allocate(40, [[1, 2, 3, 4], [4, 3, 2, 1]], minimum=1)
+    for numbers, of_layer in ((k.tolist(), k[layer]), (k[0].tolist(), k[0])):
+        q, keys = (torch.randn(2, HEADS, 20, 6) for _ in range(2))
+        config = {"mask": "topk", "mask_kwargs": {"k": numbers, "keep_cls_dense": False}}
+        for mask in sm.choose_masks(config, q, keys[:, :2], layer=layer):
+            for head, count in enumerate(of_layer):
+                assert (mask.degrees(head) == count).all()
+        drawn = {"mask": "random", "mask_kwargs": {"k": numbers, "seed": 1, "keep_cls_dense": False}}
+        mask = sm.Mask.from_config(drawn, 20, HEADS, layer)
+        for head, count in enumerate(of_layer):
+            assert (mask.degrees(head) == count).all()
+
+
+def test_a_head_with_its_own_number_chooses_as_it_would_alone():
+    q, k = (torch.randn(1, 3, 30, 5) for _ in range(2))
+    mask = sm.choose_masks({"mask": "topk", "mask_kwargs": {"k": [2, 7, 4]}}, q, k)[0].to_dense()
+    for head, count in enumerate([2, 7, 4]):
+        config = {"mask": "topk", "mask_kwargs": {"k": count}}
+        alone = sm.choose_masks(config, q[:, head : head + 1], k[:, head : head + 1])
+        assert torch.equal(alone[0].to_dense()[0], mask[head])
+
+
+def test_attention_by_a_number_for_every_head_is_differentiated():
+    config = {"mask": "topk", "mask_kwargs": {"k": [1, 3, 2, 5], "keep_cls_dense": False}}
+    module = sm.SparseMHSA(8, HEADS, batch_first=True, config=config, dtype=torch.float64)
+    x = torch.randn(1, 9, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: module(x, x, x, need_weights=False)[0], x)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kwargs", "message"),
+    [
+        ("topk", {"k": [1, 2]}, "mask_kwargs.k: expected one value for each of the 4 heads, got 2"),
+        ("topk", {"k": [1, 2, -3, 4]}, "mask_kwargs.k: expected 0 to .*got -3"),
+        ("topk", {"k": [[1, 2, 3, 4]]}, "mask_kwargs.k: has lists for 1 layers, but this is layer 1"),
+        ("random", {"k": [1, 2], "seed": 0}, "mask_kwargs.k: expected one value for each of the 4 heads"),
+        ("random", {"k": [1], "per_head_same": True}, "mask_kwargs.k: expected one number with `per_head_same"),
+    ],
+)
+def test_numbers_by_head_are_checked_when_a_layer_is_built(mask, kwargs, message):
+    config = {"mask": mask, "mask_kwargs": kwargs}
+    with pytest.raises(sm.ConfigError, match=message):
+        sm.SparseMHSA(8, HEADS, config=config, layer=1)
