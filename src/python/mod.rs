@@ -3,6 +3,7 @@
 mod aten;
 mod budget;
 mod config;
+mod decode;
 mod edge_lists;
 mod edges;
 mod enter;
@@ -57,6 +58,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
     module.add_function(wrap_pyfunction!(selection::selection_room, module)?)?;
     module.add_function(wrap_pyfunction!(selection::select_edges, module)?)?;
+    module.add_function(wrap_pyfunction!(decode::decode, module)?)?;
+    module.add_function(wrap_pyfunction!(decode::cache_step, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::backward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward_edges, module)?)?;
