@@ -32,7 +32,7 @@ impl<T: Element> Decode<'_, T> {
     pub fn attend(
         &self,
         out: &mut [T],
-        lse: &mut [T::Acc],
+        lse: &mut [f64],
         weights: Option<&mut [T::Acc]>,
         run: &Run,
     ) -> Result<()> {
@@ -142,7 +142,7 @@ impl<T: Element> Step<'_, T> {
     /// # Errors
     /// [`Error::Shape`] or [`Error::Value`] naming the argument that does not fit, before anything is written;
     /// [`Error::Interrupted`], after which `slots` and outputs hold anything.
-    pub fn run(&self, slots: Slots<'_, T>, out: &mut [T], lse: &mut [T::Acc], run: &Run) -> Result<()> {
+    pub fn run(&self, slots: Slots<'_, T>, out: &mut [T], lse: &mut [f64], run: &Run) -> Result<()> {
         cpu::step(self, slots, out, lse, run)
     }
 

@@ -7,9 +7,7 @@ use tch::Kind;
 use super::enter::enter;
 use super::error::to_python;
 use super::ops::{isa, pool};
-use super::tensor::{
-    InPlace, Output, PyTensor, Stored, TensorRef, accumulator_kind, dtype_name, slice, view,
-};
+use super::tensor::{InPlace, Output, PyTensor, Stored, TensorRef, dtype_name, slice, view};
 use crate::error::{Error, Result, unknown_name};
 use crate::kernel::{Decode, Element, Run, Slots, Step, Worth};
 
@@ -76,13 +74,12 @@ impl DecodeCall<'_> {
         let fail = |error| to_python(py, error);
         let [batch, heads, queries, _] = view::<T, 4>("q", &self.q).map_err(fail)?.shape();
         let [_, kv_heads, keys, value_dim] = view::<T, 4>("v", &self.v).map_err(fail)?.shape();
-        let sums = accumulator_kind::<T>();
         let mut out = Output::new(&[batch, heads, queries, value_dim], T::KIND)?;
-        let mut lse = Output::new(&[batch, heads, queries], sums)?;
+        let mut lse = Output::new(&[batch, heads, queries], Kind::Double)?;
         let of_weights = if self.needs_weights { [batch, kv_heads, keys] } else { [0, 0, 0] };
-        let mut weights = Output::new(&of_weights, sums)?;
+        let mut weights = Output::new(&of_weights, T::Acc::KIND)?;
         let (pool, isa) = (pool(), isa(py)?);
-        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<T::Acc>());
+        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<f64>());
         let weight_elements = self.needs_weights.then(|| weights.elements::<T::Acc>());
         enter(py, |interrupt| {
             let problem = Decode {
@@ -179,9 +176,9 @@ impl<'a> StepCall<'a> {
             }
         };
         let mut out = Output::new(&out_shape, T::KIND)?;
-        let mut lse = Output::new(&lse_shape, accumulator_kind::<T>())?;
+        let mut lse = Output::new(&lse_shape, Kind::Double)?;
         let (pool, isa) = (pool(), isa(py)?);
-        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<T::Acc>());
+        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<f64>());
         enter(py, |interrupt| {
             let step = Step {
                 q: self.q.as_ref().map(|q| view("q", q)).transpose()?,

@@ -25,7 +25,7 @@ const WORTH_A_THREAD: usize = 1 << 17;
 pub(in crate::kernel) fn decode<T: Element>(
     problem: &Decode<T>,
     out: &mut [T],
-    lse: &mut [T::Acc],
+    lse: &mut [f64],
     weights: Option<&mut [T::Acc]>,
     run: &Run,
 ) -> Result<()> {
@@ -52,7 +52,7 @@ pub(in crate::kernel) fn step<T: Element>(
     problem: &Step<T>,
     slots: Slots<T>,
     out: &mut [T],
-    lse: &mut [T::Acc],
+    lse: &mut [f64],
     run: &Run,
 ) -> Result<()> {
     problem.check(&slots)?;
@@ -124,7 +124,7 @@ impl<T: Element> Cache<T> for Given<'_, T> {
 struct Queries<'a, T: Element> {
     q: View4<'a, T>,
     out: Output<'a, T>,
-    lse: Output<'a, T::Acc>,
+    lse: Output<'a, f64>,
     kv_heads: usize,
     scale: T::Acc,
 }
@@ -136,7 +136,7 @@ impl<'a, T: Element> Queries<'a, T> {
         value_dim: usize,
         scale: f64,
         out: &'a mut [T],
-        lse: &'a mut [T::Acc],
+        lse: &'a mut [f64],
     ) -> Result<Self> {
         let [batch, heads, tokens, _] = q.shape();
         Ok(Queries {
