@@ -14,11 +14,15 @@ from . import masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
+from .cache import KVCache  # noqa: E402
+from .cache_policy import CachePolicy  # noqa: E402
 from .config import configs, load_config  # noqa: E402
 from .content import choose_masks  # noqa: E402
+from .decoding import decode_attention  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
+from .layer_cache import LayerCache  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
@@ -26,7 +30,10 @@ from .register import MaskContext, register_mask  # noqa: E402
 __all__ = [
     "AttentionConfig",
     "Backend",
+    "CachePolicy",
     "ConfigError",
+    "KVCache",
+    "LayerCache",
     "Mask",
     "MaskContext",
     "Report",
@@ -35,6 +42,7 @@ __all__ = [
     "__version__",
     "choose_masks",
     "configs",
+    "decode_attention",
     "densify",
     "engine",
     "load_config",
