@@ -14,12 +14,16 @@ from . import budget, masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
+from .cache import KVCache  # noqa: E402
+from .cache_policy import CachePolicy  # noqa: E402
 from .calibration import Calibration  # noqa: E402
 from .config import configs, load_config  # noqa: E402
 from .content import choose_masks, recall  # noqa: E402
+from .decoding import decode_attention  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
+from .layer_cache import LayerCache  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
 from .probe import calibrate  # noqa: E402
@@ -30,8 +34,11 @@ from .solve import Solution, solve_budget  # noqa: E402
 __all__ = [
     "AttentionConfig",
     "Backend",
+    "CachePolicy",
     "Calibration",
     "ConfigError",
+    "KVCache",
+    "LayerCache",
     "Mask",
     "MaskContext",
     "Report",
@@ -45,6 +52,7 @@ __all__ = [
     "choose_masks",
     "collect_scores",
     "configs",
+    "decode_attention",
     "densify",
     "engine",
     "load_config",

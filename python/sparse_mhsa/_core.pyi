@@ -19,7 +19,9 @@ __all__ = [
     "__version__",
     "backward",
     "backward_edges",
+    "cache_step",
     "config_schema",
+    "decode",
     "dropout_keep",
     "edge_index",
     "forward",
@@ -302,3 +304,35 @@ def backward_edges(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool, needs_weights: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out`` (B, H, N, Dv), ``lse`` (B, H, N) float64 and ``weights`` (B, Hkv, S), empty unless asked for.
+
+    k (B, Hkv, S, D) and v (B, Hkv, S, Dv) hold ``lengths`` (B, Hkv) int64 entries each. With ``causal`` query i is
+    token ``length - N + i``.
+    """
+
+def cache_step(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    token_positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    worths: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    capacities: Tensor,
+    worth: str,
+    sinks: int,
+    recent: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``out`` (B, H, N, Dv) and ``lse`` (B, H, N) of tokens that join a cache one after the other; empty without q.
+
+    ``keys`` (B, S, D), ``values`` (B, S, Dv), ``positions`` (B, S) int64, ``worths`` (B, S, or 0 where ``worth`` is
+    ``recency``) in accumulator precision and ``lengths`` (B, Hkv) int64 change in place; all are contiguous. Head h
+    owns slots ``starts[h]`` to ``starts[h + 1]``.
+    """

@@ -144,7 +144,8 @@ def build_parser() -> Parser:
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
     bench = commands.add_parser("bench", help="Measure speed and memory.", allow_abbrev=False)
-    kernels = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
+    subjects = bench.add_subparsers(required=True, metavar="WHAT")
+    kernels = subjects.add_parser(
         "kernels",
         help="Attention over edges against dense, masked and other sparse attention.",
         description="Time attention over edges against dense, masked and other sparse attention, all in one process "
@@ -152,7 +153,18 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     kernels.set_defaults(run=run_bench_kernels)
-    add_bench_options(kernels)
+    add_bench_options(kernels, "kernels.json, kernels.md and the pictures")
+    kernels.add_argument("--no-memory", action="store_true", help="leave out memory and first-call cost")
+    kernels.add_argument("--no-plots", action="store_true", help="write no pictures")
+    decode = subjects.add_parser(
+        "decode",
+        help="One decoding step over caches against dense attention over everything.",
+        description="Time one decoding step over a full cache and over caches that forget, against dense attention over "
+        "everything, all in one process behind a correctness gate.",
+        allow_abbrev=False,
+    )
+    decode.set_defaults(run=run_bench_decode, no_memory=True, no_plots=True)
+    add_bench_options(decode, "decode.json and decode.md")
     config = command("config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
@@ -187,8 +199,8 @@ def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions) -> None
         )
 
 
-def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``sparse-mhsa bench kernels``."""
+def add_bench_options(parser: argparse.ArgumentParser, files: str) -> None:
+    """The options that the subjects of ``sparse-mhsa bench`` share; ``files`` are what it writes."""
     default = BenchOptions()
     parser.add_argument("--quick", action="store_true", help="a subset that takes less than two minutes on two cores")
     parser.add_argument(
@@ -212,14 +224,12 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"time that one method may take per row (default: {default.budget:g})",
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave out memory and first-call cost")
-    parser.add_argument("--no-plots", action="store_true", help="write no pictures")
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=default.output_dir,
         metavar="DIR",
-        help=f"where kernels.json, kernels.md and the pictures go (default: {default.output_dir})",
+        help=f"where {files} go (default: {default.output_dir})",
     )
 
 
@@ -258,9 +268,9 @@ def run_demo(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def run_bench_kernels(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa bench kernels``."""
-    options = BenchOptions(
+def bench_options(parsed: argparse.Namespace) -> BenchOptions:
+    """What `add_bench_options` had parsed."""
+    return BenchOptions(
         rows=tuple(parsed.rows),
         dtypes=tuple(parsed.dtype),
         quick=parsed.quick,
@@ -271,6 +281,19 @@ def run_bench_kernels(parsed: argparse.Namespace) -> int:
         plots=not parsed.no_plots,
         output_dir=parsed.output_dir,
     )
+
+
+def run_bench_decode(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa bench decode``."""
+    options = bench_options(parsed)
+    from .bench.decode import bench_decode
+
+    return bench_decode(options, shlex.join(["sparse-mhsa", *parsed.given]))
+
+
+def run_bench_kernels(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa bench kernels``."""
+    options = bench_options(parsed)
     from .bench.run import bench
 
     return bench(options, shlex.join(["sparse-mhsa", *parsed.given]))

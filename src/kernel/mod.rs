@@ -9,6 +9,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod cpu;
+mod decode;
 mod dropout;
 mod element;
 pub mod oracle;
@@ -22,6 +23,7 @@ mod view;
 #[cfg(test)]
 mod tests;
 
+pub use decode::{Decode, Slots, Step, Worth};
 pub use dropout::Dropout;
 pub use element::{Element, Real};
 pub use selection::{NO_KEY, Selection, best};

@@ -205,6 +205,28 @@ impl<R: Real> Running<R> {
     }
 }
 
+impl<R: Real> Running<R> {
+    /// The softmax of a row, none of it background, whose pieces were each seen apart.
+    pub(super) fn joined(pieces: impl Iterator<Item = Self> + Clone) -> Self {
+        let mut whole = Running::new(0);
+        for piece in pieces.clone() {
+            if piece.largest > whole.largest {
+                whole.largest = piece.largest;
+            }
+        }
+        for piece in pieces {
+            whole.sum += piece.sum * piece.share(&whole);
+        }
+        whole
+    }
+
+    /// What to multiply this piece's weights by to have those of the whole row.
+    #[inline(always)]
+    pub(super) fn share(&self, whole: &Self) -> R {
+        if self.largest == R::NEG_INFINITY { R::ZERO } else { exp_or_zero(self.largest - whole.largest) }
+    }
+}
+
 /// The softmax of four rows beside each other: blocks of four scores of each row, the scores of one row after those of another.
 ///
 /// `background` is as in [`Running`].

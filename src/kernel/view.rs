@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::error::{Error, Result};
 
@@ -227,5 +228,42 @@ impl<'a, T> Output<'a, T> {
         assert!(row < self.rows);
         // SAFETY: the row lies inside `data`; the caller promises that nobody else holds it.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width), self.width) }
+    }
+
+    /// Rows `rows`, one after the other.
+    ///
+    /// # Safety
+    /// No other borrow of any of these rows exists.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(super) unsafe fn rows_mut(&self, rows: Range<usize>) -> &mut [T] {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        // SAFETY: the rows lie inside `data`; the caller promises that nobody else holds them.
+        unsafe {
+            let first = self.data.add(rows.start * self.width);
+            std::slice::from_raw_parts_mut(first, rows.len() * self.width)
+        }
+    }
+
+    /// Rows `rows` for reading, as the only head of a tensor.
+    ///
+    /// # Safety
+    /// Nobody writes to any of these rows while the view lives.
+    pub(super) unsafe fn view(&self, rows: Range<usize>) -> View4<'_, T> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        let (size, start) = (self.rows * self.width, rows.start * self.width);
+        let (shape, strides) = ([1, 1, rows.len(), self.width], [0, 0, self.width as i64, 1]);
+        // SAFETY: `data` holds all rows; the caller promises that these are only read.
+        let view = unsafe { View::from_raw_parts("rows", self.data, size, start, shape, strides) };
+        view.expect("the rows lie inside the output")
+    }
+
+    /// Number of rows.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Length of a row.
+    pub(super) fn width(&self) -> usize {
+        self.width
     }
 }

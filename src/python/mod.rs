@@ -3,6 +3,7 @@
 mod aten;
 mod budget;
 mod config;
+mod decode;
 mod edge_lists;
 mod edges;
 mod enter;
@@ -62,6 +63,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(scores::save_scores, module)?)?;
     module.add_function(wrap_pyfunction!(scores::load_scores, module)?)?;
     module.add_function(wrap_pyfunction!(selection::select_edges, module)?)?;
+    module.add_function(wrap_pyfunction!(decode::decode, module)?)?;
+    module.add_function(wrap_pyfunction!(decode::cache_step, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::backward, module)?)?;
     module.add_function(wrap_pyfunction!(ops::forward_edges, module)?)?;

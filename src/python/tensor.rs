@@ -1,7 +1,8 @@
 //! Torch tensors in and out. The only place that touches libtorch's memory.
 #![allow(unsafe_code)]
 
-use std::ops::Deref;
+use std::marker::PhantomData;
+use std::ops::{Deref, Range};
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -57,6 +58,13 @@ pub(super) struct TensorRef<'a>(&'a Tensor);
 unsafe impl Send for TensorRef<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for TensorRef<'_> {}
+
+impl<'a> TensorRef<'a> {
+    /// The tensor, for as long as it is borrowed.
+    pub(super) fn tensor(self) -> &'a Tensor {
+        self.0
+    }
+}
 
 impl Deref for TensorRef<'_> {
     type Target = Tensor;
@@ -148,6 +156,60 @@ pub(super) fn slice<'a, T: Stored, const RANK: usize>(name: &str, tensor: &'a Te
     }
     // SAFETY: contiguous, non-empty, of T's dtype, on the CPU, and borrowed for 'a.
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
+/// The elements of contiguous tensors that a kernel changes in place, and that nothing else it reads or changes shares memory with.
+pub(super) struct InPlace<'a> {
+    /// Names and bytes of what has been handed out, or is read.
+    taken: Vec<(&'static str, Range<usize>)>,
+    tensors: PhantomData<&'a Tensor>,
+}
+
+impl<'a> InPlace<'a> {
+    /// Beside tensors that are only read.
+    pub(super) fn beside(read: &[(&'static str, TensorRef<'a>)]) -> Self {
+        let taken = read.iter().map(|(name, tensor)| (*name, bytes_of(tensor))).collect();
+        InPlace { taken, tensors: PhantomData }
+    }
+
+    /// The elements of `tensor`, for writing.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`], [`Error::Shape`], [`Error::Device`] or [`Error::Value`] naming the tensor; the last also where it shares
+    /// memory with another.
+    pub(super) fn elements<T: Stored, const RANK: usize>(
+        &mut self,
+        name: &'static str,
+        tensor: TensorRef<'a>,
+    ) -> Result<&'a mut [T]> {
+        let elements = slice::<T, RANK>(name, tensor.tensor())?.len();
+        let bytes = bytes_of(&tensor);
+        let meets = |other: &Range<usize>| bytes.start < other.end && other.start < bytes.end;
+        if let Some((other, _)) = self.taken.iter().find(|(_, other)| meets(other)) {
+            return Err(Error::Value(format!(
+                "{name}: expected memory of its own, got a tensor that shares it with {other}"
+            )));
+        }
+        self.taken.push((name, bytes));
+        if elements == 0 {
+            return Ok(&mut []);
+        }
+        // SAFETY: `slice` checked that the tensor is a contiguous one of T's dtype on the CPU, borrowed for 'a, and no other slice or
+        // view of this call overlaps it. Like torch's own in-place operators, the call relies on its caller not to use the tensor from
+        // another thread meanwhile.
+        Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), elements) })
+    }
+}
+
+/// The addresses from the first to the last element of a tensor.
+fn bytes_of(tensor: &Tensor) -> Range<usize> {
+    let start = tensor.data_ptr() as usize;
+    let size = tensor.size();
+    if tensor.device() != Device::Cpu || size.contains(&0) {
+        return start..start;
+    }
+    let last: i64 = size.iter().zip(tensor.stride()).map(|(side, stride)| (side - 1) * stride).sum();
+    start..start + (last as usize + 1) * tensor.kind().elt_size_in_bytes()
 }
 
 /// A new contiguous CPU tensor that a kernel is about to fill.

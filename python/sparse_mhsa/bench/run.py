@@ -54,7 +54,7 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
     cases = select(options.rows, quick=options.quick)
     methods = [method for method in methods if method.quick or not options.quick]
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    with _threads(options.threads):
+    with torch_threads(options.threads):
         report: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -238,7 +238,8 @@ def _refused(status: str, reason: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def torch_threads(number: int | None) -> Iterator[None]:
+    """So many of torch's threads inside the block; as they are if ``None``."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -1,6 +1,7 @@
 //! Every kernel, on every instruction set of the machine, against the oracle.
 
 mod accuracy;
+mod decode;
 mod determinism;
 mod dropout;
 mod layout;

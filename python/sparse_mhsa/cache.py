@@ -1,0 +1,140 @@
+"""Caches of keys and values for decoding, that forget by a policy.
+
+`KVCache` holds one `LayerCache` per layer. Plain tensors go in and out; nothing here knows a framework.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from .budget import Weights, allocate
+from .cache_policy import CachePolicy, whole_number
+from .layer_cache import CacheMemory, CacheUpdate, Capacity, LayerCache
+
+
+class KVCache:
+    """The keys and values of all layers of a decoder.
+
+    Example:
+        >>> cache = KVCache(CachePolicy("combined", recent=64), num_layers=2, capacity=256)
+        >>> prompt = [torch.randn(1, heads, 5, 16) for heads in (4, 2, 2)]
+        >>> cache.attend(0, *prompt).shape
+        torch.Size([1, 4, 5, 16])
+
+    Args:
+        policy: what is forgotten.
+        num_layers: number of layers.
+        capacity: most entries per head: one number; one per layer, (num_layers,); or one per layer and head of k,
+            (num_layers, Hkv). Default is that of the policy.
+
+    Raises:
+        TypeError: a number is not whole.
+        ValueError: the capacities have another shape, or do not hold what is never forgotten.
+    """
+
+    def __init__(
+        self, policy: CachePolicy, num_layers: int, *, capacity: Capacity | Sequence[Sequence[int]] | None = None
+    ) -> None:
+        num_layers = whole_number(num_layers, "num_layers", 1)
+        shared = capacity is None or np.ndim(capacity) == 0
+        of_layers = [capacity] * num_layers if shared else list(capacity)  # type: ignore[arg-type]
+        if len(of_layers) != num_layers:
+            raise ValueError(f"capacity: expected one entry per layer ({num_layers}), got {len(of_layers)}")
+        self.policy = policy
+        self.layers = [LayerCache(policy, of_layer) for of_layer in of_layers]  # type: ignore[arg-type]
+
+    @classmethod
+    def with_budget(cls, policy: CachePolicy, total: int, weights: Weights, minimum: int = 1) -> "KVCache":
+        """Share a number of entries among layers and heads: equally for equal weights, else in their proportion.
+
+        Args:
+            policy: what is forgotten.
+            total: entries of all layers and heads of one sample.
+            weights: (num_layers, Hkv) importance of every head, at least 0.
+            minimum: least entries of a head; never less than the policy needs.
+
+        Returns:
+            A cache whose capacities sum to ``total``, by `budget.allocate`.
+
+        Raises:
+            ValueError: the budget is less than the minimum of all heads together, or the weights have another shape.
+        """
+        wanted = np.asarray(weights, dtype=np.float64)
+        if wanted.ndim != 2:
+            raise ValueError(f"weights: expected shape (num_layers, Hkv), got {wanted.shape}")
+        least = max(whole_number(minimum, "minimum", 0), policy.least_capacity)
+        return cls(policy, len(wanted), capacity=allocate(total, wanted, minimum=least))
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """`LayerCache.attend` of one layer."""
+        return self.layers[layer].attend(q, k, v, token_mask=token_mask, scale=scale)
+
+    def update(self, layer: int, k: Tensor, v: Tensor, *, token_mask: Tensor | None = None) -> CacheUpdate:
+        """`LayerCache.update` of one layer."""
+        return self.layers[layer].update(k, v, token_mask=token_mask)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder(self, index: Tensor) -> None:
+        """`LayerCache.reorder` of every layer."""
+        for layer in self.layers:
+            layer.reorder(index)
+
+    def memory(self) -> CacheMemory:
+        """What all layers hold together."""
+        return sum((layer.memory() for layer in self.layers), CacheMemory(0, 0, 0, 0, 0))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything held, as copies, by names such as ``0.keys``."""
+        return {
+            f"{index}.{name}": tensor
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave a cache of the same policy and capacities.
+
+        Raises:
+            TypeError: a tensor has a wrong dtype.
+            ValueError: a tensor is missing, unknown, or does not fit the others or the capacities.
+        """
+        of_layers: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        for name, tensor in state.items():
+            index, _, rest = name.partition(".")
+            if not index.isdecimal() or int(index) >= len(self.layers):
+                raise ValueError(
+                    f"state: unknown name {name!r}; expected '<layer>.<tensor>' of {len(self.layers)} layers"
+                )
+            of_layers[int(index)][rest] = tensor
+        for layer, of_layer in zip(self.layers, of_layers, strict=True):
+            layer.load_state_dict(of_layer)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        """The cache of one layer."""
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        """The caches of the layers, in order."""
+        return iter(self.layers)
+
+    def __repr__(self) -> str:
+        """The policy and what is held."""
+        return f"KVCache({self.policy.name}, {len(self)} layers: {self.memory()})"

@@ -1,0 +1,141 @@
+"""What a cache of keys and values forgets when it is full."""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+Worth = Literal["recency", "attention", "low_norm", "high_norm"]
+PolicyName = Literal["full", "sliding_window", "attention_sinks", "score_based", "combined", "norm_based"]
+
+DEFAULT_SINKS = 4
+"""Xiao et al. found that a handful of first tokens is enough."""
+
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "full": (),
+    "sliding_window": ("capacity",),
+    "attention_sinks": ("capacity", "sinks"),
+    "score_based": ("capacity",),
+    "combined": ("capacity", "recent", "sinks"),
+    "norm_based": ("capacity", "recent", "sinks", "keep"),
+}
+"""The keys that each policy takes."""
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Which entries a cache keeps once a head holds more than ``capacity`` of them.
+
+    Tokens join one after the other, and every policy is the same rule: the entry worth least has to go, but never one
+    of the first ``sinks`` tokens of a sequence nor of the last ``recent``. Of equal worth the earlier token stays.
+
+    ``full``
+        nothing is forgotten.
+    ``sliding_window``
+        the last ``capacity`` tokens.
+    ``attention_sinks``
+        the first ``sinks`` tokens and the last ``capacity - sinks`` (Xiao et al., "Efficient Streaming Language
+        Models with Attention Sinks", 2023).
+    ``score_based``
+        the ``capacity`` tokens that received the largest sum of softmax weights since they came, over all queries
+        and all heads of q that share the head ("heavy hitters"; Zhang et al., "H2O", 2023).
+    ``combined``
+        the last ``recent`` tokens and, of the others, those of the largest sum of weights: H2O as published.
+    ``norm_based``
+        the tokens whose keys have the smallest norm (``keep="low"``; Devoto et al., "A Simple and Effective L2
+        Norm-Based Strategy for KV Cache Compression", 2024) or the largest (``keep="high"``).
+
+    When room is made: by age, before the new token attends, so that a query sees ``capacity`` keys, its own among
+    them; by anything else, after it, because a token must be attended to before it can be judged. The query of a
+    full cache then sees ``capacity + 1`` keys, and the token itself may be the one to go.
+
+    Args:
+        name: one of the above.
+        capacity: most entries of a head, at least 1; None where the cache says so (`KVCache`).
+        recent: last tokens that are never forgotten, at least 0. ``combined`` needs it.
+        sinks: first tokens that are never forgotten; 4 for ``attention_sinks``, else 0.
+        keep: ``low`` or ``high``, for ``norm_based``; default ``low``.
+
+    Raises:
+        TypeError: a number is not whole.
+        ValueError: a name is unknown, a policy does not take a key, or a number is out of range.
+    """
+
+    name: PolicyName
+    capacity: int | None = None
+    recent: int | None = None
+    sinks: int | None = None
+    keep: Literal["low", "high"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in _KEYS:
+            close = get_close_matches(str(self.name), _KEYS, n=1)
+            hint = f"did you mean `{close[0]}`? " if close else ""
+            raise ValueError(f"policy: unknown name {self.name!r}; {hint}allowed: {', '.join(get_args(PolicyName))}")
+        takes = _KEYS[self.name]
+        for key in ("capacity", "recent", "sinks", "keep"):
+            if getattr(self, key) is not None and key not in takes:
+                allowed = ", ".join(takes) or "no keys"
+                raise ValueError(
+                    f"{key}: the policy `{self.name}` does not take it, got {getattr(self, key)!r}; it takes {allowed}"
+                )
+        for key, least in (("capacity", 1), ("recent", 0), ("sinks", 0)):
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, whole_number(getattr(self, key), key, least))
+        if self.name == "combined" and self.recent is None:
+            raise ValueError("recent: the policy `combined` needs it: how many of the last tokens are never forgotten")
+        if self.keep not in (None, "low", "high"):
+            raise ValueError(f"keep: expected 'low' or 'high', got {self.keep!r}")
+        if self.capacity is not None:
+            self.check_capacity(self.capacity, "capacity")
+
+    @property
+    def worth(self) -> Worth:
+        """What makes an entry worth keeping."""
+        if self.name == "norm_based":
+            return "high_norm" if self.keep == "high" else "low_norm"
+        return "attention" if self.name in ("score_based", "combined") else "recency"
+
+    @property
+    def safe_first(self) -> int:
+        """The first tokens that are never forgotten."""
+        if self.sinks is None:
+            return DEFAULT_SINKS if self.name == "attention_sinks" else 0
+        return self.sinks
+
+    @property
+    def safe_last(self) -> int:
+        """The last tokens that are never forgotten."""
+        return self.recent or 0
+
+    @property
+    def least_capacity(self) -> int:
+        """The smallest capacity that holds what is never forgotten, and by age the newest token too."""
+        return max(1, self.safe_first + max(self.safe_last, int(self.worth == "recency")))
+
+    def check_capacity(self, capacity: int, where: str) -> None:
+        """Raise a ValueError unless ``capacity`` is enough for what is never forgotten."""
+        if capacity < self.least_capacity:
+            raise ValueError(
+                f"{where}: the policy `{self.name}` with {self.safe_first} sinks and {self.safe_last} recent tokens "
+                f"needs at least {self.least_capacity}, got {capacity}"
+            )
+
+
+def whole_number(value: object, name: str, least: int) -> int:
+    """``value`` as an int.
+
+    Raises:
+        TypeError: it is not a whole number.
+        ValueError: it is below ``least``.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
