@@ -66,7 +66,10 @@ impl VerticalSlash {
 
     fn check_estimate(&self) -> Result<()> {
         let exclusive = |key: &str| {
-            Error::config(key, "expected nothing with num_vertical or num_slash, which estimate columns and distances")
+            Error::config(
+                key,
+                "expected nothing with num_vertical or num_slash, which estimate columns and distances",
+            )
         };
         if !self.vertical.is_empty() {
             return Err(exclusive("vertical"));
@@ -93,9 +96,8 @@ impl VerticalSlash {
 
 impl Pattern for VerticalSlash {
     const NAME: &'static str = "vertical_slash";
-    const ABOUT: &'static str =
-        "key columns and distances, listed or estimated from the attention of the last queries, plus a window";
-    const BUDGET_KEYS: &'static [&'static str] = &["window"];
+    const ABOUT: &'static str = "key columns and distances, listed or estimated from the attention of the last queries, plus a window";
+    const BUDGET_KEYS: &'static [&'static str] = &["window", "num_slash", "num_vertical"];
 
     fn resolve(&mut self) -> Result<()> {
         self.causal.get_or_insert(self.num_vertical.is_some() || self.num_slash.is_some());

@@ -35,6 +35,15 @@ impl Rule {
                     .sum();
                 (between + self.around(num_tokens, causal), between)
             }
+            Choice::VerticalSlash { columns, distances, nearest, .. } => {
+                let patches = num_tokens - self.prefix;
+                let share = |of: usize| of.min(patches) as f64 / patches as f64;
+                let dropped = (1.0 - share(columns)) * (1.0 - share(distances));
+                let at_distance = |distance: usize| if distance < nearest { 1.0 } else { 1.0 - dropped };
+                let between: f64 =
+                    (0..patches).map(|distance| (patches - distance) as f64 * at_distance(distance)).sum();
+                (between + self.around(num_tokens, true), between)
+            }
             Choice::Keys { keep, .. } => {
                 let patches = num_tokens - self.prefix;
                 let between = (patches * keep.min(patches)) as f64;
