@@ -70,17 +70,20 @@ register! {
         }
 
         #[inline(always)]
-        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+        fn begin_sums([a, b, c, d]: [Self; 4]) -> Self {
             // SAFETY: as above.
             unsafe {
-                let mut fours = [_mm256_setzero_ps(); 2];
-                for i in 0..2 {
-                    let [a, b, c, d] = [registers[4 * i].0, registers[4 * i + 1].0, registers[4 * i + 2].0, registers[4 * i + 3].0];
-                    let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-                    let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-                    fours[i] = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
-                }
-                let [a, b] = fours;
+                let ab = _mm256_add_ps(_mm256_unpacklo_ps(a.0, b.0), _mm256_unpackhi_ps(a.0, b.0));
+                let cd = _mm256_add_ps(_mm256_unpacklo_ps(c.0, d.0), _mm256_unpackhi_ps(c.0, d.0));
+                Self(_mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd)))
+            }
+        }
+
+        #[inline(always)]
+        fn finish_sums(begun: [Self; MAX_LANES / 4]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let [a, b] = [begun[0].0, begun[1].0];
                 Self(_mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)))
             }
         }
@@ -209,14 +212,18 @@ register! {
         }
 
         #[inline(always)]
-        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+        fn begin_sums([a, b, c, d]: [Self; 4]) -> Self {
             // SAFETY: as above.
             unsafe {
-                let [a, b, c, d] = [registers[0].0, registers[1].0, registers[2].0, registers[3].0];
-                let ab = _mm256_add_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
-                let cd = _mm256_add_pd(_mm256_unpacklo_pd(c, d), _mm256_unpackhi_pd(c, d));
+                let ab = _mm256_add_pd(_mm256_unpacklo_pd(a.0, b.0), _mm256_unpackhi_pd(a.0, b.0));
+                let cd = _mm256_add_pd(_mm256_unpacklo_pd(c.0, d.0), _mm256_unpackhi_pd(c.0, d.0));
                 Self(_mm256_add_pd(_mm256_permute2f128_pd::<0x20>(ab, cd), _mm256_permute2f128_pd::<0x31>(ab, cd)))
             }
+        }
+
+        #[inline(always)]
+        fn finish_sums(begun: [Self; MAX_LANES / 4]) -> Self {
+            begun[0]
         }
 
         #[inline(always)]

@@ -70,17 +70,20 @@ register! {
         }
 
         #[inline(always)]
-        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+        fn begin_sums([a, b, c, d]: [Self; 4]) -> Self {
             // SAFETY: as above.
             unsafe {
-                let mut fours = [_mm512_setzero_ps(); 4];
-                for i in 0..4 {
-                    let [a, b, c, d] = [registers[4 * i].0, registers[4 * i + 1].0, registers[4 * i + 2].0, registers[4 * i + 3].0];
-                    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-                    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-                    fours[i] = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
-                }
-                let [a, b, c, d] = fours;
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(a.0, b.0), _mm512_unpackhi_ps(a.0, b.0));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(c.0, d.0), _mm512_unpackhi_ps(c.0, d.0));
+                Self(_mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd)))
+            }
+        }
+
+        #[inline(always)]
+        fn finish_sums(begun: [Self; MAX_LANES / 4]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let [a, b, c, d] = [begun[0].0, begun[1].0, begun[2].0, begun[3].0];
                 let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
                 let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
                 Self(_mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd)))
@@ -184,17 +187,20 @@ register! {
         }
 
         #[inline(always)]
-        fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+        fn begin_sums([a, b, c, d]: [Self; 4]) -> Self {
             // SAFETY: as above.
             unsafe {
-                let mut fours = [_mm512_setzero_pd(); 2];
-                for i in 0..2 {
-                    let [a, b, c, d] = [registers[4 * i].0, registers[4 * i + 1].0, registers[4 * i + 2].0, registers[4 * i + 3].0];
-                    let ab = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-                    let cd = _mm512_add_pd(_mm512_unpacklo_pd(c, d), _mm512_unpackhi_pd(c, d));
-                    fours[i] = _mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(ab, cd), _mm512_shuffle_f64x2::<0xdd>(ab, cd));
-                }
-                let [a, b] = fours;
+                let ab = _mm512_add_pd(_mm512_unpacklo_pd(a.0, b.0), _mm512_unpackhi_pd(a.0, b.0));
+                let cd = _mm512_add_pd(_mm512_unpacklo_pd(c.0, d.0), _mm512_unpackhi_pd(c.0, d.0));
+                Self(_mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(ab, cd), _mm512_shuffle_f64x2::<0xdd>(ab, cd)))
+            }
+        }
+
+        #[inline(always)]
+        fn finish_sums(begun: [Self; MAX_LANES / 4]) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let [a, b] = [begun[0].0, begun[1].0];
                 Self(_mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(a, b), _mm512_shuffle_f64x2::<0xdd>(a, b)))
             }
         }

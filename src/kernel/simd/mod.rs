@@ -67,8 +67,24 @@ pub trait Vector:
     fn sum_of_four(self) -> Self;
     /// In every lane, the largest lane of its group of four; NaN may or may not be noticed.
     fn max_of_four(self) -> Self;
+    /// What [`Self::finish_sums`] makes the sums of these registers from.
+    fn begin_sums(registers: [Self; 4]) -> Self;
+    /// Lane `4 g + i` is the sum of register `i` of those that `begun[g]` was made from; those beyond `LANES / 4` do not count.
+    fn finish_sums(begun: [Self; MAX_LANES / 4]) -> Self;
+
     /// Lane `i` is the sum of `registers[i]`; those beyond `LANES` do not count.
-    fn sum_each(registers: &[Self; MAX_LANES]) -> Self;
+    #[inline(always)]
+    fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *registers;
+        let first = Self::begin_sums([a, b, c, d]);
+        let second = if Self::LANES >= 8 { Self::begin_sums([e, f, g, h]) } else { first };
+        let (third, fourth) = if Self::LANES == 16 {
+            (Self::begin_sums([i, j, k, l]), Self::begin_sums([m, n, o, p]))
+        } else {
+            (first, first)
+        };
+        Self::finish_sums([first, second, third, fourth])
+    }
     /// The sums of four registers, written to `out`: the same numbers as those of [`Self::sum_each`], bit for bit, so that it does
     /// not matter where an edge's dot product is computed.
     #[inline(always)]

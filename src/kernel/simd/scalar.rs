@@ -158,12 +158,17 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
     }
 
     #[inline(always)]
-    fn sum_each(registers: &[Self; MAX_LANES]) -> Self {
+    fn begin_sums(registers: [Self; 4]) -> Self {
         let mut sums = [R::ZERO; N];
         for lane in 0..N {
             sums[lane] = registers[lane].sum();
         }
         Portable(sums)
+    }
+
+    #[inline(always)]
+    fn finish_sums(begun: [Self; MAX_LANES / 4]) -> Self {
+        begun[0]
     }
 
     #[inline(always)]
