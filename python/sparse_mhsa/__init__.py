@@ -21,6 +21,7 @@ from .functional import sparse_attention  # noqa: E402
 from .layer import set_epoch  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
+from .positions import token_positions  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "set_epoch",
     "sparse_attention",
     "sparsify",
+    "token_positions",
 ]

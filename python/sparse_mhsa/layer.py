@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .backends import Backend, build_backend
+from .edges import EdgeSource
 from .functional import dense_mask
 from .layer_mask import LayerMask
 from .mask import Mask
+
+if TYPE_CHECKING:
+    from .positions import TokenPositions
 
 
 class SparseLayer(nn.Module):
@@ -20,6 +25,9 @@ class SparseLayer(nn.Module):
     backend: Backend | None
     """Attention without edges; None for softmax over the edges of the mask."""
 
+    positions: "TokenPositions | None" = None
+    """Where the tokens stood before some were dropped; None where all are there, in their order."""
+
     def _set_mechanism(self, layer_mask: LayerMask | Mask, head_dim: int, dropout: float, like: Tensor) -> None:
         """Set `layer_mask` and `backend`. A backend that stays the same keeps its trained parameters."""
         backend = build_backend(layer_mask, head_dim, dropout, like)
@@ -28,6 +36,15 @@ class SparseLayer(nn.Module):
             backend.take_parameters(present)
         self.backend = backend
         self.layer_mask = layer_mask
+
+    def _remove_mechanism(self) -> None:
+        """Leave nothing of what a swap added."""
+        del self.layer_mask, self.backend
+        self.__dict__.pop("positions", None)
+
+    def _edges_at_positions(self, q: Tensor) -> EdgeSource | None:
+        """The edges where they are not simply those of the mask, because tokens are missing."""
+        return None if self.positions is None else self.positions.edges(self.layer_mask, q)
 
     def mask(self, num_tokens: int) -> Mask:
         """The edges this layer uses for ``num_tokens`` tokens.

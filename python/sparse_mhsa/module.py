@@ -185,7 +185,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         for key, hook in list(self._forward_pre_hooks.items()):
             if hook is stay_off_fast_path:
                 del self._forward_pre_hooks[key]
-        del self.layer_mask, self.backend
+        self._remove_mechanism()
         dense.__class__ = nn.MultiheadAttention
         return dense
 
@@ -265,6 +265,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         dropout_p = self.dropout if self.training else 0.0
         seed = draw_seed() if dropout_p > 0.0 else None
         bias = None if bias is None else bias.to(q.dtype)
+        if edges is None:
+            edges = self._edges_at_positions(q)
         if edges is None and self.layer_mask.by_content:
             check_square(self.layer_mask, q.shape[2], k.shape[2])
             embeddings = query if batch_first else query.transpose(0, 1)

@@ -55,6 +55,7 @@ class SparseAttention(SparseLayer):
                 k,
                 v,
                 self.layer_mask,
+                self._edges_at_positions(q),
                 bias=bias,
                 dropout_p=self._dropout(),
                 scale=getattr(self, "scale", None) if scale is None else scale,
@@ -80,7 +81,8 @@ class SparseAttention(SparseLayer):
         """Make the layer what it was, in place."""
         dense: nn.Module = self
         dense_class = self.dense_class
-        del self.layer_mask, self.backend, self.dense_class
+        self._remove_mechanism()
+        del self.dense_class
         dense.__class__ = dense_class
         return dense
 
