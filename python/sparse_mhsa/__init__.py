@@ -22,7 +22,7 @@ from .content import choose_masks, recall  # noqa: E402
 from .decoding import decode_attention  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
-from .layer import set_epoch  # noqa: E402
+from .layer import set_epoch, token_positions  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
@@ -64,4 +64,5 @@ __all__ = [
     "solve_budget",
     "sparse_attention",
     "sparsify",
+    "token_positions",
 ]

@@ -187,7 +187,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         for key, hook in list(self._forward_pre_hooks.items()):
             if hook is stay_off_fast_path:
                 del self._forward_pre_hooks[key]
-        del self.layer_mask, self.backend
+        self._remove_mechanism()
         dense.__class__ = nn.MultiheadAttention
         return dense
 
@@ -257,7 +257,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
             token_positions = None if token_positions is None else token_positions.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
-        at_positions = self._edges_at(token_positions, num_tokens, self.num_heads, (q.shape[0], q.shape[2]))
+        at_positions = self._edges_at(token_positions, num_tokens, q)
         if self.backend is not None:
             context, weights = self._run(self.backend, q, k, v, key_padding_mask, attn_mask, need_weights)
             out = self._merge(context, batch_first)
