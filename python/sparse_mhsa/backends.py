@@ -1,8 +1,9 @@
 """Backends: what turns q, k and v into the output of attention.
 
-Softmax over the kept edges of a mask (``vit``) is the default and lives in `sparse_mhsa.functional`. The
-backends here bring attention of their own, linear in the number of tokens, and take no mask: `Linformer`,
-`Efficient`, `EfficientLocal`, and what users add with `register_backend`.
+Softmax over the kept edges of a mask (``vit``) is the default and lives in `sparse_mhsa.functional`;
+`sparse_mhsa.flex` computes the same by other means. The backends here bring attention of their own, linear in the
+number of tokens, and take no mask: `Linformer`, `Efficient`, `EfficientLocal`, and what users add with
+`register_backend`.
 
 A backend of your own is a function or a `Backend`. Its keywords are the ``backend_kwargs`` of a configuration:
 
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _core
+from . import _core, flex
 from .config import config_error
 from .layer_mask import LayerMask
 from .mask import Mask
@@ -540,6 +541,8 @@ def build_backend(layer_mask: LayerMask | Mask, head_dim: int, dropout: float, l
         ConfigError: the backend cannot be used there.
         ValueError: it cannot honour the dropout or the scale.
     """
+    if layer_mask.backend == flex.NAME and dropout > 0.0:
+        raise ValueError(f"dropout: expected 0, because the backend `{flex.NAME}` drops no weights; got {dropout}")
     if isinstance(layer_mask, Mask) or layer_mask.config.uses_edges:
         return None
     config = layer_mask.config

@@ -146,7 +146,7 @@ def to_scipy(edges: Edges, head: int) -> "scipy.sparse.csr_array":
     return scipy.sparse.csr_array((np.ones(len(col), dtype=np.bool_), col, row_ptr[0]), shape=size)
 
 
-def to_block_mask(edges: Edges, block_size: int = 128) -> "BlockMask":
+def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
     """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
 
     Blocks that keep every pair are full; for the others the pairs are stored, ``block_size`` squared bools each. Beside
@@ -156,6 +156,7 @@ def to_block_mask(edges: Edges, block_size: int = 128) -> "BlockMask":
     Args:
         edges: of H heads.
         block_size: side of a block in tokens.
+        device: where the block mask is used; default is the CPU.
 
     Returns:
         The block mask for (1, H, N, N), which broadcasts over the batch.
@@ -179,10 +180,13 @@ def to_block_mask(edges: Edges, block_size: int = 128) -> "BlockMask":
     pair = row % block_size * block_size + columns % block_size
     kept, place, count = torch.unique(block, return_inverse=True, return_counts=True)
     is_full = count == block_size**2
-    tiles = torch.zeros(len(kept) + 1, block_size**2, dtype=torch.bool)
+    # Few different lengths, because FlexAttention is compiled for each of them.
+    tiles = torch.zeros(1 << len(kept).bit_length(), block_size**2, dtype=torch.bool)
     tiles[place, pair] = True
     tile_of = torch.full((heads * side * side,), len(kept), dtype=torch.int32)
     tile_of[kept] = torch.arange(len(kept), dtype=torch.int32)
+
+    tiles, tile_of = tiles.to(device), tile_of.to(device)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         at = (head * side + query // block_size) * side + key // block_size
@@ -194,7 +198,7 @@ def to_block_mask(edges: Edges, block_size: int = 128) -> "BlockMask":
         present[kept[chosen]] = True
         present = present.view(1, heads, side, side)
         indices = torch.argsort(present.to(torch.int8), dim=-1, descending=True, stable=True)
-        return present.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+        return present.sum(-1, dtype=torch.int32).to(device), indices.to(device, torch.int32)
 
     partial_blocks, full_blocks = blocks(~is_full), blocks(is_full)
     return BlockMask.from_kv_blocks(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from . import ops  # noqa: F401  (defines the operators that the formulas are for)
+from . import flex, ops  # noqa: F401  (define the operators that the formulas are for)
 from ._core import Edges
 
 _OPS = torch.ops.sparse_mhsa
@@ -265,3 +265,9 @@ def _(
 ) -> int:
     edges = _edges_of_lists(q, row_ptr, col) if spec is None else _edges_of_spec(q, k, spec)
     return 2 * edges * (q[3] + v[3])
+
+
+@register_flop_formula(_OPS.flex)
+def _(q: _Shape, k: _Shape, v: _Shape, spec: str | None, *_: object, **__: object) -> int:
+    pairs = q[0] * q[1] * q[2] * k[2] if spec is None else _edges_of_spec(q, k, spec)
+    return 2 * pairs * (q[3] + v[3])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import flex, ops
 from ._core import AttentionConfig
 from .content import edges_of
 from .edges import EdgeAttention, EdgeSource, accumulation_dtype
@@ -171,6 +171,20 @@ def attend(
     q, k, v = autocast(q, k, v)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if layer_mask.backend == flex.NAME:
+        out = flex.attend(
+            q,
+            k,
+            v,
+            layer_mask,
+            edges,
+            key_mask=key_mask,
+            bias=bias,
+            dropout_p=dropout_p,
+            scale=scale,
+            needs_lse=needs_lse,
+        )
+        return out, q.new_empty(0)
     unmasked = whole and key_mask is None and bias is None and k.shape[2] > 0
     if unmasked and dropout_p == 0.0 and not needs_lse and not ops.needs_autograd(q, k, v):
         grouped = k.shape[1] != q.shape[1]

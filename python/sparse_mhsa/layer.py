@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from . import flex
 from .backends import Backend, build_backend
 from .edges import EdgeSource
 from .functional import dense_mask
@@ -101,6 +102,8 @@ class SparseLayer(nn.Module):
         if config is not None and not config.uses_edges:
             return f"backend={layer_mask.name}, layer={layer_mask.layer}"
         parts = [f"mask={layer_mask.name}", f"layer={layer_mask.layer}"]
+        if layer_mask.backend == flex.NAME:
+            parts.insert(0, f"backend={flex.NAME}")
         if config is not None and config.seeds:
             parts.append(f"seed={', '.join(map(str, config.seeds))}")
         if layer_mask.num_tokens is not None:

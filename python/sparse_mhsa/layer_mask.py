@@ -37,6 +37,8 @@ class LayerMask:
     """Canonical text of the mask: what the operators take."""
     name: str = field(init=False, repr=False)
     """Registered name of the mask, or of a backend that brings attention of its own."""
+    backend: str = field(init=False, repr=False)
+    """Registered name of what computes attention."""
     scale: float | None = field(init=False, repr=False)
     """Factor of the scores, None for 1 / sqrt(head_dim)."""
     on_empty_row: str = field(init=False, repr=False)
@@ -72,6 +74,7 @@ class LayerMask:
         derived = {
             "spec": spec,
             "name": config.mask if config.uses_edges else config.backend,
+            "backend": config.backend,
             "scale": config.scale,
             "on_empty_row": config.on_empty_row,
             "by_content": config.by_content,

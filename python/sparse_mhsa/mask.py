@@ -290,6 +290,11 @@ class Mask:
         return 0 if self._layer_mask is None else self._layer_mask.layer
 
     @property
+    def backend(self) -> str:
+        """What computes attention: the configuration's, and our kernels for a mask that was made from edges."""
+        return "vit" if self._layer_mask is None else self._layer_mask.backend
+
+    @property
     def scale(self) -> float | None:
         """Factor of the scores, None for 1 / sqrt(head_dim)."""
         return self._scale
@@ -420,9 +425,9 @@ class Mask:
         """(N, N) bool `scipy.sparse.csr_array` of one head, True where edges are kept; needs scipy."""
         return to_scipy(self._edges, head)
 
-    def to_block_mask(self, block_size: int = 128) -> "BlockMask":
+    def to_block_mask(self, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
         """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`."""
-        return to_block_mask(self._edges, block_size)
+        return to_block_mask(self._edges, block_size, device)
 
     def overlap(self) -> Tensor:
         """(H, H) float64 Jaccard index of each pair of heads: edges of both over edges of either."""

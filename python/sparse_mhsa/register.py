@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _core
 from ._core import Edges
 from .converters import edges_from_csr, edges_from_dense, edges_from_function, edges_from_rows
+from .flex import forget_block_masks
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _Defined: TypeAlias = Callable[..., object]
@@ -124,6 +125,7 @@ def register_mask(
         lines = (about or inspect.getdoc(function) or "registered from Python").splitlines()
         declared = frozenset(what for what, uses in (("layer", uses_layer), ("epoch", uses_epoch)) if uses)
         _core.register_mask(name, lines[0], keys, required, uses_layer, uses_epoch, _cached(name, function, declared))
+        forget_block_masks()
         _USER_MASKS[name] = {"name": name, "aliases": [], "about": lines[0], "keys": keys}
         return function
 

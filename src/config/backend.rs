@@ -14,6 +14,8 @@ use crate::pattern::registry::{check_keys, check_range, field_names};
 
 /// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
 pub(super) const SOFTMAX: &[&str] = &["vit", "softmax", "sparse", "vit_qchunk"];
+/// Softmax over the kept edges, computed by PyTorch's FlexAttention instead of by our kernels.
+pub(super) const FLEX: &str = "flex";
 /// Backends of the reference that are softmax over a mask of their own, whose parameters are the `backend_kwargs`.
 pub(super) const MASKS: &[OwnMask] = &[
     OwnMask { name: "fibottention_sparse", mask: "fibottention", defaults: &[], ignored: &[] },
@@ -227,14 +229,7 @@ pub fn register_backend(backend: UserBackend, replace: bool) -> Result<()> {
             "backend: expected a name of lower-case letters, digits and underscores, got `{name}`"
         )));
     }
-    let built_in = BUILT_IN.iter().map(|backend| backend.name);
-    if SOFTMAX
-        .iter()
-        .copied()
-        .chain(MASKS.iter().map(|backend| backend.name))
-        .chain(built_in)
-        .any(|taken| taken == name)
-    {
+    if fixed_names().any(|taken| taken == name) {
         return Err(Error::Value(format!("backend: the name `{name}` belongs to a built-in backend")));
     }
     let mut users = USERS.write().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -252,14 +247,13 @@ pub fn register_backend(backend: UserBackend, replace: bool) -> Result<()> {
 
 /// Every name that `backend` may have.
 pub(super) fn names() -> Vec<String> {
+    fixed_names().map(str::to_owned).chain(users().into_iter().map(|user| user.name)).collect()
+}
+
+fn fixed_names() -> impl Iterator<Item = &'static str> {
+    let own_masks = MASKS.iter().map(|backend| backend.name);
     let built_in = BUILT_IN.iter().map(|backend| backend.name);
-    let fixed = SOFTMAX
-        .iter()
-        .copied()
-        .chain(MASKS.iter().map(|backend| backend.name))
-        .chain(built_in)
-        .map(str::to_owned);
-    fixed.chain(users().into_iter().map(|user| user.name)).collect()
+    SOFTMAX.iter().copied().chain([FLEX]).chain(own_masks).chain(built_in)
 }
 
 /// The canonical name and parameters of a backend that brings its own attention.

@@ -187,9 +187,29 @@ pub(super) fn resolve(document: &Document) -> std::result::Result<Mechanism, Bro
         let (mask, kwargs) = read_mask(document)?;
         return Ok(softmax(mask, kwargs));
     }
+    if name == backend::FLEX {
+        check_keys(&parameters, &[], &[]).map_err(|error| Broken::from(error).below(&["backend_kwargs"]))?;
+        let (mask, kwargs) = read_mask(document)?;
+        if mask.read(&kwargs).is_ok_and(|pattern| pattern.choice(0).is_some()) {
+            let message = format!(
+                "the backend `{name}` needs edges before it sees queries and keys, and `{}` chooses them by content; \
+                 the backend `{}` takes it",
+                mask.name,
+                backend::SOFTMAX[0]
+            );
+            return Err(Broken::at(["mask"], message));
+        }
+        refuse_options(document, &name, "only computes the softmax over kept edges")?;
+        return Ok(Mechanism { backend: name, ..softmax(mask, kwargs) });
+    }
     let (backend, backend_kwargs) = backend::read(&name, parameters)?;
     refuse_mask(document, &backend)?;
-    refuse_edge_keys(document, &backend)?;
+    refuse_options(document, &backend, "has no edges")?;
+    if !document.prefix_dense {
+        let message =
+            format!("the backend `{backend}` has no edges and cannot honour `false`; allowed: true");
+        return Err(Broken::at(["prefix_dense"], message));
+    }
     let mask = registry::find("none").expect("registered");
     Ok(Mechanism { backend, backend_kwargs, mask, mask_kwargs: Value::Object(Map::new()) })
 }
@@ -209,12 +229,12 @@ fn refuse_mask(document: &Document, backend: &str) -> std::result::Result<(), Br
     Ok(())
 }
 
-/// Keys that speak of edges mean nothing to a backend without edges.
-fn refuse_edge_keys(document: &Document, backend: &str) -> std::result::Result<(), Broken> {
+/// What only our kernels do with the softmax of a row.
+fn refuse_options(document: &Document, backend: &str, because: &str) -> std::result::Result<(), Broken> {
     let refuse = |key: &str, given: &str, allowed: &str| {
         Err(Broken::at(
             [key],
-            format!("the backend `{backend}` has no edges and cannot honour `{given}`; allowed: {allowed}"),
+            format!("the backend `{backend}` {because} and cannot honour `{given}`; allowed: {allowed}"),
         ))
     };
     if document.masked_logits != MaskedLogits::NegInf {
@@ -222,9 +242,6 @@ fn refuse_edge_keys(document: &Document, backend: &str) -> std::result::Result<(
     }
     if document.on_empty_row != OnEmptyRow::Zero {
         return refuse("on_empty_row", "error", "zero");
-    }
-    if !document.prefix_dense {
-        return refuse("prefix_dense", "false", "true");
     }
     Ok(())
 }

@@ -275,7 +275,7 @@ impl AttentionConfig {
     }
     /// Whether attention is softmax over the edges of the mask; otherwise the backend brings its own.
     pub fn uses_edges(&self) -> bool {
-        self.backend() == backend::SOFTMAX[0]
+        [backend::SOFTMAX[0], backend::FLEX].contains(&self.backend())
     }
     /// The regular expressions of the `layers` overrides, in order.
     pub fn layers(&self) -> impl Iterator<Item = &str> {

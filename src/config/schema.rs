@@ -8,7 +8,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::backend::{self, BUILT_IN, CHUNK_SIZE, SOFTMAX, UserBackend};
+use super::backend::{self, BUILT_IN, CHUNK_SIZE, FLEX, SOFTMAX, UserBackend};
 use super::document::Document;
 use crate::pattern::registry::{self, MASKS, Registered};
 use crate::pattern::user;
@@ -140,6 +140,7 @@ fn backend_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<Str
     };
     let (chunked, plain): (Vec<&str>, Vec<&str>) = SOFTMAX.iter().partition(|name| **name == "vit_qchunk");
     add(&plain, closed(json!({}), &[]), false);
+    add(&[FLEX], closed(json!({}), &[]), false);
     add(&chunked, closed(json!({}), &[CHUNK_SIZE]), false);
     for own in backend::MASKS {
         let mask = registry::find(own.mask).expect("registered");
