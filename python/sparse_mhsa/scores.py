@@ -323,9 +323,17 @@ class _Layer:
     def _tiles(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Patch rows, their scores (H, R, P) summed over the batch, and what their queries look at (H,)."""
+        """Patch rows, their scores (H, R, P) summed over the batch, and what their queries look at (H,).
+
+        Padding is no key, and its queries count as looking at nothing.
+        """
         batch, heads, num_tokens, _ = q.shape
         k = k.float().repeat_interleave(heads // k.shape[1], dim=1).transpose(-1, -2)
+        keep = None if key_mask is None else key_mask.bool()[:, None]
+        if bias is not None and bias.shape[2] == 1 and keep is None:
+            keep = (bias[:, :, 0] != -torch.inf).expand(
+                batch, -1, num_tokens
+            )  # padding as torch's own layers pass it on
         step = max(1, _TILE // (batch * heads * num_tokens))
         for start in range(self.prefix, num_tokens, step):
             tokens = slice(start, min(start + step, num_tokens))
@@ -333,10 +341,9 @@ class _Layer:
             if bias is not None:
                 logits = logits + bias.expand(-1, -1, num_tokens, -1)[:, :, tokens].float()
             valid = logits.new_ones(())
-            if key_mask is not None:
-                keep = key_mask.bool()
-                logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
-                valid = keep[:, None, tokens, None].float()
+            if keep is not None:
+                logits = logits.masked_fill(~keep[:, :, None, :], -torch.inf)
+                valid = keep[:, :, tokens, None].float()
             weights = logits.softmax(-1).nan_to_num(0.0) * valid
             looked_at = torch.special.entr(weights).sum(-1).exp() * valid.squeeze(-1)
             if self.kind == "magnitude":

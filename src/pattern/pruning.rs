@@ -430,8 +430,7 @@ fn nearest(n: usize, count: u64) -> Result<Arc<EdgeSet>> {
     let offset = distance as i64;
     builder = builder.diagonal(-offset, 0..end, 0..n).diagonal(offset, 0..end, 0..n);
     if left > 0 {
-        let key = end - distance;
-        builder = builder.rect(end..end + 1, key..key + 1);
+        builder = builder.diagonal(-offset, end..end + 1, 0..n);
     }
     Ok(Arc::new(builder.build()))
 }
