@@ -294,8 +294,7 @@ def _closest(cost: Callable[[int], float | None], count: int, target: float) -> 
     for index in _doubling(count):
         found = cost(index)
         if found is None:
-            last = max(looked)
-            count = last + _first(index - last, lambda further: cost(last + further) is None)
+            count = _first(index, lambda i: i not in looked and cost(i) is None)
             looked[count - 1] = _known(cost, count - 1)
             break
         looked[index] = found
