@@ -19,6 +19,7 @@ KWARGS = {
     "space_time": {"kind": "tube"},
     "vertical_slash": {"slash": [9]},
     "block": {"layout": "diagonal"},
+    "block_topk": {"block_size": 7},
     "random": {"seed": 0},
     "local": {},
     "pruning": {},
@@ -50,9 +51,9 @@ def every_value(name, config, place):
 
 
 def by_content(document, place):
-    """Counted where keys are chosen from noise, at more samples than the differences between values need."""
+    """Counted where keys are chosen from noise."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(40, place["num_heads"], place["num_tokens"], 16, generator=generator) for _ in range(2))
+    q, k = (torch.randn(8, place["num_heads"], place["num_tokens"], 16, generator=generator) for _ in range(2))
     chosen = sm.choose_masks(document, q, k)
     return (sum(getattr(mask, what) for mask in chosen) / len(chosen) for what in ("density", "pruning_ratio"))
 
@@ -99,7 +100,7 @@ def test_what_is_returned_is_what_the_configuration_gives(name):
 # solver finds at those ratios, and near the 98 % that it aims at every method comes within one step of its parameter.
 PUBLISHED = [
     ({"mask": "fibottention"}, 0.9801, None),
-    ({"mask": "longformer"}, 0.9847, 1),
+    ({"mask": "longformer", "mask_kwargs": {"include_self": True}}, 0.9847, 1),
     ({"mask": "longformer", "mask_kwargs": {"dilation": 2}}, 0.9899, 1),
     ({"mask": "bigbird"}, 0.9796, 1),
     ({"mask": "topk"}, 0.9852, 3),
@@ -175,7 +176,7 @@ def test_a_mask_without_a_parameter_says_its_density():
 def test_a_mask_of_the_program_says_which_parameter():
     @sm.register_mask("every_nth", replace=True)
     def every_nth(context, period: int = 2):
-        return [torch.arange(row % period, context.num_patches, period).tolist() for row in range(context.num_patches)]
+        return [torch.arange(row % period, context.num_tokens, period).tolist() for row in range(context.num_tokens)]
 
     with pytest.raises(sm.ConfigError, match="names no parameter"):
         sm.solve_budget({"mask": "every_nth"}, 24, 2, 0.25)

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from .functional import attend, dense_mask
 from .layer import SparseLayer
 from .layer_mask import LayerMask, draw_seed
 from .module import SparseMHSA
+
+P = TypeVar("P", bound="Probe")
 
 
 def calibrate(
@@ -59,10 +62,18 @@ def calibrate(
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches: expected at least 1, got {num_batches}")
     candidates = _candidates(configs)
-    with _probed(model, candidates, include, exclude) as probes:
+    names = [site.name for site in find_attention(model)]
+    for name, config in candidates.items():
+        for pattern in config.unmatched_layers(names):
+            raise config_error(f"configs: {name}: layers: `{pattern}` matches none of the attention layers")
+
+    def probe_of(site: Site) -> _Candidates:
+        return _Candidates(site, {name: _layer_mask(name, config, site) for name, config in candidates.items()})
+
+    with probed(model, probe_of, include, exclude) as probes:
         seen = 0
         for batch in loader if num_batches is None else itertools.islice(loader, num_batches):
-            _run(model, batch, forward)
+            run_batch(model, batch, forward)
             seen += 1
     if seen == 0:
         raise ValueError("loader: expected at least one batch, got none")
@@ -87,16 +98,46 @@ class _Sums:
     pairs: int = 0
 
 
-class _Probe(Backend):
-    """Dense attention that watches itself: what every candidate would keep of it."""
+@dataclass(frozen=True)
+class Seen:
+    """What a layer attended to, in float32 or float64, and what came of it."""
 
-    def __init__(self, site: Site, candidates: Mapping[str, LayerMask]) -> None:
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hkv, N, D)"""
+    v: Tensor
+    """(B, Hkv, N, Dv)"""
+    out: Tensor
+    """(B, H, N, Dv)"""
+    lse: Tensor
+    """(B, H, N)"""
+    key_mask: Tensor | None
+    """(B, N) bool, True = keep."""
+    bias: Tensor | None
+    """Broadcastable to (B, H, N, N), added to the scaled scores."""
+    scale: float
+    embeddings: Tensor | None
+    """(B, N, E) input of the layer."""
+
+
+class Probe(Backend, ABC):
+    """Dense attention that watches itself.
+
+    Args:
+        site: the layer.
+    """
+
+    def __init__(self, site: Site) -> None:
         num_heads, head_dim = site.adapter.heads(site.module)
         super().__init__(Place(num_heads, head_dim))
-        self.name, self.site, self.candidates = "calibrate", site, dict(candidates)
+        self.name, self.site = "probe", site
         self.called = False
         self.embeddings: Tensor | None = None
-        self.sums = {name: _Sums(*torch.zeros(5, num_heads, dtype=torch.float64)) for name in candidates}
+
+    @abstractmethod
+    def observe(self, seen: Seen) -> None:
+        """Look at one call of the layer."""
 
     def see_input(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """A forward pre-hook: keep the layer's input for masks that choose by its norms."""
@@ -128,14 +169,38 @@ class _Probe(Backend):
             bias = None if bias is None else bias.to(q.dtype)
             options: dict[str, Any] = {"key_mask": key_mask, "bias": bias, "scale": scale}
             dense, lse = attend(q, k, v, dense_mask(q.shape[1]), needs_lse=True, **options)
-            for name, layer_mask in self.candidates.items():
-                edges = edges_of(q, k, layer_mask, embeddings=self.embeddings, **options)
-                out, kept_lse = attend(q, k, v, layer_mask, edges, needs_lse=True, **options)
-                count = _edge_counts(layer_mask, edges.row_ptr, q)
-                self._add(self.sums[name], (out, kept_lse), (dense, lse), count, key_mask)
+            self.observe(Seen(q, k, v, dense, lse, **options, embeddings=self.embeddings))
             weights = self._weights(q, k, lse, **options) if needs_weights else None
         self.called = True
         return dense.to(dtype), None if weights is None else weights.to(dtype)
+
+    @staticmethod
+    def _weights(
+        q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float
+    ) -> Tensor:
+        """The (B, H, N, N) weights, for a model that asks for them."""
+        scores = scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-2, -1))
+        scores = scores if bias is None else scores + bias
+        scores = scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
+        return (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+
+
+class _Candidates(Probe):
+    """What every candidate would keep of dense attention."""
+
+    def __init__(self, site: Site, candidates: Mapping[str, LayerMask]) -> None:
+        super().__init__(site)
+        self.candidates = dict(candidates)
+        self.sums = {name: _Sums(*torch.zeros(5, site.num_heads, dtype=torch.float64)) for name in candidates}
+
+    def observe(self, seen: Seen) -> None:
+        """Attend by every candidate."""
+        options: dict[str, Any] = {"key_mask": seen.key_mask, "bias": seen.bias, "scale": seen.scale}
+        for name, layer_mask in self.candidates.items():
+            edges = edges_of(seen.q, seen.k, layer_mask, embeddings=seen.embeddings, **options)
+            out, kept_lse = attend(seen.q, seen.k, seen.v, layer_mask, edges, needs_lse=True, **options)
+            count = _edge_counts(layer_mask, edges.row_ptr, seen.q)
+            self._add(self.sums[name], (out, kept_lse), (seen.out, seen.lse), count, seen.key_mask)
 
     def _add(
         self,
@@ -159,16 +224,6 @@ class _Probe(Backend):
         sums.edges += edges.cpu()
         sums.pairs += out.shape[0] * out.shape[2] ** 2
 
-    @staticmethod
-    def _weights(
-        q: Tensor, k: Tensor, lse: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float
-    ) -> Tensor:
-        """The (B, H, N, N) weights, for a model that asks for them."""
-        scores = scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-2, -1))
-        scores = scores if bias is None else scores + bias
-        scores = scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
-        return (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-
     def rows(self) -> Iterator[Kept]:
         """The means."""
         for name, sums in self.sums.items():
@@ -188,12 +243,12 @@ def _edge_counts(layer_mask: LayerMask, row_ptr: Tensor | None, q: Tensor) -> Te
 
 
 @contextmanager
-def _probed(
+def probed(
     model: nn.Module,
-    candidates: Mapping[str, AttentionConfig],
+    probe_of: Callable[[Site], P],
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
-) -> Iterator[list[_Probe]]:
+) -> Iterator[list[P]]:
     """The model in evaluation, without gradients, with a probe in every selected layer; as it was, afterwards."""
     training = {module: module.training for module in model.modules()}
     before = {
@@ -201,19 +256,17 @@ def _probed(
         for site in find_attention(model)
         if isinstance(site.module, SparseLayer)
     }
-    probes, hooks = [], []
+    probes: list[P] = []
+    hooks = []
     try:
         report = sparsify(model, "mask: none", include=include, exclude=exclude)
         selected = {row.module for row in report.swapped}
-        for name, config in candidates.items():
-            for pattern in config.unmatched_layers([site.name for site in find_attention(model)]):
-                raise config_error(f"configs: {name}: layers: `{pattern}` matches none of the attention layers")
         for site in find_attention(model):
             if site.name not in selected:
                 continue
             if isinstance(site.module, SparseMHSA) and (site.module.bias_k is not None or site.module.add_zero_attn):
                 raise ValueError(f"{site.name}: layers with add_bias_kv or add_zero_attn cannot be calibrated")
-            probe = _Probe(site, {name: _layer_mask(name, config, site) for name, config in candidates.items()})
+            probe = probe_of(site)
             assert isinstance(site.module, SparseLayer)
             # Not as a submodule: neither `model.modules()` nor a state dict should see it.
             site.module.__dict__["backend"] = probe
@@ -274,8 +327,9 @@ def _layer_mask(name: str, config: AttentionConfig, site: Site) -> LayerMask:
     """A candidate in a layer, built once where its number of tokens is known, to see that it can be."""
     try:
         of_layer = _measurable(name, config.for_layer(site.name))
-        place = (site.num_heads, site.layer, site.num_layers, 0, site.grid, site.num_prefix_tokens)
-        layer_mask = LayerMask(of_layer, *place)
+        num_heads, head_dim = site.adapter.heads(site.module)
+        place = (site.layer, site.num_layers, 0, site.grid, site.num_prefix_tokens, head_dim)
+        layer_mask = LayerMask(of_layer, num_heads, *place)
         if site.num_tokens is not None and not layer_mask.by_content:
             layer_mask.at(site.num_tokens)
     except ValueError as error:
@@ -283,7 +337,8 @@ def _layer_mask(name: str, config: AttentionConfig, site: Site) -> LayerMask:
     return layer_mask
 
 
-def _run(model: nn.Module, batch: object, forward: Callable[[nn.Module, Any], object] | None) -> None:
+def run_batch(model: nn.Module, batch: object, forward: Callable[[nn.Module, Any], object] | None) -> None:
+    """Call ``model`` on a batch of a loader: a tensor, a tuple whose first entry is one, or keyword arguments."""
     if forward is not None:
         forward(model, batch)
         return

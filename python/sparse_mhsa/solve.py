@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,39 +111,36 @@ def solve_budget(
         return load_config(document | {"mask_kwargs": kwargs | {key: value}})
 
     @functools.cache
-    def count(value: float) -> _Count:
-        return place.count(with_value(value))
-
-    def is_valid(value: float) -> bool:
+    def count(value: float) -> _Count | None:
         try:
-            count(value)
+            return place.count(with_value(value))
         except ValueError:
-            return False
-        return True
+            return None
 
-    values = _values(key, kwargs.get(key), num_tokens, is_valid)
+    values = _values(key, num_tokens, lambda value: count(value) is not None)
     if values is None:
-        count(1)  # raises what is wrong
-        raise config_error(
-            f"mask_kwargs.{key}: no value can be applied to {num_tokens} tokens", key=f"mask_kwargs.{key}"
-        )
-    target = _target(place, count(values.at(0)), density, pruning_ratio, flops, unit)
+        place.count(with_value(1))  # raises what is wrong
+        where = f"mask_kwargs.{key}"
+        raise config_error(f"{where}: no value can be applied to {num_tokens} tokens", key=where)
+    first = count(values.at(0))
+    assert first is not None
+    target = _target(place, first, density, pruning_ratio, flops, unit)
     between_patches = pruning_ratio is not None
 
-    def cost(index: int) -> float:
+    def cost(index: int) -> float | None:
         counted = count(values.at(index))
-        return counted.patches if between_patches else counted.edges
+        return None if counted is None else counted.patches if between_patches else counted.edges
 
-    if values.count > 1 and cost(0) == cost(values.count - 1) and cost(0) == cost(values.count // 2):
-        kept = count(values.at(0))
+    index = _closest(cost, values.count, target)
+    if index is None:
         raise config_error(
             f"mask_kwargs.{key}: does not change how many pairs `{document.get('mask')}` keeps, a density of "
-            f"{kept.density:.4%}",
+            f"{first.density:.4%}",
             key=f"mask_kwargs.{key}",
         )
-    index = min(_closest(cost, values.count, target), key=lambda i: (abs(cost(i) - target), cost(i), i))
     value = values.at(index)
     found = count(value)
+    assert found is not None
     return Solution(key, value, with_value(value), found.density, found.pruning_ratio, found.edges)
 
 
@@ -256,19 +253,31 @@ class _Values:
         return 1.0 - number / self.whole if self.dropped else number / self.whole
 
 
-def _values(key: str, given: object, num_tokens: int, is_valid: Callable[[float], bool]) -> _Values | None:
+def _values(key: str, num_tokens: int, is_valid: Callable[[float], bool]) -> _Values | None:
+    """From the least value that can be applied; those at the end may be too large."""
     if key.endswith("_ratio"):
-        # As fine as pairs are; a share of nothing is none.
+        # As fine as pairs are. The least share is looked for from below, where masks are cheap.
         pairs = max(1, num_tokens) ** 2
-        all_pairs = _Values(1, 1, pairs, pairs, dropped=key in ("mask_ratio", "pruning_ratio"))
-        first = _first(pairs, lambda index: is_valid(all_pairs.at(index)))
-        return None if first == pairs else replace(all_pairs, first=first + 1, count=pairs - first)
+        shares = _Values(1, 1, pairs, pairs, dropped=key in ("mask_ratio", "pruning_ratio"))
+        enough = next((index for index in _doubling(pairs) if is_valid(shares.at(index))), None)
+        if enough is None:
+            return None
+        first = _first(enough, lambda index: is_valid(shares.at(index)))
+        return replace(shares, first=first + 1, count=pairs - first)
     start = next((value for value in range(num_tokens + 2) if is_valid(value)), None)
     if start is None:
         return None
     step = next((step for step in (1, 2) if is_valid(start + step)), 1)
-    longest = max(num_tokens + 1 - start, 0) // step + 1
-    return _Values(start, step, _first(longest, lambda index: not is_valid(start + index * step)))
+    return _Values(start, step, max(num_tokens + 1 - start, 0) // step + 1)
+
+
+def _doubling(count: int) -> Iterator[int]:
+    """0, 1, 2, 4, ... and the last index below ``count``."""
+    index = 0
+    while index < count - 1:
+        yield index
+        index = max(1, 2 * index)
+    yield count - 1
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
@@ -276,20 +285,52 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(count), True, key=holds)
 
 
-def _closest(cost: Callable[[int], float], count: int, target: float) -> Iterable[int]:
-    """Indices among which one has the cost closest to ``target``."""
-    looked = sorted({*range(min(count, 8)), *(round((count - 1) * i / 16) for i in range(17))})
-    costs = [cost(index) for index in looked]
-    rising = all(a <= b for a, b in itertools.pairwise(costs))
-    if not rising and not all(a >= b for a, b in itertools.pairwise(costs)):
-        if count <= _EVERY_VALUE:
-            return range(count)
-        stride = -(-count // _EVERY_VALUE)
-        best = min(range(0, count, stride), key=lambda index: abs(cost(index) - target))
-        return range(max(0, best - stride), min(count, best + stride + 1))
+def _closest(cost: Callable[[int], float | None], count: int, target: float) -> int | None:
+    """The index whose cost is closest to ``target``, or None if all costs are equal.
+
+    Costs are None from some index on. As long as they rise, nothing far above the target is looked at.
+    """
+    looked: dict[int, float] = {}
+    for index in _doubling(count):
+        found = cost(index)
+        if found is None:
+            count = _first(index, lambda i: i not in looked and cost(i) is None)
+            looked[count - 1] = _known(cost, count - 1)
+            break
+        looked[index] = found
+        if _rises(looked) and max(target, looked[0]) <= found > looked[0]:
+            break
+    if len(set(looked.values())) == 1:
+        return None
+    if _rises(looked):
+        candidates = _around(cost, max(looked) + 1, target, rising=True)
+    else:
+        looked |= {index: _known(cost, index) for index in (round((count - 1) * i / 16) for i in range(17))}
+        if _rises({-index: found for index, found in looked.items()}):
+            candidates = _around(cost, count, target, rising=False)
+        else:
+            stride = -(-count // _EVERY_VALUE)
+            near = min(range(0, count, stride), key=lambda index: abs(_known(cost, index) - target))
+            candidates = range(max(0, near - stride + 1), min(count, near + stride)) if stride > 1 else range(count)
+    return min(candidates, key=lambda i: (abs(_known(cost, i) - target), _known(cost, i), i))
+
+
+def _known(cost: Callable[[int], float | None], index: int) -> float:
+    found = cost(index)
+    assert found is not None
+    return found
+
+
+def _rises(looked: Mapping[int, float]) -> bool:
+    costs = [looked[index] for index in sorted(looked)]
+    return all(a <= b for a, b in itertools.pairwise(costs))
+
+
+def _around(cost: Callable[[int], float | None], count: int, target: float, *, rising: bool) -> Sequence[int]:
+    """The first indices of the two costs around ``target``."""
 
     def reached(bound: float) -> int:
-        return _first(count, lambda index: cost(index) >= bound if rising else cost(index) <= bound)
+        return _first(count, lambda i: _known(cost, i) >= bound if rising else _known(cost, i) <= bound)
 
     after = reached(target)
-    return [*([after] if after < count else []), *([reached(cost(after - 1))] if after > 0 else [])]
+    return [*([after] if after < count else []), *([reached(_known(cost, after - 1))] if after > 0 else [])]

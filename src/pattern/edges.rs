@@ -466,21 +466,19 @@ impl Builder {
         merge_ranges(&mut dense_rows);
         merge_ranges(&mut dense_cols);
         let mut diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        let mut short = Vec::new();
         if diagonals.len() > MANY_DIAGONALS {
             // Whoever visits a row looks at every diagonal, so many short pieces would cost far more than their edges.
             let is_short = |d: &mut Diagonal| (d.end - d.start) * SHORT < num_rows;
-            rest.extend(diagonals.extract_if(.., is_short).map(|d| Segment::Band {
-                lo: d.offset,
-                hi: d.offset,
-                step: 1,
-                rows: d.start..d.end,
-                cols: 0..num_cols,
-            }));
+            short = bands(diagonals.extract_if(.., is_short));
         }
         let mut set =
             EdgeSet { num_rows, num_cols, dense_rows, dense_cols, diagonals, runs: Runs::default() };
+        // Short diagonals share no edge with the others, so nothing has to be cut out of them alone.
+        let covers = if rest.is_empty() { None } else { Some(&set) };
+        rest.extend(short);
         if !rest.is_empty() {
-            set.runs = remaining_runs(&set, rest);
+            set.runs = remaining_runs(num_rows, &set.dense_rows, covers, rest);
         }
         set
     }
@@ -506,24 +504,68 @@ fn disjoint_diagonals(
     pieces
 }
 
-/// What `rest` adds to `set`, row by row. The rows where a segment is active are swept in order, so a row only looks at segments
+/// Diagonals, ascending by offset, as bands: equally spaced ones that fill a rectangle from border to border become one.
+fn bands(diagonals: impl Iterator<Item = Diagonal>) -> Vec<Segment> {
+    let mut groups: Vec<Vec<Diagonal>> = Vec::new();
+    for diagonal in diagonals {
+        let last = groups.last_mut().filter(|group| {
+            let steps = |a: &Diagonal, b: &Diagonal| b.offset - a.offset;
+            let spaced =
+                group.len() < 2 || steps(&group[0], &group[1]) == steps(&group[group.len() - 1], &diagonal);
+            // Of two neighbours that end at the same border, one is the other moved along it.
+            let before = &group[group.len() - 1];
+            let step = steps(before, &diagonal);
+            let to_left = diagonal.start == before.start && diagonal.end as i64 == before.end as i64 - step;
+            let to_top = diagonal.start as i64 == before.start as i64 - step && diagonal.end == before.end;
+            let same = group.len() < 2 || (group[0].start == group[1].start) == to_left;
+            step > 0 && spaced && same && (to_left || to_top)
+        });
+        match last {
+            Some(group) => group.push(diagonal),
+            None => groups.push(vec![diagonal]),
+        }
+    }
+    groups
+        .into_iter()
+        .map(|group| {
+            let (first, last) = (&group[0], &group[group.len() - 1]);
+            let column = |row: usize, offset: i64| (row as i64 + offset) as usize;
+            // The first and the last offset bound the columns, one at its start and one at its end.
+            let cols = group.iter().map(|d| column(d.start, d.offset)).min().unwrap_or(0)
+                ..group.iter().map(|d| column(d.end, d.offset)).max().unwrap_or(0);
+            let rows = group.iter().map(|d| d.start).min().unwrap_or(0)
+                ..group.iter().map(|d| d.end).max().unwrap_or(0);
+            let step = group.get(1).map_or(1, |second| (second.offset - first.offset) as usize);
+            Segment::Band { lo: first.offset, hi: last.offset, step, rows, cols }
+        })
+        .collect()
+}
+
+/// What `rest` adds to what `covers` holds, row by row. The rows where a segment is active are swept in order, so a row only looks at segments
 /// that reach it.
-fn remaining_runs(set: &EdgeSet, mut rest: Vec<Segment>) -> Runs {
+fn remaining_runs(
+    num_rows: usize,
+    dense_rows: &[Range<usize>],
+    covers: Option<&EdgeSet>,
+    mut rest: Vec<Segment>,
+) -> Runs {
     rest.sort_by_key(|segment| segment.rows().start);
-    let mut runs = Runs { row_ptr: vec![0; set.num_rows + 1], ..Runs::default() };
+    let mut runs = Runs { row_ptr: vec![0; num_rows + 1], ..Runs::default() };
     let mut waiting = rest.into_iter().peekable();
     let (mut active, mut covered, mut row_runs): (Vec<Segment>, _, _) = (Vec::new(), Vec::new(), Vec::new());
-    for row in 0..set.num_rows {
+    for row in 0..num_rows {
         while let Some(segment) = waiting.next_if(|segment| segment.rows().start <= row) {
             active.push(segment);
         }
         active.retain(|segment| segment.rows().end > row);
-        if !active.is_empty() && !set.is_dense_row(row) {
+        if !active.is_empty() && !dense_rows.iter().any(|range| range.contains(&row)) {
             row_runs.clear();
             active.iter().for_each(|segment| segment.row(row, &mut row_runs));
             merge_ranges(&mut row_runs);
-            set.row(row, &mut covered);
-            subtract_ranges(&mut row_runs, covered.iter().cloned());
+            if let Some(set) = covers {
+                set.row(row, &mut covered);
+                subtract_ranges(&mut row_runs, covered.iter().cloned());
+            }
             for run in &row_runs {
                 runs.start.push(run.start as u32);
                 runs.end.push(run.end as u32);

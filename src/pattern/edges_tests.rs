@@ -188,3 +188,25 @@ fn a_broken_edge_list_is_refused_with_the_place_that_is_wrong() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+/// More diagonals than are kept as such, so that the short ones become bands.
+#[test]
+fn wide_bands_are_the_pairs_they_say() {
+    let n = 150;
+    let wide = |step: usize, rows: Range<usize>, cols: Range<usize>| Piece::Band(-149, 149, step, rows, cols);
+    let extras: [&[Piece]; 3] = [
+        &[],
+        &[Piece::Rect(0..2, 0..n), Piece::Rect(0..n, 0..2)],
+        &[Piece::Anti(150, 0..n, 0..n), Piece::Edges(Pairs::from([(3, 140), (149, 0)]))],
+    ];
+    for step in [1, 2] {
+        for (rows, cols) in [(0..n, 0..n), (2..n, 2..n), (5..140, 0..n), (0..100, 30..n)] {
+            for extra in extras {
+                let pieces = [&[wide(step, rows.clone(), cols.clone())], extra].concat();
+                let (set, pairs) = build(n, n, &pieces);
+                assert_eq!(set.iter().collect::<Pairs>(), pairs, "{pieces:?}");
+                assert_eq!(set.nnz(), pairs.len());
+            }
+        }
+    }
+}

@@ -1,5 +1,7 @@
 //! Pruning: the pairs worth a budget, chosen once and kept from then on.
 
+mod pairs;
+
 use std::sync::Arc;
 
 use schemars::JsonSchema;
@@ -14,6 +16,7 @@ use super::shares::Shares;
 use super::{Context, HeadEdges, Pattern};
 use crate::budget::allocate;
 use crate::error::{Error, Result};
+use pairs::{best, drawn, nearest};
 
 /// Keep as many pairs of patches as a budget allows: never more, and within one pair per head of it.
 ///
@@ -150,29 +153,29 @@ impl Pruning {
             None => Scores::read(path).map(|(_, scores)| scores),
         };
         let scores = scores.map_err(|error| error.below("scores"))?;
-        let (expected, method) = match self.method() {
-            Method::Magnitude => (Kind::Magnitude, "magnitude"),
-            Method::Attention => (Kind::Attention, "attention"),
-            Method::Random | Method::Position => return Ok(Some(scores)),
+        let (asked, held) = match (self.method(), scores.about.kind) {
+            (Method::Attention, Kind::Magnitude) => ("attention", "magnitude"),
+            (Method::Magnitude, Kind::Attention) => ("magnitude", "attention"),
+            _ => return Ok(Some(scores)),
         };
-        if scores.about.kind == expected {
-            return Ok(Some(scores));
+        let message = format!("`{asked}` needs a file of such scores, but '{path}' holds those of `{held}`");
+        Err(Error::config("method", message))
+    }
+
+    /// Whether all layers share the budget because their weights differ.
+    fn weighs_layers(&self) -> bool {
+        match &self.weights {
+            Some(Weights::Named(_)) => true,
+            Some(Weights::Given(shares)) => shares.by_layer(),
+            None => false,
         }
-        let message =
-            format!("`{method}` needs a file of such scores, but '{path}' holds {:?}", scores.about.kind);
-        Err(Error::config("method", message.to_lowercase()))
     }
 
     /// Importance of every head of every layer that shares the budget: all layers for a budget that is for all or weights that
     /// differ by layer, otherwise only this one.
     fn weights(&self, context: &Context, scores: Option<&Scores>) -> Result<Vec<Vec<f64>>> {
-        let Context { num_heads, layer, num_layers, .. } = *context;
-        let over_layers = match &self.weights {
-            Some(Weights::Named(_)) => true,
-            Some(Weights::Given(shares)) => shares.by_layer(),
-            None => false,
-        };
-        if !over_layers && self.flops_budget.is_none() {
+        let Context { layer, num_layers, .. } = *context;
+        if !self.weighs_layers() && self.flops_budget.is_none() {
             return Ok(vec![self.weights_of_layer(context, scores)?]);
         }
         let key = if self.flops_budget.is_some() { "flops_budget" } else { "weights" };
@@ -194,7 +197,6 @@ impl Pruning {
             let message = format!("expected a list for each of the {layers} layers, got {}", lists.len());
             return Err(Error::config("weights", message));
         }
-        debug_assert!(num_heads > 0);
         (0..layers)
             .map(|layer| self.weights_of_layer(&Context { layer, ..context.clone() }, scores))
             .collect()
@@ -345,12 +347,7 @@ impl Pattern for Pruning {
     }
 
     fn uses_layer(&self) -> bool {
-        let by_layer = match &self.weights {
-            Some(Weights::Named(_)) => true,
-            Some(Weights::Given(shares)) => shares.by_layer(),
-            None => false,
-        };
-        by_layer || self.flops_budget.is_some() || self.method() != Method::Position
+        self.weighs_layers() || self.flops_budget.is_some() || self.method() != Method::Position
     }
 
     fn uses_head_dim(&self) -> bool {
@@ -405,84 +402,4 @@ fn check_sizes(scores: &Scores, context: &Context) -> Result<()> {
          {got_heads} heads in {layer}"
     );
     Err(Error::config("scores", message))
-}
-
-/// The `count` pairs with the smallest |i - j|; of those at the same distance the lower i, then the lower j.
-fn nearest(n: usize, count: u64) -> Result<Arc<EdgeSet>> {
-    let at_distance = |distance: usize| if distance == 0 { n } else { 2 * (n - distance) } as u64;
-    let (mut distance, mut left) = (0, count);
-    while distance < n && left >= at_distance(distance) {
-        left -= at_distance(distance);
-        distance += 1;
-    }
-    let mut builder = EdgeSet::builder(n, n)?;
-    if distance > 0 {
-        let reach = distance as i64 - 1;
-        builder = builder.band((-reach, reach, 1), 0..n, 0..n);
-    }
-    // The first queries get their pairs at the next distance, the last of them perhaps only the lower key.
-    let keys = |query: usize| [query.checked_sub(distance), Some(query + distance).filter(|&key| key < n)];
-    let mut end = 0;
-    while left > 0 && left >= keys(end).iter().flatten().count() as u64 {
-        left -= keys(end).iter().flatten().count() as u64;
-        end += 1;
-    }
-    let offset = distance as i64;
-    builder = builder.diagonal(-offset, 0..end, 0..n).diagonal(offset, 0..end, 0..n);
-    if left > 0 {
-        let key = end - distance;
-        builder = builder.rect(end..end + 1, key..key + 1);
-    }
-    Ok(Arc::new(builder.build()))
-}
-
-/// One key for every query and `count - n` of the other pairs, all equally likely.
-fn drawn(n: usize, count: u64, draws: crate::rng::HeadDraws) -> Result<Arc<EdgeSet>> {
-    let mut rows: Vec<Vec<u32>> = (0..n).map(|query| vec![draws.row(query).below(n as u32)]).collect();
-    let others = n as u64 - 1;
-    // The draws of a row that no query has.
-    for pair in draws.row(n).subset(n as u64 * others, count - n as u64) {
-        let row = &mut rows[(pair / others) as usize];
-        let key = (pair % others) as u32;
-        row.push(key + u32::from(key >= row[0]));
-    }
-    listed(rows)
-}
-
-/// The best key of every query, then the best of all other candidates of the head.
-fn best(scores: &Scores, layer: usize, head: usize, count: u64) -> Result<Arc<EdgeSet>> {
-    let patches = scores.sizes[2];
-    let mut rows = Vec::with_capacity(patches);
-    let mut others: Vec<(f32, u32, u32)> = Vec::new();
-    for patch in 0..patches {
-        let better = |a: (u32, f32), b: (u32, f32)| if b.1 > a.1 { b } else { a };
-        let (first, _) = scores.row(layer, head, patch).reduce(better).expect("every patch has candidates");
-        let rest = scores.row(layer, head, patch).filter(|&(key, _)| key != first);
-        others.extend(rest.map(|(key, score)| (score, patch as u32, key)));
-        rows.push(vec![first]);
-    }
-    let count = (count - patches as u64) as usize;
-    let order =
-        |a: &(f32, u32, u32), b: &(f32, u32, u32)| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2)));
-    if 0 < count && count < others.len() {
-        others.select_nth_unstable_by(count - 1, order);
-    }
-    others.truncate(count);
-    for (_, patch, key) in others {
-        rows[patch as usize].push(key);
-    }
-    listed(rows)
-}
-
-/// The edge set of a list of keys per query, in any order.
-fn listed(mut rows: Vec<Vec<u32>>) -> Result<Arc<EdgeSet>> {
-    let mut row_ptr = Vec::with_capacity(rows.len() + 1);
-    let mut col = Vec::with_capacity(rows.iter().map(Vec::len).sum());
-    row_ptr.push(0);
-    for row in &mut rows {
-        row.sort_unstable();
-        col.extend(row.iter().map(|&key| i64::from(key)));
-        row_ptr.push(col.len() as i64);
-    }
-    Ok(Arc::new(EdgeSet::builder(rows.len(), rows.len())?.edge_list(&row_ptr, &col)?.build()))
 }

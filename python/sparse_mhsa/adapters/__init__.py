@@ -31,7 +31,6 @@ __all__ = [
     "densify",
     "find_attention",
     "register_adapter",
-    "select_sites",
     "sparsify",
     "timesformer",
     "timm",
@@ -115,23 +114,6 @@ def sparsify(
     if verify and sample is not None:
         _verify(model, plan, sample)
     return report
-
-
-def select_sites(
-    model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-) -> list[Site]:
-    """The self-attention layers that `sparsify` would swap, in module order.
-
-    Args:
-        model: the model.
-        include: as in `sparsify`.
-        exclude: as in `sparsify`.
-
-    Raises:
-        ValueError: ``include`` or ``exclude`` is no regular expression.
-    """
-    selection = Selection.of(include, exclude)
-    return [site for site in find_attention(model) if selection.why_not(site) is None]
 
 
 def densify(model: nn.Module) -> None:
