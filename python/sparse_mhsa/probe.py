@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._core import AttentionConfig
 from .adapters import Site, adapters, find_attention, sparsify
+from .adapters.selection import matches_none
 from .backends import Backend, Place
 from .calibration import Calibration, Kept
 from .config import ConfigLike, config_error, load_config
@@ -205,9 +206,10 @@ def _probed(
     try:
         report = sparsify(model, "mask: none", include=include, exclude=exclude)
         selected = {row.module for row in report.swapped}
+        names = [site.name for site in find_attention(model)]
         for name, config in candidates.items():
-            for pattern in config.unmatched_layers([site.name for site in find_attention(model)]):
-                raise config_error(f"configs: {name}: layers: `{pattern}` matches none of the attention layers")
+            for pattern in config.unmatched_layers(names):
+                raise config_error(f"configs: {name}: layers: {matches_none(pattern, names)}", key="layers")
         for site in find_attention(model):
             if site.name not in selected:
                 continue
