@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from sparse_mhsa import Mask
 from sparse_mhsa.bench import cases, memory, run
 from sparse_mhsa.bench.cases import Case, all_cases, select
 from sparse_mhsa.bench.gate import Gate, WrongResultError
@@ -19,16 +20,47 @@ from sparse_mhsa.train import UsageError
 
 BY_NAME = {method.name: method for method in METHODS}
 COMPILED = {"flex"}
+ONE_PREFIX = {"num_prefix_tokens": 1}
 TINY = {
     "fibottention": Case("fibottention-26", {"mask": "fibottention"}, 26, 2, num_heads=3, head_dim=8),
     "local": Case("local-20", {"mask": "local", "mask_kwargs": {"window": 2}}, 20, num_heads=2, head_dim=8),
     "none": Case("none-9", {"mask": "none"}, 9, num_heads=2, head_dim=8),
+    "topk": Case("topk-40", {"mask": "topk", "mask_kwargs": {"k": 5}}, 40, num_heads=3, head_dim=8),
+    "blocks": Case(
+        "block_topk-41",
+        {"mask": "block_topk", "mask_kwargs": {"k": 2, "block_size": 6}, **ONE_PREFIX},
+        41,
+        num_heads=3,
+        head_dim=8,
+    ),
+    "importance": Case("importance-40", {"mask": "importance", "mask_kwargs": {"k": 5}}, 40, num_heads=3, head_dim=8),
+    "estimated": Case(
+        "vertical_slash-90",
+        {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 4, "num_slash": 4, "window": 1}, **ONE_PREFIX},
+        90,
+        num_heads=3,
+        head_dim=8,
+    ),
     "sampled": Case("local-700", {"mask": "local", "mask_kwargs": {"window": 2}}, 700, num_heads=1, head_dim=8),
+}
+
+LINFORMER = {"max_seq_len": 20, "r": 4, "num_heads": 3}
+WITHOUT_EDGES = {
+    "efficient": Case("efficient-20", {"backend": "efficient"}, 20, 2, num_heads=3, head_dim=8),
+    "efficient_local": Case("efficient_local-20", {"backend": "efficient_local"}, 20, 2, num_heads=3, head_dim=8),
+    "linformer": Case(
+        "linformer-20",
+        {"backend": "linformer", "backend_kwargs": {"projector": LINFORMER}},
+        20,
+        2,
+        num_heads=3,
+        head_dim=8,
+    ),
 }
 
 
 def problem(name, dtype=torch.float32):
-    return Problem(TINY[name], TINY[name].mask(), dtype)
+    return Problem(TINY[name], dtype)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +157,45 @@ def test_a_wrong_kernel_is_printed_as_failed_without_a_speed_and_ends_the_comman
     assert "differs by" in page
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", WITHOUT_EDGES)
+def test_attention_without_edges_is_its_formula(name, dtype):
+    one = Problem(WITHOUT_EDGES[name], dtype)
+    gate = Gate(one, masked=True)
+    gate.check(Sparse().prepare(one), backward=False)
+    gate.check(Sparse().prepare(one), backward=True)
+    with pytest.raises(WrongResultError):
+        gate.check(torch.nn.functional.scaled_dot_product_attention, backward=False)
+
+
+@pytest.mark.parametrize("name", ["topk", "blocks", "importance", "estimated"])
+def test_a_wrong_choice_does_not_pass_even_if_attention_over_it_is_right(name, monkeypatch):
+    one = problem(name)
+    wrong = one.mask.to_dense().roll(1, dims=-1)
+    vars(one)["mask"] = Mask.from_dense(wrong, num_prefix_tokens=one.mask.num_prefix_tokens)
+    vars(one)["mask"]._name = one.case.layer_mask.name
+    with pytest.raises(WrongResultError, match=r"the choice differs from its definition in \d+ of \d+ edges"):
+        Gate(one, masked=True)
+
+
+def test_the_choice_is_timed_beside_attention_and_methods_without_meaning_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["estimated"], WITHOUT_EDGES["linformer"]])
+    options = BenchOptions(repeat=2, memory=False, plots=False, output_dir=tmp_path)
+    assert bench(options, "command", [BY_NAME[name] for name in (OURS, DENSE, "sdpa_masked")]) == 0
+    chosen, _, linear, _ = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    choice = chosen["methods"][OURS]["choice"]
+    assert choice["seconds"]["median"] > 0
+    assert choice["over_qkt"]["median"] > 0
+    assert chosen["methods"]["sdpa_masked"]["status"] == "ok"
+    assert linear["edges"] is None
+    assert "choice" not in linear["methods"][OURS]
+    assert linear["methods"][DENSE]["status"] == "ok"
+    assert "which `linformer` does not have" in linear["methods"]["sdpa_masked"]["reason"]
+    page = (tmp_path / "kernels.md").read_text()
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("| ")}) == 1
+    assert "| linformer-20 | forward | no edges |" in page
+
+
 # What is not timed.
 
 
@@ -154,7 +225,7 @@ class Raises(Method):
     ],
 )
 def test_a_method_that_cannot_run_is_shown_with_the_reason(method, status, reason):
-    result = run.admit(method, problem("local"), None, {}, backward=False)
+    result = run.admit(method, problem("local"), {}, {}, backward=False)
     assert result["status"] == status
     assert reason in result["reason"]
 
@@ -162,11 +233,11 @@ def test_a_method_that_cannot_run_is_shown_with_the_reason(method, status, reaso
 def test_our_own_error_is_a_failure_and_not_an_excuse():
     method = Raises(RuntimeError("broken"))
     method.name = OURS
-    assert run.admit(method, problem("local"), None, {}, backward=False)["status"] == "failed"
+    assert run.admit(method, problem("local"), {}, {}, backward=False)["status"] == "failed"
 
 
 def test_a_method_without_a_backward_pass_is_timed_forward_only():
-    assert run.admit(Flex(), problem("local"), None, {}, backward=True)["status"] == "unsupported"
+    assert run.admit(Flex(), problem("local"), {}, {}, backward=True)["status"] == "unsupported"
 
 
 # Timing.
@@ -203,6 +274,9 @@ def test_the_full_table_has_the_sizes_of_the_targets_and_every_registered_mask()
     for name in ("fibottention-197x8", "fibottention-577x2", "fibottention-16385", "local_w512-4096", "none-1025"):
         assert name in names
     assert any(name.startswith("longformer-1025") for name in names)
+    for name in ("topk-1025", "block_topk-1025", "importance-1025", "vertical_slash_estimated-1025", "neighborhood-197",
+                 "neighborhood_k7-1025", "efficient-1025", "efficient_local-1025", "linformer-197x8"):  # fmt: skip
+        assert name in names
     assert {case.name for case in all_cases() if case.quick} == {
         "fibottention-197x8", "fibottention-1025", "local_w64-1024", "none-197x8"
     }  # fmt: skip

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_mhsa as sm
+from sparse_mhsa.cli import main
 from sparse_mhsa.layer import SparseLayer
 
 LOCAL = {"mask": "local", "mask_kwargs": {"window": 2}}
@@ -341,7 +342,7 @@ def test_other_bad_input_is_named():
         sm.calibrate(model, [x], [LOCAL], num_batches=0)
     with pytest.raises(TypeError, match=r"loader: expected tensors, .* got str"):
         sm.calibrate(model, ["text"], [LOCAL])
-    with pytest.raises(ValueError, match="nothing to swap"):
+    with pytest.raises(ValueError, match="include: `nowhere` matches none"):
         sm.calibrate(model, [x], [LOCAL], include="nowhere")
     with pytest.raises(ValueError, match=r"never called: layers\.1\.self_attn"):
         sm.calibrate(model, [x], [LOCAL], forward=lambda model, batch: model.layers[0](batch))
@@ -350,3 +351,60 @@ def test_other_bad_input_is_named():
     model = nn.ModuleList([nn.MultiheadAttention(16, 4, add_zero_attn=True)])
     with pytest.raises(ValueError, match="0: layers with add_bias_kv or add_zero_attn cannot be calibrated"):
         sm.calibrate(model, [x], [LOCAL])
+
+
+# The command.
+
+
+def test_the_command_measures_held_out_images_and_writes_what_it_found(tmp_path, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    near, far = tmp_path / "near.yaml", tmp_path / "far.yaml"
+    near.write_text(json.dumps(LOCAL))
+    far.write_text(json.dumps(CANDIDATES["wider"]))
+    out = tmp_path / "out"
+    words = ["--dataset", "digits", "--patch-size", "2", "--batch-size", "8", "--batches", "2", "--mass", "0.3"]
+    assert main(["calibrate", str(near), str(far), *words, "--output-dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "the weights are random" in printed
+    data = json.loads((out / "calibration.json").read_text())
+    assert data["num_batches"] == 2
+    assert {(row["config"], row["layer"]) for row in data["rows"]} == {
+        (name, f"blocks.{index}.attn") for name in ("near", "far") for index in range(4)
+    }
+    assert (out / "calibration.txt").read_text() in printed
+    assert (out / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    config = sm.load_config(out / "recommended.yaml")
+    for layer in range(4):
+        rows = [row for row in data["rows"] if (row["config"], row["layer"]) == ("near", f"blocks.{layer}.attn")]
+        near_is_enough = sum(row["mass"] for row in rows) / len(rows) >= 0.3
+        window = json.loads(config.for_layer(f"blocks.{layer}.attn").to_json())["mask_kwargs"].get("window")
+        assert (window == 2) == near_is_enough
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: FILE"),
+        ("missing.yaml", "no such file: 'missing.yaml'"),
+        ("FILE --mass 1.5", "--mass must be above 0 and at most 1, got 1.5"),
+        ("FILE --batches 0", "--batches must be at least 1, got 0"),
+        ("FILE --batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("FILE --dataset imagefolder", "--dataset imagefolder needs --data-path"),
+        ("FILE --dataset digits --model nothing", "--model: timm has no model 'nothing'"),
+        ("FILE --dataset digits --finetune missing.pth", "--finetune: no such file: 'missing.pth'"),
+    ],
+)
+def test_bad_usage_of_the_command_is_one_line(tmp_path, capsys, words, message):
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    path = tmp_path / "local.yaml"
+    path.write_text(json.dumps(LOCAL))
+    given = [str(path) if word == "FILE" else word for word in words.split()]
+    assert main(["calibrate", *given, "--no-plots", "--output-dir", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from ._core import ConfigError, __version__
 from .bench.options import DTYPES, QUICK_BUDGET, BenchOptions
 from .config import configs
 from .train import TrainingError, UsageError
+from .train.calibrate import CalibrateOptions
 from .train.options import FinetuneOptions, TrainOptions, flag_name
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ DEMO_WARMUP = 0.3
 """Share of the demo's epochs in which the learning rate rises, unless ``--warmup-epochs`` says otherwise."""
 
 
-Options = TypeVar("Options", bound=TrainOptions)
+Options = TypeVar("Options", bound=TrainOptions | CalibrateOptions)
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,6 +130,13 @@ def build_parser() -> Parser:
         command("demo", run_demo, "Train the same model dense and sparse and write a report that compares them."),
         DEMO_DEFAULTS,
     )
+    calibration = command(
+        "calibrate",
+        run_calibrate,
+        "Measure how much of a model's attention masks would keep, and recommend one per layer.",
+    )
+    calibration.add_argument("files", type=Path, nargs="+", metavar="FILE", help="attention configurations (YAML)")
+    add_options(calibration, CalibrateOptions())
     masks = command("masks", run_masks, "List all masks, or count and draw the edges of an attention configuration.")
     masks.add_argument("file", type=Path, nargs="?", help="attention configuration (YAML)")
     masks.add_argument("--list", action="store_true", help="print a table of all masks and their parameters")
@@ -177,7 +185,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions) -> None:
+def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions | CalibrateOptions) -> None:
     """One command-line option per field of ``defaults``."""
     kinds = typing.get_type_hints(type(defaults))
     for item in fields(defaults):
@@ -265,6 +273,15 @@ def run_demo(parsed: argparse.Namespace) -> int:
     from .train.demo import demo
 
     demo(options, shlex.join(["sparse-mhsa", *parsed.given]))
+    return 0
+
+
+def run_calibrate(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa calibrate``."""
+    options = read_options(CalibrateOptions, parsed)
+    from .train.calibrate import calibrate
+
+    calibrate(parsed.files, options)
     return 0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._core import AttentionConfig
 from .adapters import Site, adapters, find_attention, sparsify
+from .adapters.selection import matches_none
 from .backends import Backend, Place
 from .calibration import Calibration, Kept
 from .config import ConfigLike, config_error, load_config
@@ -62,6 +63,10 @@ def calibrate(
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches: expected at least 1, got {num_batches}")
     candidates = _candidates(configs)
+    names = [site.name for site in find_attention(model)]
+    for name, config in candidates.items():
+        for pattern in config.unmatched_layers(names):
+            raise config_error(f"configs: {name}: layers: {matches_none(pattern, names)}", key="layers")
     names = [site.name for site in find_attention(model)]
     for name, config in candidates.items():
         for pattern in config.unmatched_layers(names):

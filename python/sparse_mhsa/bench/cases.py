@@ -1,18 +1,25 @@
-"""What is measured: one case per mask and size, in the order of the table."""
+"""What is measured: one case per mechanism and size, in the order of the table."""
 
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from .._core import registered_masks
-from ..config import configs, load_config
-from ..mask import Mask
+from ..config import ConfigLike, configs, load_config
+from ..layer_mask import LayerMask
 from ..train import UsageError
 
 NUM_HEADS, HEAD_DIM, NUM_LAYERS = 12, 64, 12
 OTHER_SIZES = (1025, 197)
 """Masks outside the main rows: 32 x 32 patches and a class token, or ViT's 14 x 14 where their file says so."""
+CHOICES = ("topk", "block_topk", "importance", "vertical_slash_estimated")
+"""Files of masks that choose keys by content."""
+BACKENDS = ("efficient_none", "efficient_local", "linformer_none")
+"""Files of attention without edges."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +37,24 @@ class Case:
     """
 
     name: str
-    config: Any = field(repr=False)
+    config: ConfigLike = field(repr=False)
     num_tokens: int
     batch: int = 1
     quick: bool = False
     num_heads: int = NUM_HEADS
     head_dim: int = HEAD_DIM
 
-    def mask(self) -> Mask:
-        """The edges of layer 0.
+    @cached_property
+    def layer_mask(self) -> LayerMask:
+        """The mechanism in layer 0."""
+        return LayerMask(load_config(self.config), self.num_heads, 0, NUM_LAYERS)
 
-        Raises:
-            ValueError: the mask does not exist for this size.
-        """
-        return Mask.from_config(self.config, self.num_tokens, self.num_heads, layer=0, num_layers=NUM_LAYERS)
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, N, D) that require gradients, the same for the same shape."""
+        generator = torch.Generator().manual_seed(self.num_tokens)
+        shape = (self.batch, self.num_heads, self.num_tokens, self.head_dim)
+        q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+        return q, k, v
 
 
 def all_cases() -> list[Case]:
@@ -55,18 +66,36 @@ def all_cases() -> list[Case]:
         config = {"mask": "local", "mask_kwargs": {"window": window}}
         cases.append(_case(f"local_w{window}", config, num_tokens, quick=num_tokens == 1024))
     cases += [_case("none", {"mask": "none"}, n, batch, quick=n == 197) for n, batch in sizes[:5]]
-    return cases + _other_masks()
+    grid = {"mask": "neighborhood", "mask_kwargs": {"kernel_size": 7}, "grid": [32, 32], "num_prefix_tokens": 1}
+    cases.append(_case("neighborhood_k7", grid, OTHER_SIZES[0]))
+    return cases + _other_masks() + _choices() + _backends()
+
+
+def _choices() -> list[Case]:
+    """Masks by content, whose time includes the choice."""
+    shipped = configs()
+    cases = [_case(name, shipped[name], OTHER_SIZES[0]) for name in CHOICES]
+    return [*cases, *(_case(name, shipped[name], 4097) for name in ("topk", "vertical_slash_estimated"))]
+
+
+def _backends() -> list[Case]:
+    cases = []
+    for name in BACKENDS:
+        config = load_config(configs()[name])
+        sizes = ((197, 8),) if config.backend == "linformer" else ((197, 8), (1025, 1), (4097, 1))
+        cases += [_case(config.backend, config, num_tokens, batch) for num_tokens, batch in sizes]
+    return cases
 
 
 def _other_masks() -> list[Case]:
     shipped, cases = configs(), []
     for name in (entry["name"] for entry in registered_masks()):
-        if name in ("fibottention", "local", "none") or name not in shipped:
+        if name in ("fibottention", "local", "none") or name not in shipped or load_config(shipped[name]).by_content:
             continue
         for num_tokens in OTHER_SIZES:
             case = _case(name, shipped[name], num_tokens)
             try:
-                case.mask()
+                case.layer_mask.at(num_tokens)
             except ValueError:  # a grid of another size
                 continue
             cases.append(case)
@@ -89,7 +118,7 @@ def select(patterns: Sequence[str] | None, *, quick: bool) -> list[Case]:
     return [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
 
 
-def _case(name: str, config: Any, num_tokens: int, batch: int = 1, *, quick: bool = False) -> Case:  # noqa: ANN401
+def _case(name: str, config: ConfigLike, num_tokens: int, batch: int = 1, *, quick: bool = False) -> Case:
     suffix = f"x{batch}" if batch > 1 else ""
     parsed = load_config(config)
     return Case(f"{name}-{num_tokens}{suffix}", parsed, num_tokens, batch, quick)

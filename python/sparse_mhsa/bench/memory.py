@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .gate import make_inputs
 from .methods import METHODS, Attention, Problem
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -75,18 +74,17 @@ def _measure(case: Case, name: str, dtype: torch.dtype, backward: bool, threads:
     method = next(method for method in METHODS if method.name == name)
     # Pools and libraries come up once per process, whatever they compute first.
     tiny = Case("tiny", {"mask": "local", "mask_kwargs": {"window": 1}}, 8, num_heads=1, head_dim=8)
-    warm = Problem(tiny, tiny.mask(), dtype)
-    inputs = make_inputs(tiny, dtype)
-    _call(method.prepare(warm), inputs, torch.ones_like(inputs[0]) if backward else None)
+    inputs = tiny.inputs(dtype)
+    _call(method.prepare(Problem(tiny, dtype)), inputs, torch.ones_like(inputs[0]) if backward else None)
     warm_up = torch.ones(1 << 16)
     warm_up.add_(1)
 
-    inputs = make_inputs(case, dtype)
+    inputs = case.inputs(dtype)
     grad = torch.ones_like(inputs[0]) if backward else None
     before = _resident("VmRSS")
     CLEAR.write_text("5", encoding="ascii")  # lowers the high-water mark to what is resident now
     start = time.perf_counter()
-    attend = method.prepare(Problem(case, case.mask(), dtype))
+    attend = method.prepare(Problem(case, dtype))
     prepared = time.perf_counter()
     _call(attend, inputs, grad)
     first = time.perf_counter()

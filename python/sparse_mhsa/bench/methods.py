@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import sparse_attention
+from ..backends import Backend, build_backend
+from ..content import choose_masks
+from ..functional import attend, sparse_attention
 from ..mask import Mask
 from .cases import Case
 from .measure import seconds_of
@@ -29,11 +31,48 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One case in one dtype, with what several methods need."""
+    """One case in one dtype, with what several methods need.
+
+    Attributes:
+        case: mechanism and size.
+        dtype: of the inputs.
+    """
 
     case: Case
-    mask: Mask
     dtype: torch.dtype
+
+    @cached_property
+    def mask(self) -> Mask:
+        """The edges; those chosen for the inputs of the row where they depend on content.
+
+        Raises:
+            ValueError: the mask does not exist for this size, or the backend has no edges.
+        """
+        case = self.case
+        if not self.by_content:
+            return case.layer_mask.at(case.num_tokens)
+        q, k, _ = (x.detach() for x in case.inputs(self.dtype))
+        (mask,) = choose_masks(case.config, q, k)
+        return mask
+
+    @property
+    def by_content(self) -> bool:
+        """Edges are chosen in every call."""
+        return self.case.layer_mask.by_content
+
+    @cached_property
+    def backend(self) -> Backend | None:
+        """Attention without edges, with parameters that are the same every time, or None for attention over edges."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            like = torch.empty(0, dtype=self.dtype)
+            backend = build_backend(self.case.layer_mask, self.case.head_dim, 0.0, like)
+        return None if backend is None else backend.requires_grad_(False)
+
+    @property
+    def work(self) -> int | None:
+        """Edges of all samples, or None without edges."""
+        return None if self.backend is not None else self.case.batch * self.mask.nnz
 
     @cached_property
     def edges(self) -> tuple[Tensor, Tensor]:
@@ -90,12 +129,17 @@ class Method(ABC):
 
 
 class Sparse(Method):
-    """`sparse_attention` of this package."""
+    """This package: over edges, over edges chosen in the call, or by a backend without edges."""
 
     name, title = "sparse_mhsa", "sparse_mhsa"
 
     def prepare(self, problem: Problem) -> Attention:
         """Nothing to do: the plan is built and cached by the first call."""
+        backend, layer_mask = problem.backend, problem.case.layer_mask
+        if backend is not None:
+            return lambda q, k, v: backend.attend(q, k, v)[0]
+        if problem.by_content:
+            return lambda q, k, v: attend(q, k, v, layer_mask)[0]
         mask = problem.mask
         return lambda q, k, v: sparse_attention(q, k, v, mask)
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..content import edges_of
 from ..machine import environment
 from ..train import require_packages
 from .cases import Case, select
-from .gate import Gate, WrongResultError, make_inputs
+from .gate import Gate, WrongResultError
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, paired_ratio, spread
 from .memory import FootprintError, available_memory, footprint
@@ -29,6 +30,8 @@ from .table import markdown, row_line, table_head
 logger = logging.getLogger("sparse_mhsa")
 
 SCHEMA = "sparse_mhsa-bench-1"
+CHOICE = "choice"
+"""What is timed besides the methods: choosing the edges, where that is part of a call."""
 FLOPS = {"forward": 4, "step": 14}
 """Operations per edge and channel: two matrix products forward, five more (with the scores again) backward."""
 ROWS_READ = {"forward": 2, "step": 8}
@@ -107,27 +110,28 @@ def measure_case(
     bandwidth: Bandwidth,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one case and dtype: forward, then forward and backward."""
-    problem = Problem(case, case.mask(), dtype)
-    gates = {
-        kind: Gate(problem, masked=kind[0], stepwise=kind[1])
-        for kind in {(method.masked, method.stepwise) for method in methods}
-    }
+    problem = Problem(case, dtype)
+    gates: dict[tuple[bool, bool], Gate] = {}
     prepared: dict[str, Attention | dict[str, Any]] = {}
     for direction in ("forward", "step"):
         backward = direction == "step"
         results: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
-        inputs = make_inputs(case, dtype)
+        inputs = case.inputs(dtype)
         grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         for method in methods:
-            refusal = admit(method, problem, gates[method.masked, method.stepwise], prepared, backward=backward)
+            refusal = admit(method, problem, gates, prepared, backward=backward)
             if refusal is not None:
                 results[method.name] = refusal
                 continue
             attend: Any = prepared[method.name]
             calls[method.name] = partial(_step, attend, inputs, grad) if backward else partial(_forward, attend, inputs)
+        if problem.by_content and OURS in calls:
+            q, k, _ = (x.detach() for x in inputs)
+            calls[CHOICE] = partial(edges_of, q, k, case.layer_mask)
         seconds = interleave(calls, repeat=options.repeat, budget=options.budget)
-        edges = case.batch * problem.mask.nnz
+        choice = seconds.pop(CHOICE, None)
+        calls.pop(CHOICE, None)
         for name, times in seconds.items():
             measured = spread(times)
             result: dict[str, Any] = {"status": "ok", "seconds": asdict(measured)}
@@ -135,11 +139,17 @@ def measure_case(
                 result["speedup_over_sdpa"] = asdict(paired_ratio(seconds[DENSE], times))
             if name != OURS and OURS in seconds:
                 result["speedup_of_ours"] = asdict(paired_ratio(times, seconds[OURS]))
-            dense = name == DENSE
-            work = case.batch * case.num_heads * case.num_tokens**2 if dense else edges
-            result["ns_per_edge"] = 1e9 * measured.median / work
-            result["flops_share"] = FLOPS[direction] * work * case.head_dim / measured.median / peak
+            work = problem.square if name == DENSE else problem.work
+            if work is not None:
+                result["ns_per_edge"] = 1e9 * measured.median / work
+                result["flops_share"] = FLOPS[direction] * work * case.head_dim / measured.median / peak
             results[name] = result
+        if choice is not None:
+            results[OURS]["choice"] = {"seconds": asdict(spread(choice))}
+            if DENSE in seconds and direction == "forward":
+                # Half of what dense attention multiplies is q k^T.
+                half = [None if value is None else value / 2 for value in seconds[DENSE]]
+                results[OURS]["choice"]["over_qkt"] = asdict(paired_ratio(choice, half))
         if OURS in calls:
             results[OURS]["bandwidth"] = traffic(problem, direction, results[OURS]["seconds"]["median"], bandwidth)
         if options.memory:
@@ -154,8 +164,8 @@ def measure_case(
             "heads": case.num_heads,
             "head_dim": case.head_dim,
             "tokens": case.num_tokens,
-            "edges": problem.mask.nnz,
-            "density": problem.mask.density,
+            "edges": None if problem.work is None else problem.mask.nnz,
+            "density": None if problem.work is None else problem.mask.density,
             "methods": {method.name: results[method.name] for method in methods},
         }
 
@@ -163,18 +173,20 @@ def measure_case(
 def admit(
     method: Method,
     problem: Problem,
-    gate: Gate,
+    gates: dict[tuple[bool, bool], Gate],
     prepared: dict[str, Attention | dict[str, Any]],
     *,
     backward: bool,
 ) -> dict[str, Any] | None:
-    """Prepare a method and send it through the gate.
+    """Prepare a method and send it through the gate of its kind, which is made when first needed.
 
     Returns:
         ``None`` if it may be timed (its function is in ``prepared``), else its result: why it may not.
     """
     if backward and not method.backward:
         return _refused("unsupported", "has no backward pass on this device")
+    if problem.backend is not None and method.masked and method.name != OURS:
+        return _refused("unsupported", f"computes attention over edges, which `{problem.backend.name}` does not have")
     need, free = method.memory(problem, backward=backward), available_memory()
     if need > free // 2:
         return _refused("oom", f"needs {need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free")
@@ -187,7 +199,10 @@ def admit(
         attend = prepared[method.name]
         if isinstance(attend, dict):
             return attend
-        gate.check(attend, backward=backward)
+        kind = (method.masked, method.stepwise)
+        if kind not in gates:
+            gates[kind] = Gate(problem, masked=method.masked, stepwise=method.stepwise)
+        gates[kind].check(attend, backward=backward)
     except WrongResultError as error:
         return _refused("failed", str(error))
     except (MemoryError, RuntimeError) as error:
@@ -204,7 +219,7 @@ def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwid
     Returns:
         ``compulsory_share``: time to move every input and output once at the bandwidth of a working set of their size,
         over the time taken; no kernel passes 1. ``gather_share``: the same for reading a row of every operand per edge
-        from the cache that holds one head; above 1 where neighbouring edges share what they read.
+        from the cache that holds one head; above 1 where neighbouring edges share what they read. Not without edges.
     """
     case, item = problem.case, problem.item
     one = case.num_tokens * case.head_dim * item
@@ -212,9 +227,12 @@ def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwid
     every = one * case.batch * case.num_heads * tensors
     threads = torch.get_num_threads()
     compulsory = every / bandwidth.at(every // threads)
-    rows = case.batch * problem.mask.nnz * ROWS_READ[direction] * case.head_dim * item
-    gather = rows / bandwidth.at(one * (2 if direction == "forward" else 4))
-    return {"compulsory_share": compulsory / seconds, "gather_share": gather / seconds}
+    shares = {"compulsory_share": compulsory / seconds}
+    if problem.work is not None:
+        rows = problem.work * ROWS_READ[direction] * case.head_dim * item
+        gather = rows / bandwidth.at(one * (2 if direction == "forward" else 4))
+        shares["gather_share"] = gather / seconds
+    return shares
 
 
 def _forward(attend: Attention, inputs: Sequence[Tensor]) -> object:

@@ -13,7 +13,7 @@ def table_head(report: Mapping[str, Any], dtype: str) -> str:
     """Title and head of the table of one dtype, as Markdown."""
     titles = [title for name, title in report["methods"].items() if name != OURS]
     columns = ["row", "pass", "density", "ms", "ns / edge", "of FMA peak", "of bandwidth", "of gather", "extra MB"]
-    columns += ["mask ms", "first call ms", *(f"x {title}" for title in titles)]
+    columns += ["choice ms", "choice / QK^T", "mask ms", "first call ms", *(f"x {title}" for title in titles)]
     rate = report["limits"]["flops"][dtype] / 1e9
     return "\n".join(
         [
@@ -28,7 +28,7 @@ def row_line(row: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """One row as a line of the table."""
     ours = row["methods"][OURS]
     ratios = [_ratio(row["methods"][name], ours) for name in report["methods"] if name != OURS]
-    return _line([row["case"], DIRECTIONS[row["direction"]], f"{row['density']:.2%}", *_own(ours), *ratios])
+    return _line([row["case"], DIRECTIONS[row["direction"]], _share(row["density"]), *_own(ours), *ratios])
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -44,7 +44,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         "with the others, taking turns. `ms`, `ns / edge` and shares are of sparse_mhsa; `x METHOD` is how many times "
         "longer METHOD takes, the median over turns and the quartiles. `of bandwidth`: inputs and outputs moved once; "
         "`of gather`: a row read per edge and operand (above 100 % where edges share what they read). `extra MB`: peak "
-        "memory beyond inputs, outputs and gradients in a fresh process; `mask ms` and `first call ms` likewise.",
+        "memory beyond inputs, outputs and gradients in a fresh process; `mask ms` and `first call ms` likewise. Where "
+        "edges are chosen by content, the choice is part of `ms`, while the other methods are given the edges; "
+        "`choice ms` is the choice alone, and `choice / QK^T` its time over half that of dense SDPA, whose other half "
+        "is the product with the values.",
     ]
     for dtype in report["limits"]["flops"]:
         rows = [row for row in report["rows"] if row["dtype"] == dtype]
@@ -65,22 +68,19 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _own(ours: Mapping[str, Any]) -> list[str]:
     if ours["status"] != "ok":
-        return [MARKS[ours["status"]], *[""] * 7]
-    share = ours["bandwidth"]
-    cells = [
-        f"{1e3 * ours['seconds']['median']:.3g}",
-        f"{ours['ns_per_edge']:.2f}",
-        f"{ours['flops_share']:.0%}",
-        f"{share['compulsory_share']:.0%}",
-        f"{share['gather_share']:.0%}",
-    ]
-    if "extra_bytes" not in ours:
-        return [*cells, "", "", ""]
+        return [MARKS[ours["status"]], *[""] * 9]
+    share, choice = ours["bandwidth"], ours.get("choice", {})
     return [
-        *cells,
-        f"{ours['extra_bytes'] / 1e6:.1f}",
-        f"{1e3 * ours['mask_seconds']:.2f}",
-        f"{1e3 * ours['first_call_seconds']:.2f}",
+        f"{1e3 * ours['seconds']['median']:.3g}",
+        f"{ours['ns_per_edge']:.2f}" if "ns_per_edge" in ours else "",
+        f"{ours['flops_share']:.0%}" if "flops_share" in ours else "",
+        f"{share['compulsory_share']:.0%}",
+        f"{share['gather_share']:.0%}" if "gather_share" in share else "",
+        f"{ours['extra_bytes'] / 1e6:.1f}" if "extra_bytes" in ours else "",
+        f"{1e3 * choice['seconds']['median']:.3g}" if choice else "",
+        _spread(choice["over_qkt"]) if "over_qkt" in choice else "",
+        f"{1e3 * ours['mask_seconds']:.2f}" if "mask_seconds" in ours else "",
+        f"{1e3 * ours['first_call_seconds']:.2f}" if "first_call_seconds" in ours else "",
     ]
 
 
@@ -89,8 +89,15 @@ def _ratio(result: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         return MARKS[result["status"]]
     if ours["status"] != "ok":
         return ""
-    ratio = result["speedup_of_ours"]
+    return _spread(result["speedup_of_ours"])
+
+
+def _spread(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.3g} ({ratio['lower_quartile']:.3g} to {ratio['upper_quartile']:.3g})"
+
+
+def _share(density: float | None) -> str:
+    return "no edges" if density is None else f"{density:.2%}"
 
 
 def _size(size: int) -> str:
