@@ -159,8 +159,8 @@ def build_parser() -> Parser:
     decode = subjects.add_parser(
         "decode",
         help="One decoding step over caches against dense attention over everything.",
-        description="Time one decoding step over a full cache and over caches that forget, against dense attention over "
-        "everything, all in one process behind a correctness gate.",
+        description="Time one decoding step over a full cache and over caches that forget, against dense attention "
+        "over everything, all in one process behind a correctness gate.",
         allow_abbrev=False,
     )
     decode.set_defaults(run=run_bench_decode, no_memory=True, no_plots=True)

@@ -225,9 +225,9 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         f"Made by `{report['command']}` on {report['created']}: {machine['machine']}, {machine['cores']} cores, "
         f"{machine['threads']} threads, load {machine['load_average']:.1f} at the start, torch {machine['torch']}, "
         f"sparse_mhsa {machine['sparse_mhsa']}.\n",
-        "One new token in one layer. `SDPA ms` is torch's attention over all keys; the other columns say how many times "
-        f"longer that takes than `decode_attention` over the same keys, and than caches that keep one in {SHARE} of "
-        "them: median over turns and quartiles, each behind a comparison with dense attention in float64.\n",
+        "One new token in one layer. `SDPA ms` is torch's attention over all keys; the other columns say how many "
+        f"times longer that takes than `decode_attention` over the same keys, and than caches that keep one in {SHARE} "
+        "of them: median over turns and quartiles, each behind a comparison with dense attention in float64.\n",
         _head(),
         *(_line(row) for row in report["rows"]),
     ]
