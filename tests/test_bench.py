@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+import sparse_mhsa as sm
 from sparse_mhsa import Mask
-from sparse_mhsa.bench import cases, memory, run
+from sparse_mhsa.bench import cases, decode, memory, run
 from sparse_mhsa.bench.cases import Case, all_cases, select
 from sparse_mhsa.bench.gate import Gate, WrongResultError
 from sparse_mhsa.bench.measure import Spread, interleave, paired_ratio
@@ -390,3 +391,62 @@ def test_rows_measured_before_ctrl_c_are_kept(tmp_path, monkeypatch):
 def test_bad_usage_is_named(capsys, tmp_path, words, message):
     assert main(["bench", "kernels", *words.split(), "--output-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+# Decoding.
+
+
+SMALL = decode.DecodeCase(64, 4, 2, 8, batch=2)
+
+
+def test_the_decode_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decode, "all_cases", lambda: [SMALL])
+    words = "bench decode --rows * --repeat 2 --threads 1 --dtype float32 bfloat16 --output-dir"
+    assert main([*words.split(), str(tmp_path)]) == 0, capsys.readouterr()
+    report = json.loads((tmp_path / "decode.json").read_text())
+    assert report["schema"] == "sparse_mhsa-bench-decode-1"
+    assert [(row["case"], row["dtype"], row["capacity"]) for row in report["rows"]] == [
+        ("decode-4q2kv-64x2", dtype, 8) for dtype in ("float32", "bfloat16")
+    ]
+    for row in report["rows"]:
+        assert list(row["methods"]) == [decode.SDPA, decode.FULL, *decode.policies(8)]
+        for result in row["methods"].values():
+            assert result.keys() == {"status", "seconds", "speedup_over_sdpa"}, result
+    page = (tmp_path / "decode.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(table) == 3
+    out = capsys.readouterr().out
+    assert all(line in out for line in table)
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_a_wrong_decoding_step_is_printed_as_failed_and_ends_the_command_with_1(tmp_path, monkeypatch):
+    attend = sm.LayerCache.attend
+    monkeypatch.setattr(sm.LayerCache, "attend", lambda *arguments: 1.001 * attend(*arguments))
+    monkeypatch.setattr(decode, "decode_attention", lambda *_: torch.zeros(2, 4, 1, 8))
+    options = BenchOptions(repeat=1, output_dir=tmp_path)
+    assert decode.bench_decode(options, "command", [SMALL]) == 1
+    methods = json.loads((tmp_path / "decode.json").read_text())["rows"][0]["methods"]
+    assert methods.pop(decode.SDPA)["status"] == "ok"
+    assert {result["status"] for result in methods.values()} == {"failed"}
+    assert (tmp_path / "decode.md").read_text().count("FAILED") == len(methods)
+
+
+class ForgetsAnother(sm.LayerCache):
+    """One sink too few: the token that goes is not the one that should."""
+
+    def attend(self, *tokens):
+        self.policy = sm.CachePolicy("attention_sinks", 8, sinks=3)
+        return super().attend(*tokens)
+
+
+def test_a_cache_that_forgets_another_token_does_not_pass():
+    token = SMALL.make(1, torch.float32, seed=1)
+    for kind in (sm.LayerCache, ForgetsAnother):
+        cache = kind(decode.policies(8)["attention_sinks"])
+        sm.LayerCache.attend(cache, *SMALL.make(8, torch.float32))
+        if kind is ForgetsAnother:
+            with pytest.raises(WrongResultError, match="sinks differs by"):
+                decode.check_step(cache, token, "sinks")
+        else:
+            decode.check_step(cache, token, "sinks")

@@ -568,12 +568,26 @@ def test_policies_that_make_no_sense_are_refused(arguments, error, message):
         (2, "capacity: .* needs at least 3, got 2"),
         ([[4, 2], [4, 4]], "capacity: .* needs at least 3, got 2"),
         ([4, 4, 4], r"capacity: expected one entry per layer \(2\), got 3"),
-        ([[4, 4], [[4], [4]]], "capacity: expected one number, or one per head, got shape"),
     ],
 )
 def test_capacities_that_make_no_sense_are_refused(capacity, message):
     with pytest.raises(ValueError, match=message):
         KVCache(CachePolicy("combined", recent=3), 2, capacity=capacity)
+
+
+@pytest.mark.parametrize("capacity", [2.5, [[4, 4], [[4], [4]]], [4.0, 4], "88", np.ones(2)], ids=str)
+def test_capacities_that_are_no_whole_numbers_are_refused(capacity):
+    with pytest.raises(TypeError, match="capacity: expected a whole number, got "):
+        KVCache(CachePolicy("combined", recent=3), 2, capacity=capacity)
+
+
+@pytest.mark.parametrize(
+    "capacity", [np.int64(5), np.array(5), np.array([5, 5]), [[5, 5], [5, 5, 5]], torch.tensor([5, 5])]
+)
+def test_capacities_are_given_in_any_form(capacity):
+    cache = KVCache(CachePolicy("combined", recent=3), 2, capacity=capacity)
+    cache.attend(0, *tensors())
+    assert (cache[0].lengths == 5).all()
 
 
 def test_tokens_that_do_not_fit_are_refused_and_change_nothing():
@@ -589,14 +603,14 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing():
         ((q[:, :, :3], k, v), {}, ValueError, "query and key: expected as many tokens, got 3 and 20"),
         ((q, k, v), {"token_mask": torch.ones(2, 3) > 0}, ValueError, r"token_mask: expected shape \(B, N\) = "),
         ((q, k, v), {"token_mask": torch.ones(2, 20)}, TypeError, "token_mask: expected torch.bool, got torch.float32"),
-        ((q, k, v.requires_grad_()), {}, RuntimeError, "decoding has no gradient"),
+        ((q, k, v.clone().requires_grad_()), {}, RuntimeError, "decoding has no gradient"),
     ]  # fmt: skip
     for tokens, options, error, message in wrong:
         with pytest.raises(error, match=message):
             cache.attend(*tokens, **options)
     assert_equal(before.values(), cache.state_dict().values())
     with torch.no_grad():
-        cache.attend(q, k, v)
+        cache.attend(*wrong[-1][0])
 
 
 def test_orders_that_do_not_exist_are_refused():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .budget import Weights, allocate
 from .cache_policy import CachePolicy, whole_number
-from .layer_cache import CacheMemory, CacheUpdate, Capacity, LayerCache
+from .layer_cache import CacheMemory, CacheUpdate, Capacity, LayerCache, is_one_number
 
 
 class KVCache:
@@ -37,7 +37,7 @@ class KVCache:
         self, policy: CachePolicy, num_layers: int, *, capacity: Capacity | Sequence[Sequence[int]] | None = None
     ) -> None:
         num_layers = whole_number(num_layers, "num_layers", 1)
-        shared = capacity is None or np.ndim(capacity) == 0
+        shared = is_one_number(capacity)
         of_layers = [capacity] * num_layers if shared else list(capacity)  # type: ignore[arg-type]
         if len(of_layers) != num_layers:
             raise ValueError(f"capacity: expected one entry per layer ({num_layers}), got {len(of_layers)}")

@@ -58,6 +58,8 @@ class Slots:
     """(Hkv,)"""
     appended: int = 0
     """No head of any sample has more entries than this."""
+    fits: int = 0
+    """So many may be appended in all before there is need to grow."""
 
     @classmethod
     def empty(cls, policy: CachePolicy, k: Tensor, v: Tensor, capacities: Sequence[int | None]) -> "Slots":
@@ -87,6 +89,8 @@ class Slots:
 
     def positions_of(self, tokens: int, token_mask: Tensor | None) -> Tensor:
         """(B, N) int64 positions of the next tokens, -1 for padding."""
+        if token_mask is None and tokens == 1:
+            return self.seen[:, None]
         if token_mask is None:
             return self.seen[:, None] + torch.arange(tokens, device="cpu")
         return (self.seen[:, None] + token_mask.cumsum(1) - 1).masked_fill(~token_mask, -1)
@@ -128,16 +132,19 @@ class Slots:
 
     def _make_room(self, policy: CachePolicy, tokens: int) -> None:
         """Grow, by doubling, to what ``tokens`` more may need."""
+        if self.appended + tokens <= self.fits:
+            return
         spare = _spare(policy)
         most = [capacity + spare for capacity in self.capacities.tolist()]
         rooms = self.starts.diff().tolist()
         needed = [min(self.appended + tokens, bound) for bound in most]
-        if all(room >= need for room, need in zip(rooms, needed, strict=True)):
-            return
         wanted = [
             room if room >= need else min(max(need, 2 * room), bound)
             for room, need, bound in zip(rooms, needed, most, strict=True)
         ]
+        self.fits = min((room for room, bound in zip(wanted, most, strict=True) if room < bound), default=2 * UNBOUNDED)
+        if wanted == rooms:
+            return
         starts = torch.tensor([0, *wanted], dtype=torch.int64, device="cpu").cumsum(0)
         old, new, size = self.starts.tolist(), starts.tolist(), sum(wanted)
         for name in ("keys", "values", "positions", "worths"):
@@ -203,7 +210,7 @@ class Slots:
         cls, policy: CachePolicy, capacity: int | tuple[int, ...] | None, state: Mapping[str, Tensor]
     ) -> "Slots":
         """What `state` gave, checked so that nothing in it can mislead a later step."""
-        names = [item.name for item in fields(cls) if item.name not in ("capacities", "appended")]
+        names = [item.name for item in fields(cls) if item.name not in ("capacities", "appended", "fits")]
         if set(state) != set(names):
             raise ValueError(f"state: expected {', '.join(names)}, got {', '.join(map(str, state)) or 'nothing'}")
         parts = {name: state[name].detach().to("cpu").contiguous().clone() for name in names}

@@ -323,10 +323,13 @@ def _capacities(policy: CachePolicy, capacity: Capacity | None) -> int | tuple[i
     given = policy.capacity if capacity is None else capacity
     if given is None:
         raise ValueError(f"capacity: the policy `{policy.name}` needs one, of its own or given to the cache")
-    if np.ndim(given) > 1:
-        raise ValueError(f"capacity: expected one number, or one per head, got shape {np.shape(given)}")
-    numbers = [given] if np.ndim(given) == 0 else list(given)  # type: ignore[arg-type]
-    whole = tuple(whole_number(number, "capacity", 1) for number in numbers)
+    one = is_one_number(given)
+    whole = tuple(whole_number(number, "capacity", 1) for number in ([given] if one else given))  # type: ignore[union-attr]
     for number in whole:
         policy.check_capacity(number, "capacity")
-    return whole[0] if np.ndim(given) == 0 else whole
+    return whole[0] if one else whole
+
+
+def is_one_number(capacity: object) -> bool:
+    """Whether ``capacity`` is no list of numbers, nor an array of more than zero dimensions."""
+    return not hasattr(capacity, "__iter__") or getattr(capacity, "ndim", 1) == 0
