@@ -11,6 +11,7 @@ mod by_key;
 mod by_query;
 mod forward;
 mod gather;
+mod lines;
 mod long;
 mod matrix;
 mod panel;
