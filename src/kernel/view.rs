@@ -230,18 +230,27 @@ impl<'a, T> Output<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width), self.width) }
     }
 
-    /// Rows `rows`, one after the other.
+    /// Neighbouring rows in one.
     ///
     /// # Safety
-    /// No other borrow of any of these rows exists.
+    /// No other borrow of these rows exists.
     #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
     pub(super) unsafe fn rows_mut(&self, rows: Range<usize>) -> &mut [T] {
         assert!(rows.start <= rows.end && rows.end <= self.rows);
         // SAFETY: the rows lie inside `data`; the caller promises that nobody else holds them.
         unsafe {
-            let first = self.data.add(rows.start * self.width);
-            std::slice::from_raw_parts_mut(first, rows.len() * self.width)
+            std::slice::from_raw_parts_mut(self.data.add(rows.start * self.width), rows.len() * self.width)
         }
+    }
+
+    /// Neighbouring rows in one, for reading.
+    ///
+    /// # Safety
+    /// They have been written, and nobody writes to them while the borrow lasts.
+    pub(super) unsafe fn read_rows(&self, rows: Range<usize>) -> &[T] {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        // SAFETY: the rows lie inside `data`; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.data.add(rows.start * self.width), rows.len() * self.width) }
     }
 
     /// Rows `rows` for reading, as the only head of a tensor.

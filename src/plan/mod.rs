@@ -2,6 +2,7 @@
 
 mod cache;
 mod cost;
+pub mod lines;
 pub mod panels;
 
 use std::sync::{Arc, OnceLock};
@@ -9,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 pub use cache::PlanCache;
 pub use cost::{Cost, Kernel};
 
+use self::lines::Lines;
 use self::panels::Coverage;
 use crate::error::{Error, Result};
 use crate::pattern::edges::EdgeSet;
@@ -19,6 +21,7 @@ pub struct HeadPlan {
     by_query: Arc<EdgeSet>,
     by_key: OnceLock<Arc<EdgeSet>>,
     in_panels: OnceLock<Coverage>,
+    lines: OnceLock<Option<Lines>>,
 }
 
 impl HeadPlan {
@@ -30,6 +33,11 @@ impl HeadPlan {
     /// What the panel kernel would make of this head.
     pub fn in_panels(&self) -> Coverage {
         *self.in_panels.get_or_init(|| Coverage::of(&self.by_query))
+    }
+
+    /// The edges as lines, where they can be had like that.
+    pub fn lines(&self) -> Option<&Lines> {
+        self.lines.get_or_init(|| Lines::of(&self.by_query)).as_ref()
     }
 
     /// Rows are keys, columns are queries. Built on first use: inference never pays for it. A symmetric mask is stored once.
@@ -74,6 +82,7 @@ impl Plan {
                     by_query: Arc::clone(set),
                     by_key: OnceLock::new(),
                     in_panels: OnceLock::new(),
+                    lines: OnceLock::new(),
                 }),
             });
         }

@@ -3,7 +3,7 @@
 use super::background::{Background, Share};
 use super::matrix::{Column, Matrix, pack, pack_rows};
 use super::tasks::Call;
-use super::{by_key, by_query, panel};
+use super::{by_key, by_query, lines, panel};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::view::Output;
@@ -67,7 +67,8 @@ pub(in crate::kernel) fn backward<T: Element>(
     let queries = sizes.batch * sizes.heads * sizes.queries;
 
     panel::backward(&call, &saved, panel::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
-    if call.panels.take_all() {
+    lines::backward(&call, &saved, lines::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
+    if call.all_regular() {
         return Ok(());
     }
     let mut delta = vec![T::Acc::ZERO; queries];

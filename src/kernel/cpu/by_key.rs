@@ -42,7 +42,7 @@ pub(super) fn run<T: Element>(
         || (),
         |(), index| {
             let (batch, head) = (index / sizes.heads, index % sizes.heads);
-            if !call.panels.take(batch, head) {
+            if !call.is_regular(batch, head) {
                 plan.head(batch, head, sizes.heads).by_key();
             }
         },
@@ -55,7 +55,8 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, kv_head, rows) = tasks.get(index);
-            if call.panels.take_keys(batch, kv_head) {
+            // Heads that share keys are all computed here, or none of them.
+            if call.is_regular(batch, kv_head * sizes.group()) {
                 return;
             }
             let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };

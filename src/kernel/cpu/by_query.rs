@@ -41,7 +41,7 @@ pub(super) fn run<T: Element>(
         || Scratch::new(call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
-            if call.panels.take(batch, head) {
+            if call.is_regular(batch, head) {
                 return;
             }
             let task = Task {

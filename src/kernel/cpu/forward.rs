@@ -8,10 +8,10 @@ use super::buffer::Buffer;
 use super::gather::{Sums, dots, weighted_sums};
 use super::long::{LONG_GROUP, add_long_weighted, long_dots};
 use super::matrix::{pack_rows, padded};
-use super::panel;
 use super::row::{add_scaled, scale, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
+use super::{lines, panel};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
@@ -35,7 +35,8 @@ pub(in crate::kernel) fn forward<T: Element>(
     let out = Output::new("out", out, &[sizes.batch, sizes.heads, sizes.queries, sizes.value_dim])?;
     let lse = Output::new("lse", lse, &[sizes.batch, sizes.heads, sizes.queries, 1])?;
     panel::forward(&call, &out, &lse, run)?;
-    if call.panels.take_all() {
+    lines::forward(&call, &out, &lse, run)?;
+    if call.all_regular() {
         return Ok(());
     }
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 2, run);
@@ -46,7 +47,7 @@ pub(in crate::kernel) fn forward<T: Element>(
         || Scratch::new(&call),
         |scratch, index| {
             let (batch, head, rows) = tasks.get(index);
-            if call.panels.take(batch, head) {
+            if call.is_regular(batch, head) {
                 return;
             }
             let task = Task {

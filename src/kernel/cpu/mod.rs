@@ -12,6 +12,7 @@ mod by_query;
 mod decode;
 mod forward;
 mod gather;
+mod lines;
 mod long;
 mod matrix;
 mod panel;

@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use super::batch::{Allowed, Batch, STRIP, Strip};
 use super::matrix::{Column, Matrix};
-use super::panel;
+use super::{lines, panel};
 use crate::error::Result;
 use crate::kernel::dropout::HeadDraws;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::shape::Sizes;
 use crate::kernel::{Attention, MaskedLogits, Run};
 use crate::pattern::edges::EdgeSet;
+use crate::plan::lines::Lines;
 use crate::pool::Pool;
 
 /// Multiplications below which another thread is not worth waking: a few tens of microseconds.
@@ -28,6 +29,8 @@ pub(super) struct Call<'a, T: Element> {
     background_keys: Option<Vec<usize>>,
     /// The heads that the panel kernel computes.
     pub panels: panel::Heads,
+    /// The heads that the kernel for lines computes.
+    pub lines: lines::Heads,
 }
 
 /// One head of a problem, and what the call allows in it.
@@ -53,7 +56,8 @@ impl<'a, T: Element> Call<'a, T> {
         let background_keys = (problem.masked_logits == MaskedLogits::Zero)
             .then(|| (0..sizes.batch).map(allowed_keys).collect());
         let panels = panel::Heads::of(problem, &sizes);
-        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys, panels })
+        let lines = lines::Heads::of(problem, &sizes, &panels);
+        Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys, panels, lines })
     }
 
     pub(super) fn head(&self, batch: usize, head: usize) -> Head<'a, T> {
@@ -72,6 +76,23 @@ impl<'a, T: Element> Call<'a, T> {
                 .map(|dropout| HeadDraws::new(dropout, index)),
             allowed_keys: self.background_keys.as_ref().map(|keys| keys[batch]),
         }
+    }
+
+    /// Whether a kernel for regular edges computes head `head` of q.
+    pub(super) fn is_regular(&self, batch: usize, head: usize) -> bool {
+        self.panels.take(batch, head) || self.lines.take(batch, head)
+    }
+
+    /// Whether nothing is left to the general kernels.
+    pub(super) fn all_regular(&self) -> bool {
+        let Sizes { batch, heads, .. } = self.sizes;
+        (0..batch * heads).all(|unit| self.is_regular(unit / heads, unit % heads))
+    }
+
+    /// The lines of a head that is computed by them, as its number among those of the batch.
+    pub(super) fn lines_of(&self, unit: usize) -> &'a Lines {
+        let heads = self.sizes.heads;
+        self.problem.plan.head(unit / heads, unit % heads, heads).lines().expect("the head was taken")
     }
 
     pub(super) fn has_background(&self) -> bool {
@@ -229,11 +250,21 @@ impl Tasks {
         batch * self.heads * self.per_head
     }
 
+    /// How many tasks a head is.
+    pub(super) fn per_head(&self) -> usize {
+        self.per_head
+    }
+
+    /// The rows of task `part` of a head.
+    pub(super) fn rows(&self, part: usize) -> Range<usize> {
+        let start = part * self.rows_per_task;
+        start..self.rows.min(start + self.rows_per_task)
+    }
+
     /// Batch element, head and rows of a task.
     pub(super) fn get(&self, index: usize) -> (usize, usize, Range<usize>) {
         let (head, part) = (index / self.per_head, index % self.per_head);
-        let start = part * self.rows_per_task;
-        (head / self.heads, head % self.heads, start..self.rows.min(start + self.rows_per_task))
+        (head / self.heads, head % self.heads, self.rows(part))
     }
 }
 

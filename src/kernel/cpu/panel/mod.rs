@@ -61,16 +61,6 @@ impl Heads {
         self.taken[batch * self.kv_heads + head / self.group]
     }
 
-    /// Whether head `kv_head` of k and v is computed here.
-    pub fn take_keys(&self, batch: usize, kv_head: usize) -> bool {
-        self.taken[batch * self.kv_heads + kv_head]
-    }
-
-    /// Whether nothing is left to the general kernels.
-    pub fn take_all(&self) -> bool {
-        self.taken.iter().all(|&taken| taken)
-    }
-
     /// The heads of k and v computed here, as numbers among those of the batch.
     fn units(&self) -> Vec<usize> {
         (0..self.taken.len()).filter(|&unit| self.taken[unit]).collect()
