@@ -117,14 +117,11 @@ class TestTimm:
         for call, out in zip(calls, expected, strict=True):
             assert_same(dense(x, **call).detach(), out.detach(), atol=1e-12)
 
-    def test_dropped_patches_are_warned_of(self, caplog):
-        model = vit(patch_drop_rate=0.5)
+    def test_models_without_patch_dropout_are_left_alone(self):
+        model = timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=24, num_heads=3)
         sm.sparsify(model, LOCAL)
-        assert "VisionTransformer drops patches in training" in caplog.text
-        caplog.clear()
-        sm.sparsify(vit(), LOCAL)
-        sm.sparsify(timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=24, num_heads=3), LOCAL)
-        assert not caplog.text
+        assert model.patch_drop is None
+        assert model.blocks[0].attn.positions is None
 
     def test_double_backward_of_a_swapped_layer(self):
         model = vit(depth=1).eval()

@@ -26,6 +26,7 @@ from .layer import set_epoch  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
+from .presence import token_positions  # noqa: E402
 from .probe import calibrate  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
 from .scores import Scores, collect_scores  # noqa: E402
@@ -64,4 +65,5 @@ __all__ = [
     "solve_budget",
     "sparse_attention",
     "sparsify",
+    "token_positions",
 ]

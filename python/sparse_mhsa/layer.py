@@ -11,6 +11,7 @@ from .functional import dense_mask
 from .layer_mask import LayerMask
 from .mask import Mask
 from .positions import edges_at
+from .presence import TokenPositions
 
 
 class SparseLayer(nn.Module):
@@ -22,6 +23,9 @@ class SparseLayer(nn.Module):
     backend: Backend | None
     """Attention without edges; None for softmax over the edges of the mask."""
 
+    positions: TokenPositions | None = None
+    """Where the tokens stood before some were dropped; None where all are there, in their order."""
+
     def _set_mechanism(self, layer_mask: LayerMask | Mask, head_dim: int, dropout: float, like: Tensor) -> None:
         """Set `layer_mask` and `backend`. A backend that stays the same keeps its trained parameters."""
         backend = build_backend(layer_mask, head_dim, dropout, like)
@@ -30,6 +34,11 @@ class SparseLayer(nn.Module):
             backend.take_parameters(present)
         self.backend = backend
         self.layer_mask = layer_mask
+
+    def _remove_mechanism(self) -> None:
+        """Leave nothing of what a swap added."""
+        del self.layer_mask, self.backend
+        self.__dict__.pop("positions", None)
 
     def mask(self, num_tokens: int) -> Mask:
         """The edges this layer uses for ``num_tokens`` tokens.
@@ -51,6 +60,11 @@ class SparseLayer(nn.Module):
         if token_positions is None:
             if num_tokens is not None:
                 raise ValueError("num_tokens: only has a meaning together with token_positions")
+            # A backend takes the tokens that come in the order in which they come.
+            if self.positions is None or self.backend is not None:
+                return None
+            token_positions, num_tokens = self.positions.of(shape[1]), self.positions.num_tokens
+        if token_positions is None:
             return None
         if self.backend is not None:
             raise ValueError(f"token_positions: the backend `{self.backend.name}` has no edges that they could choose")

@@ -187,7 +187,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         for key, hook in list(self._forward_pre_hooks.items()):
             if hook is stay_off_fast_path:
                 del self._forward_pre_hooks[key]
-        del self.layer_mask, self.backend
+        self._remove_mechanism()
         dense.__class__ = nn.MultiheadAttention
         return dense
 

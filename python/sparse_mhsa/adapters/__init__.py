@@ -14,6 +14,7 @@ from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
 from ..layer_mask import LayerMask
 from . import timesformer, timm, torch_nn, transformers
+from .dropped_tokens import follow_dropped_tokens
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported, why_unsupported
 from .report import Report, Row
 from .selection import Selection, matches_none
@@ -110,8 +111,7 @@ def sparsify(
         raise ValueError(f"model: nothing to swap in {type(model).__name__}\n{report}")
     for site, layer_mask in plan:
         site.adapter.sparsify(site.module, layer_mask)
-    for adapter in adapters():
-        adapter.finish(model)
+    _finish(model)
     if verify and sample is not None:
         _verify(model, plan, sample)
     return report
@@ -143,8 +143,14 @@ def densify(model: nn.Module) -> None:
     for site in find_attention(model):
         if site.layer_mask is not None:
             site.adapter.densify(site.module)
+    _finish(model)
+
+
+def _finish(model: nn.Module) -> None:
+    """Adjust what surrounds the layers, after a swap in either direction."""
     for adapter in adapters():
         adapter.finish(model)
+    follow_dropped_tokens(model)
 
 
 def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:

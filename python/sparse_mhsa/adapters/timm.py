@@ -4,7 +4,6 @@ import copy
 import copyreg
 import inspect
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from ..mask import Mask
 from .registry import Adapter, Layout, random_image, register_adapter
 from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, head_dim_of
 
-_LOGGER = logging.getLogger("sparse_mhsa")
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
@@ -188,16 +186,6 @@ class TimmAdapter(Adapter):
         assert isinstance(module, SparseAttention)
         module.__dict__.pop("unplaced", None)
         module.revert()
-
-    def finish(self, model: nn.Module) -> None:
-        """Warn of patches dropped in training: masks go by position, and the positions close up."""
-        sparse = any(isinstance(module, SparseAttention) for module in model.modules())
-        # Models without patch dropout have an Identity there, or None, or nothing.
-        if sparse and getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0.0:
-            _LOGGER.warning(
-                "%s drops patches in training; its masks then apply to the patches left, as if they were neighbours",
-                type(model).__name__,
-            )
 
     def layout(self, module: nn.Module) -> Layout | None:
         """Of a module that embeds patches, or at least knows what comes before them."""

@@ -103,7 +103,8 @@ class SparseAttention(SparseLayer):
         """Make the layer what it was, in place."""
         dense: nn.Module = self
         dense_class = self.dense_class
-        del self.layer_mask, self.backend, self.dense_class
+        self._remove_mechanism()
+        del self.dense_class
         dense.__class__ = dense_class
         return dense
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..layer import SparseLayer
 from ..layer_mask import LayerMask
 from ..mask import Mask
+from .mixing import mixed_class
 from .registry import Adapter, Layout, register_adapter, sides
 from .transformers_attention import (
     IMPLEMENTATION,
@@ -29,7 +30,6 @@ from .transformers_attention import (
     SparseInterfaceLayer,
     attention_forward,
     attention_mask,
-    sparse_class,
 )
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class TransformersAdapter(Adapter):
         """Swap in place."""
         register()
         if not isinstance(module, SparseInterfaceLayer):
-            module.__class__ = sparse_class(type(module))
+            module.__class__ = mixed_class(SparseInterfaceLayer, type(module))
             assert isinstance(module, SparseInterfaceLayer)
             # Layers share their configuration: the first one finds what it was.
             named = module.config._attn_implementation
@@ -114,7 +114,8 @@ class TransformersAdapter(Adapter):
         if module.config._attn_implementation == IMPLEMENTATION:
             module.config._attn_implementation = module.dense_implementation or "sdpa"
         dense_class = module.dense_class
-        del module.layer_mask, module.backend, module.dense_implementation
+        module._remove_mechanism()
+        del module.dense_implementation
         dense: nn.Module = module
         dense.__class__ = dense_class
 

@@ -14,6 +14,7 @@ from ..functional import additive_bias, attend, autocast, causal_bias, check_qkv
 from ..layer import SparseLayer
 from ..layer_mask import LayerMask
 from ..mask import Mask
+from .mixing import Mixed
 from .verify import looking
 
 if TYPE_CHECKING:
@@ -27,37 +28,16 @@ STAYS_DENSE = "_sparse_mhsa_stays_dense"
 _NOT_HONOURED = ("softcap", "s_aux")
 
 
-class SparseInterfaceLayer(SparseLayer):
+class SparseInterfaceLayer(Mixed, SparseLayer):
     """A layer of transformers whose attention function is `attention_forward`; mixed into the dense class."""
 
-    dense_class: type[nn.Module]
-    """What the module was."""
     config: Any
     dense_implementation: str | None
-    """The attention implementation that its configuration named before."""
-
-    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return _unpickled, (self.dense_class,), self.__dict__
+    """The attention implementation that its configuration named before, on the first of those that share one."""
 
     def extra_repr(self) -> str:
         """Mask."""
         return self._mask_repr()
-
-
-_CLASSES: dict[type[nn.Module], type[SparseInterfaceLayer]] = {}
-
-
-def sparse_class(dense_class: type[nn.Module]) -> type[SparseInterfaceLayer]:
-    """The subclass of a dense class whose instances are swapped, so that ``isinstance`` checks go on to hold."""
-    if dense_class not in _CLASSES:
-        name, bases = f"Sparse{dense_class.__name__}", (SparseInterfaceLayer, dense_class)
-        _CLASSES[dense_class] = type(name, bases, {"dense_class": dense_class})
-    return _CLASSES[dense_class]
-
-
-def _unpickled(dense_class: type[nn.Module]) -> nn.Module:
-    cls = sparse_class(dense_class)
-    return cls.__new__(cls)
 
 
 def attention_forward(
@@ -125,11 +105,12 @@ def attention_forward(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     seed = draw_seed() if dropout > 0.0 else None
     options: dict[str, Any] = {"key_mask": key_mask, "bias": bias, "dropout_p": dropout, "seed": seed, "scale": scale}
+    shape = (q.shape[0], q.shape[2])
+    edges = module._edges_at(None, None, q.shape[1], shape) if isinstance(module, SparseLayer) else None
     if not wants_weights:
-        out, _ = attend(q, k, v, layer_mask, embeddings=embeddings, **options)
+        out, _ = attend(q, k, v, layer_mask, edges, embeddings=embeddings, **options)
         return out.transpose(1, 2).contiguous(), None
-    edges = None
-    if layer_mask.by_content:
+    if edges is None and layer_mask.by_content:
         edges = edges_of(q, k, layer_mask, key_mask=key_mask, bias=bias, scale=scale, embeddings=embeddings)
     out, lse = attend(q, k, v, layer_mask, edges, needs_lse=True, **options)
     weights = weights_of(q, k, lse, layer_mask.source(q.shape[2]) if edges is None else edges, **options)
