@@ -30,6 +30,7 @@ from .presence import token_positions  # noqa: E402
 from .probe import calibrate  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
 from .scores import Scores, collect_scores  # noqa: E402
+from .sdpa import patch_sdpa  # noqa: E402
 from .solve import Solution, solve_budget  # noqa: E402
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "engine",
     "load_config",
     "masks",
+    "patch_sdpa",
     "recall",
     "register_backend",
     "register_mask",

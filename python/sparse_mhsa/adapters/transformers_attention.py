@@ -1,7 +1,5 @@
 """The attention function and the mask function that transformers looks up under the name ``sparse_mhsa``."""
 
-import functools
-import json
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -83,7 +81,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key_mask, bias = _masks(attention_mask, query, key)
     # A mask that is causal itself needs no (N, S) array that says so.
-    if causal and attention_mask is None and query.shape[2] > 1 and not _is_causal(layer_mask):
+    if causal and attention_mask is None and query.shape[2] > 1 and not layer_mask.is_causal:
         bias = causal_bias(query, key)
     if position_bias is not None:
         added = additive_bias(position_bias, query, key)
@@ -160,16 +158,6 @@ def _mechanism(module: nn.Module, num_heads: int) -> "tuple[LayerMask | Mask, Ba
         "sparse_mhsa.sparsify(model, config), or sparse_mhsa.adapters.transformers.restore(model) for a model that "
         "was saved with sparse attention"
     )
-
-
-def _is_causal(layer_mask: LayerMask | Mask) -> bool:
-    return isinstance(layer_mask, LayerMask) and layer_mask.config.uses_edges and _keeps_no_later_key(layer_mask.spec)
-
-
-@functools.lru_cache(maxsize=1024)
-def _keeps_no_later_key(spec: str) -> bool:
-    mask = json.loads(spec)
-    return mask["mask_kwargs"].get("causal") is True and mask["num_prefix_tokens"] == 0
 
 
 def _masks(attention_mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
