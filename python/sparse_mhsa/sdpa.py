@@ -42,7 +42,7 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
     """
 
     def __init__(self, config: ConfigLike) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.config = load_config(config)
         if not self.config.uses_edges:
             raise config_error(
