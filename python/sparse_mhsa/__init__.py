@@ -22,13 +22,15 @@ from .content import choose_masks, recall  # noqa: E402
 from .decoding import decode_attention  # noqa: E402
 from .engine import engine  # noqa: E402
 from .functional import sparse_attention  # noqa: E402
-from .layer import set_epoch, token_positions  # noqa: E402
+from .layer import set_epoch  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
 from .mask import Mask  # noqa: E402
 from .module import SparseMHSA  # noqa: E402
+from .presence import token_positions  # noqa: E402
 from .probe import calibrate  # noqa: E402
 from .register import MaskContext, register_mask  # noqa: E402
 from .scores import Scores, collect_scores  # noqa: E402
+from .sdpa import patch_sdpa  # noqa: E402
 from .solve import Solution, solve_budget  # noqa: E402
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "engine",
     "load_config",
     "masks",
+    "patch_sdpa",
     "recall",
     "register_backend",
     "register_mask",

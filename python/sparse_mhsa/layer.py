@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from . import flex
@@ -12,7 +11,8 @@ from .edges import EdgeSource
 from .functional import dense_mask
 from .layer_mask import LayerMask
 from .mask import Mask
-from .positions import TokenPositions, edges_at
+from .positions import edges_at
+from .presence import TokenPositions
 
 
 class SparseLayer(nn.Module):
@@ -49,28 +49,27 @@ class SparseLayer(nn.Module):
         """
         return self.layer_mask.at(num_tokens)
 
-    def _edges_at(self, token_positions: Tensor | None, num_tokens: int | None, q: Tensor) -> EdgeSource | None:
-        """The edges at some positions of the whole sequence; None for those of the mask itself.
-
-        Args:
-            token_positions: (B, N) positions; None for those that were noted, if any.
-            num_tokens: length of the whole sequence.
-            q: (B, H, N, D).
+    def _edges_at(
+        self, token_positions: Tensor | None, num_tokens: int | None, num_heads: int, shape: tuple[int, int]
+    ) -> EdgeSource | None:
+        """The edges at (B, n) positions of the whole sequence; None for those of the mask itself.
 
         Raises:
             TypeError: ``token_positions`` is no int64 tensor.
-            ValueError: it does not fit ``q``, the mask or the backend.
+            ValueError: it does not fit ``shape`` = (B, n), the mask or the backend.
         """
         if token_positions is None:
             if num_tokens is not None:
                 raise ValueError("num_tokens: only has a meaning together with token_positions")
+            # A backend takes the tokens that come in the order in which they come.
             if self.positions is None or self.backend is not None:
                 return None
-            return self.positions.edges(self.layer_mask, q)
+            token_positions, num_tokens = self.positions.of(shape[1]), self.positions.num_tokens
+        if token_positions is None:
+            return None
         if self.backend is not None:
             raise ValueError(f"token_positions: the backend `{self.backend.name}` has no edges that they could choose")
-        edges = edges_at(self.layer_mask, token_positions, q.shape[1], num_tokens)
-        shape = (q.shape[0], q.shape[2])
+        edges = edges_at(self.layer_mask, token_positions, num_heads, num_tokens)
         if tuple(token_positions.shape) != shape:
             raise ValueError(f"token_positions: expected shape (B, n) = {shape}, got {tuple(token_positions.shape)}")
         return edges
@@ -120,42 +119,3 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
     for module in model.modules():
         if isinstance(module, SparseLayer):
             module.set_epoch(epoch)
-
-
-@contextmanager
-def token_positions(model: nn.Module, positions: Tensor, num_tokens: int) -> Iterator[None]:
-    """Within it, the sparse layers of a model apply their masks at the original positions of the tokens.
-
-    `sparsify` does this by itself for masked autoencoders and for patch dropout. With activation checkpointing the
-    backward pass belongs inside too, because it runs the layers again.
-
-    Args:
-        model: a model or a part of one, such as an encoder.
-        positions: (B, n) int64; where each of the n tokens stood, prefix tokens included.
-        num_tokens: N, number of tokens of the whole sequence.
-
-    Raises:
-        TypeError: ``positions`` is no int64 tensor.
-        ValueError: it has the wrong shape, positions out of range, or one of them twice in a sample.
-    """
-    if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
-        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
-        raise TypeError(f"positions: expected an int64 tensor, got {got}")
-    if positions.dim() != 2:
-        raise ValueError(f"positions: expected shape (B, n), got {tuple(positions.shape)}")
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < num_tokens:
-        raise ValueError(f"positions: expected numbers from 0 to {num_tokens - 1}")
-    ordered = positions.sort(dim=1).values
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise ValueError("positions: expected no position twice in a sample")
-    shared = TokenPositions()
-    shared.positions, shared.num_tokens = positions, num_tokens
-    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    before = [layer.positions for layer in layers]
-    for layer in layers:
-        layer.positions = shared
-    try:
-        yield
-    finally:
-        for layer, former in zip(layers, before, strict=True):
-            layer.positions = former

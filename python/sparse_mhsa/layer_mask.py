@@ -112,6 +112,11 @@ class LayerMask:
         return self.name == "none"
 
     @property
+    def is_causal(self) -> bool:
+        """No query keeps a later key, whatever the number of tokens."""
+        return self.config.uses_edges and _keeps_no_later_key(self.spec)
+
+    @property
     def masked_logits(self) -> str:
         """``neg_inf`` or ``zero``."""
         return self.config.masked_logits
@@ -152,6 +157,12 @@ class LayerMask:
 @functools.cache
 def _built_in_masks() -> frozenset[str]:
     return frozenset(entry["name"] for entry in registered_masks())
+
+
+@functools.lru_cache(maxsize=1024)
+def _keeps_no_later_key(spec: str) -> bool:
+    mask = json.loads(spec)
+    return mask["mask_kwargs"].get("causal") is True and mask["num_prefix_tokens"] == 0
 
 
 def draw_seed() -> int:

@@ -324,6 +324,11 @@ class Mask:
         """The mask is ``none``: every query keeps every key."""
         return self._layer_mask is not None and self._layer_mask.is_dense
 
+    @property
+    def is_causal(self) -> bool:
+        """It is known that no query keeps a later key."""
+        return self._layer_mask is not None and self._layer_mask.is_causal
+
     def source(self, num_tokens: int) -> EdgeSource:
         """The edges as the operators take them.
 

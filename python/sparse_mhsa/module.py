@@ -257,7 +257,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
             token_positions = None if token_positions is None else token_positions.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
-        at_positions = self._edges_at(token_positions, num_tokens, q)
+        at_positions = self._edges_at(token_positions, num_tokens, self.num_heads, (q.shape[0], q.shape[2]))
         if self.backend is not None:
             context, weights = self._run(self.backend, q, k, v, key_padding_mask, attn_mask, need_weights)
             out = self._merge(context, batch_first)

@@ -60,53 +60,6 @@ def edges_at(
     return EdgeSource(None, *restrict_edges(row_ptr, col, token_positions))
 
 
-class TokenPositions:
-    """Where the tokens of the current batch stood; shared by the layers of one stack. Copies start empty."""
-
-    def __init__(self) -> None:
-        self.positions: Tensor | None = None
-        self.num_tokens = 0
-
-    def __reduce__(self) -> tuple[type["TokenPositions"], tuple[()]]:
-        return TokenPositions, ()
-
-    def keep_patches(self, kept: Tensor | None, num_patches: int, num_prefix_tokens: int) -> None:
-        """Take note of the patches that are left, each sample's in their present order, behind a prefix.
-
-        Args:
-            kept: (B, n) int64 indices of patches; None if all are there.
-            num_patches: of the whole sample.
-            num_prefix_tokens: leading tokens that are never dropped.
-        """
-        if kept is None:
-            self.positions = None
-            return
-        prefix = torch.arange(num_prefix_tokens, device=kept.device).expand(kept.shape[0], -1)
-        self.positions = torch.cat([prefix, kept + num_prefix_tokens], dim=1)
-        self.num_tokens = num_prefix_tokens + num_patches
-
-    def edges(self, layer_mask: LayerMask | Mask, q: Tensor) -> EdgeSource | None:
-        """As `edges_at`, or None if no token is missing.
-
-        Args:
-            layer_mask: the mask of the layer.
-            q: (B, H, N, D).
-
-        Raises:
-            ValueError: as `edges_at`, or there are other tokens than the positions say.
-        """
-        if self.positions is None or q.is_meta:
-            return None
-        batch, heads, queries, _ = q.shape
-        if queries == self.num_tokens != self.positions.shape[1]:
-            return None
-        if self.positions.shape != (batch, queries):
-            raise ValueError(
-                f"token_positions: expected (B, N) = {(batch, queries)}, got {tuple(self.positions.shape)}"
-            )
-        return edges_at(layer_mask, self.positions.to(q.device), heads, self.num_tokens)
-
-
 @torch.library.custom_op("sparse_mhsa::restrict_edges", mutates_args=())
 def restrict_edges(row_ptr: Tensor, col: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The edges between the tokens at ``positions``, for every sample and head.

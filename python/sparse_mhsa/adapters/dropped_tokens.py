@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..layer import SparseLayer
-from ..positions import TokenPositions
+from ..presence import TokenPositions
 from .mixing import Mixed, mixed_class
 
 

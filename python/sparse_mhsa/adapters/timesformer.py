@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layer_mask import LayerMask
 from ..mask import Mask
-from .registry import Adapter, Layout, register_adapter, sides
+from .registry import Adapter, Layout, random_image, register_adapter, sides
 from .timm_layers import SparseAttention, dropout_probability, head_dim_of
 from .transformers_attention import attention_forward
 
@@ -117,6 +117,17 @@ class TimesformerAdapter(Adapter):
         if frames is None and isinstance(embedding, Tensor):
             frames = embedding.shape[1]
         return Layout(None if frames is None else (frames, *grid), 1, "t_fastest")
+
+    def sample(self, model: nn.Module) -> Tensor | None:
+        """One random clip for the original model: (B, C, T, H, W)."""
+        if getattr(model, "attention_type", None) is None or not hasattr(model, "patch_embed"):
+            return None
+        embedding = model.patch_embed
+        image, times = sides(getattr(embedding, "img_size", None)), getattr(model, "time_embed", None)
+        if image is None:
+            return None
+        frames = times.shape[1] if isinstance(times, Tensor) else 2
+        return random_image(getattr(embedding, "proj", None), (frames, *image))
 
 
 def _new_class(module: nn.Module) -> type[SparseAttention] | None:

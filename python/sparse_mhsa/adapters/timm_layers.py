@@ -44,7 +44,7 @@ class SparseAttention(SparseLayer):
         """
         q, k, v = self._project(x)
         q, k = self._optional("q_norm", q), self._optional("k_norm", k)
-        edges = self._edges_at(token_positions, num_tokens, q)
+        edges = self._edges_at(token_positions, num_tokens, self.num_heads, (x.shape[0], x.shape[1]))
         return self._attend(x, q, k, v, edges, attn_mask, is_causal)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +152,7 @@ class SparseAttentionRope(SparseAttention):
         q, k = self._optional("q_norm", q), self._optional("k_norm", k)
         if rope is not None:
             q, k = (self._rotate(heads, rope).type_as(v) for heads in (q, k))
-        edges = self._edges_at(token_positions, num_tokens, q)
+        edges = self._edges_at(token_positions, num_tokens, self.num_heads, (x.shape[0], x.shape[1]))
         return self._attend(x, q, k, v, edges, attn_mask, is_causal)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

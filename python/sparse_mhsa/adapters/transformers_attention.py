@@ -1,7 +1,5 @@
 """The attention function and the mask function that transformers looks up under the name ``sparse_mhsa``."""
 
-import functools
-import json
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -83,7 +81,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key_mask, bias = _masks(attention_mask, query, key)
     # A mask that is causal itself needs no (N, S) array that says so.
-    if causal and attention_mask is None and query.shape[2] > 1 and not _is_causal(layer_mask):
+    if causal and attention_mask is None and query.shape[2] > 1 and not layer_mask.is_causal:
         bias = causal_bias(query, key)
     if position_bias is not None:
         added = additive_bias(position_bias, query, key)
@@ -105,7 +103,8 @@ def attention_forward(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     seed = draw_seed() if dropout > 0.0 else None
     options: dict[str, Any] = {"key_mask": key_mask, "bias": bias, "dropout_p": dropout, "seed": seed, "scale": scale}
-    edges = module._edges_at(None, None, q) if isinstance(module, SparseLayer) else None
+    shape = (q.shape[0], q.shape[2])
+    edges = module._edges_at(None, None, q.shape[1], shape) if isinstance(module, SparseLayer) else None
     if not wants_weights:
         out, _ = attend(q, k, v, layer_mask, edges, embeddings=embeddings, **options)
         return out.transpose(1, 2).contiguous(), None
@@ -159,16 +158,6 @@ def _mechanism(module: nn.Module, num_heads: int) -> "tuple[LayerMask | Mask, Ba
         "sparse_mhsa.sparsify(model, config), or sparse_mhsa.adapters.transformers.restore(model) for a model that "
         "was saved with sparse attention"
     )
-
-
-def _is_causal(layer_mask: LayerMask | Mask) -> bool:
-    return isinstance(layer_mask, LayerMask) and layer_mask.config.uses_edges and _keeps_no_later_key(layer_mask.spec)
-
-
-@functools.lru_cache(maxsize=1024)
-def _keeps_no_later_key(spec: str) -> bool:
-    mask = json.loads(spec)
-    return mask["mask_kwargs"].get("causal") is True and mask["num_prefix_tokens"] == 0
 
 
 def _masks(attention_mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,153 @@
+"""`patch_sdpa`: a mask on any model that calls torch's attention function."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparse_mhsa as sm
+from comparison import assert_same
+from models import FIBOTTENTION, LOCAL, images, vit
+
+CONFIG = {**FIBOTTENTION, "num_prefix_tokens": 1}
+
+
+def qkv(*shape, heads=None):
+    q, k, v = torch.randn(3, *shape, dtype=torch.float64)
+    return (q, k, v) if heads is None else (q, k[:, :heads], v[:, :heads])
+
+
+class Attention(nn.Module):
+    def forward(self, q, k, v, **options):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+class TestCalls:
+    @pytest.mark.parametrize("options", ["nothing", "keep", "bias", "causal", "scale", "grouped"])
+    def test_the_call_is_kept_and_the_mask_added(self, options):
+        keep = torch.rand(2, 1, 9, 9) < 0.8
+        keep |= torch.eye(9, dtype=torch.bool)
+        given = {
+            "nothing": {},
+            "keep": {"attn_mask": keep},
+            "bias": {"attn_mask": torch.randn(4, 9, 9, dtype=torch.float64)},
+            "causal": {"is_causal": True},
+            "scale": {"scale": 0.3},
+            "grouped": {"enable_gqa": True},
+        }[options]
+        q, k, v = qkv(2, 4, 9, 8, heads=2 if options == "grouped" else None)
+        edges = sm.masks.local(num_tokens=9, num_heads=4, window=1).to_dense()
+        told = dict(given)
+        if options == "bias":
+            told["attn_mask"] = given["attn_mask"].masked_fill(~edges, -torch.inf)
+        else:
+            told["attn_mask"] = edges & given.get("attn_mask", torch.tensor(True))
+        if told.pop("is_causal", False):
+            told["attn_mask"] = told["attn_mask"].tril()
+        expected = F.scaled_dot_product_attention(q, k, v, **told)
+        with sm.patch_sdpa(LOCAL) as patched:
+            got = F.scaled_dot_product_attention(q, k, v, **given)
+            by_name = F.scaled_dot_product_attention(query=q, key=k, value=v, **given)
+        assert_same(got, expected, atol=1e-12)
+        assert_same(by_name, expected, atol=1e-12)
+        assert (patched.calls, patched.skipped) == (2, 0)
+
+    def test_the_configured_scale_wins(self):
+        q, k, v = qkv(1, 2, 5, 4)
+        with sm.patch_sdpa("{mask: none, scale: 0.7}"):
+            got = F.scaled_dot_product_attention(q, k, v, scale=0.1)
+        assert_same(got, F.scaled_dot_product_attention(q, k, v, scale=0.7), atol=1e-12)
+
+    def test_cross_attention_is_left_alone(self):
+        q, k, v = qkv(1, 2, 5, 4)
+        with sm.patch_sdpa(LOCAL) as patched:
+            cross = F.scaled_dot_product_attention(q[:, :, :3], k, v)
+            F.scaled_dot_product_attention(q[0], k[0], v[0])
+            F.scaled_dot_product_attention(q, k, v)
+        assert torch.equal(cross, F.scaled_dot_product_attention(q[:, :, :3], k, v))
+        assert (patched.calls, patched.skipped) == (1, 2)
+
+    def test_gradients(self):
+        q, k, v = (x.requires_grad_() for x in qkv(1, 2, 5, 4))
+        with sm.patch_sdpa(LOCAL):
+            assert torch.autograd.gradcheck(F.scaled_dot_product_attention, (q, k, v), fast_mode=True)
+
+    def test_afterwards_everything_is_as_it_was(self):
+        q, k, v = qkv(1, 2, 5, 4)
+        dense = F.scaled_dot_product_attention(q, k, v)
+        with pytest.raises(KeyError), sm.patch_sdpa(LOCAL):
+            raise KeyError
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v), dense)
+        assert not torch.nn.modules.module._global_forward_pre_hooks
+        assert not torch.nn.modules.module._global_forward_hooks
+
+
+class TestModels:
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_model_gives_what_the_swapped_one_gives(self, training):
+        model = vit().train(training)
+        x = images(model)
+        dense = model(x).detach()
+        with sm.patch_sdpa(CONFIG) as patched:
+            got = [model(x).detach() for _ in range(2)]
+        assert patched.calls == 6
+        sm.sparsify(model, {**FIBOTTENTION, "grid": None})
+        expected = model(x).detach()
+        # The layers of the second pass are numbered anew.
+        for each in got:
+            assert_same(each, expected, atol=1e-12)
+        assert not torch.allclose(expected, dense)
+
+    def test_a_failing_pass_does_not_disturb_the_numbers(self):
+        model = vit()
+        x = images(model)
+        with sm.patch_sdpa(CONFIG):
+            first = model(x)
+            model.norm.forward, forward = None, model.norm.forward
+            with pytest.raises(TypeError):
+                model(x)
+            model.norm.forward = forward
+            assert torch.equal(model(x), first)
+
+    def test_random_masks_stay_the_same_within_the_context(self):
+        model = vit().eval()
+        x = images(model)
+        with sm.patch_sdpa("{mask: random, mask_kwargs: {k: 3}}"):
+            assert torch.equal(model(x), model(x))
+
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:Using .*torch.compile.* when there are global hooks:UserWarning")
+    def test_compiled(self):
+        torch._dynamo.reset()
+        model = vit(depth=2).eval()
+        x = images(model)
+        with sm.patch_sdpa(CONFIG):
+            expected = model(x).detach()
+            got = torch.compile(model, backend="aot_eager")(x).detach()
+        assert_same(got, expected, atol=1e-12)
+        torch._dynamo.reset()
+
+
+class TestMessages:
+    def test_no_call_is_warned_of(self):
+        encoder = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True).eval()
+        with (
+            pytest.warns(UserWarning, match=r"no call of scaled_dot_product_attention was replaced \(0 were"),
+            torch.no_grad(),
+            sm.patch_sdpa(LOCAL) as patched,
+        ):
+            encoder(torch.randn(1, 5, 12))
+        assert patched.calls == 0
+
+    def test_an_error_is_not_joined_by_a_warning(self):
+        with pytest.raises(KeyError), sm.patch_sdpa(LOCAL):
+            raise KeyError
+
+    def test_backends_without_edges_have_no_place_here(self):
+        with pytest.raises(sm.ConfigError, match="`efficient` cannot replace a function call; use sparsify"):
+            sm.patch_sdpa("backend: efficient")
+
+    def test_a_mask_and_causal_exclude_each_other(self):
+        q, k, v = qkv(1, 2, 5, 4)
+        with sm.patch_sdpa(LOCAL), pytest.raises(ValueError, match="either a mask or is_causal"):
+            F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool), is_causal=True)
