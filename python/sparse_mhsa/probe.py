@@ -67,10 +67,6 @@ def calibrate(
     for name, config in candidates.items():
         for pattern in config.unmatched_layers(names):
             raise config_error(f"configs: {name}: layers: {matches_none(pattern, names)}", key="layers")
-    names = [site.name for site in find_attention(model)]
-    for name, config in candidates.items():
-        for pattern in config.unmatched_layers(names):
-            raise config_error(f"configs: {name}: layers: `{pattern}` matches none of the attention layers")
 
     def probe_of(site: Site) -> _Candidates:
         return _Candidates(site, {name: _layer_mask(name, config, site) for name, config in candidates.items()})
