@@ -257,7 +257,7 @@ class Slots:
             raise ValueError(f"starts: expected ascending offsets from 0 to {size}, got {starts.tolist()}")
         if bool(((lengths < 0) | (lengths > rooms) | (lengths > bounds) | (lengths > parts["seen"][:, None])).any()):
             raise ValueError("lengths: expected at most the slots, the capacity and the tokens seen of every head")
-        slots = cls(**parts, capacities=bounds, appended=int(lengths.max()) if lengths.numel() else 0)
+        slots = cls(**parts, capacities=bounds, appended=int(lengths.max()) if lengths.numel() else 0, fits=0)
         positions = slots.entries().positions
         ascending = (positions.diff(dim=-1) > 0) | (positions[..., 1:] < 0)
         outside = (positions >= parts["seen"][:, None, None]).any() or ((positions >= 0).sum(-1) != lengths).any()
