@@ -84,6 +84,7 @@ pub(super) trait Cache<T: Element>: Sync {
     ///
     /// # Safety
     /// As above.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
     unsafe fn weights(&self, unit: usize, len: usize) -> Option<&mut [T::Acc]>;
     /// The token has been attended to.
     ///
@@ -318,7 +319,7 @@ fn join_only<T: Element>(cache: &impl Cache<T>, [units, tokens]: [usize; 2], run
             for token in block.clone() {
                 // SAFETY: every unit is one task.
                 unsafe {
-                    drop(cache.arrive(unit, token));
+                    let _ = cache.arrive(unit, token);
                     cache.leave(unit, token);
                 }
             }

@@ -448,6 +448,9 @@ fn nan_is_kept_so_that_it_shows() {
     assert!(!out[0].is_nan() && out[1..].iter().all(|x| x.is_nan()), "{out:?}");
 }
 
+/// Spoils a step, its lengths or its starts.
+type Spoil<'a> = &'a dyn Fn(&mut Step<f32>, &mut [i64], &mut [i64]);
+
 #[test]
 fn what_does_not_fit_is_named_before_anything_is_written() {
     let session = Session::<f32> {
@@ -462,7 +465,7 @@ fn what_does_not_fit_is_named_before_anything_is_written() {
         recent: 0,
         calls: vec![3],
     };
-    let fails = |change: &dyn Fn(&mut Step<f32>, &mut [i64], &mut [i64]), expected: &str| {
+    let fails = |change: Spoil, expected: &str| {
         let k = View::contiguous("k", &session.k, [1, 2, 3, 4]).unwrap();
         let mut step = Step {
             q: Some(k),
