@@ -270,7 +270,9 @@ impl<'a, T: Element> Task<'a, T> {
     unsafe fn kept(&self) -> [&'a [T::Acc]; 2] {
         let (start, len) = (self.start, self.lines.len);
         // SAFETY: the caller's promise.
-        unsafe { [self.kept.read_rows(start..start + len), self.kept.read_rows(start + len..start + 2 * len)] }
+        unsafe {
+            [self.kept.read_rows(start..start + len), self.kept.read_rows(start + len..start + 2 * len)]
+        }
     }
 
     /// dk and dv of some keys.
