@@ -21,6 +21,10 @@ def some_positions(batch, kept, num_tokens, generator=None):
     return torch.rand(batch, num_tokens, generator=generator).argsort(dim=1)[:, :kept]
 
 
+def with_class_token(patches):
+    return torch.cat([torch.zeros(patches.shape[0], 1, dtype=torch.int64), patches + 1], dim=1)
+
+
 def dense_at(mask, positions):
     """(B, H, n, n) of a (H, N, N) mask: entry i, j is that of the tokens that stand there."""
     return torch.stack([mask[:, p][:, :, p] for p in positions])
@@ -30,7 +34,7 @@ class TestByHand:
     @pytest.mark.parametrize("kind", ["torch.nn", "timm", "transformers"])
     def test_every_kind_of_layer_follows(self, kind, engine):
         # The class token is always there, so that no query is without a key.
-        positions = torch.cat([torch.zeros(2, 1, dtype=torch.int64), some_positions(2, 8, 16) + 1], dim=1)
+        positions = with_class_token(some_positions(2, 8, 16))
         mask = sm.Mask.from_config(FIBOTTENTION, 17, 3)
         keep = dense_at(mask.to_dense(), positions)
         x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
@@ -83,7 +87,7 @@ class TestByHand:
         layer = CopiedAttention()
         sm.sparsify(layer, LOCAL)
         with sm.token_positions(layer, some_positions(2, 9, 17), 17):
-            with pytest.raises(ValueError, match=r"token_positions: expected \(B, N\) = \(2, 8\), got \(2, 9\)"):
+            with pytest.raises(ValueError, match=r"token_positions: expected shape \(B, n\) = \(2, 8\), got \(2, 9\)"):
                 layer(torch.randn(2, 8, 24))
             layer(torch.randn(2, 17, 24))
 
@@ -92,7 +96,7 @@ class TestByHand:
         [
             (
                 {"mask": "block_topk", "mask_kwargs": {"k": 1, "block_size": 4}},
-                "`block_topk` cannot be applied to",
+                "`block_topk` chooses keys by content and by place",
             ),
             ({**LOCAL, "masked_logits": "zero"}, "masked_logits: `zero` cannot be combined"),
         ],
@@ -108,7 +112,7 @@ class TestByHand:
         sm.sparsify(layer, "mask: topk")
         x = torch.randn(2, 9, 24)
         expected = layer(x)
-        with sm.token_positions(layer, some_positions(2, 9, 17), 17):
+        with sm.token_positions(layer, with_class_token(some_positions(2, 8, 16)), 17):
             assert torch.equal(layer(x), expected)
 
     def test_it_ends_with_the_context_whatever_happens(self):
@@ -187,7 +191,7 @@ class TestMaskedAutoencoder:
         def random_masking(x, mask_ratio):
             kept, mask, ids_restore = original(x, mask_ratio)
             ids_keep = ids_restore.argsort(dim=1)[:, : kept.shape[1]]
-            latest.append(torch.cat([torch.zeros(x.shape[0], 1, dtype=torch.int64), ids_keep + 1], dim=1))
+            latest.append(with_class_token(ids_keep))
             return kept, mask, ids_restore
 
         expected.random_masking = random_masking
@@ -281,8 +285,8 @@ class TestTransformers:
         report = sm.sparsify(model, LOCAL, verify=True)
         assert {row.reason for row in report.skipped} == {"decoder"}
         attentions = model(x, noise=noise, output_attentions=True).attentions
-        kept = noise.argsort(dim=1)[:, :8] + 1
-        positions = torch.cat([torch.zeros(2, 1, dtype=torch.int64), kept], dim=1)
+        kept = noise.argsort(dim=1)[:, :8]
+        positions = with_class_token(kept)
         mask = sm.masks.local(num_tokens=17, num_heads=3, window=1, num_prefix_tokens=1).to_dense()
         for weights in attentions:
             assert torch.equal(weights > 0, dense_at(mask, positions))
@@ -348,4 +352,4 @@ class TestPatchDropout:
         """The positions that the next call of timm's patch dropout will keep."""
         with torch.random.fork_rng():
             ids = torch.randn(batch, patches).argsort(dim=-1)[:, :kept]
-        return torch.cat([torch.zeros(batch, 1, dtype=torch.int64), ids + 1], dim=1)
+        return with_class_token(ids)

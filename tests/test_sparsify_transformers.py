@@ -304,6 +304,20 @@ class TestInterface:
             model = transformers.ViTModel(transformers.ViTConfig(**SIZES, **IMAGE)).eval()
         sm.sparsify(model, FIBOTTENTION, verify=True)
 
+    def test_verifying_draws_nothing_from_the_default_generator(self):
+        model, state = build("ViTModel"), torch.get_rng_state()
+        sm.sparsify(model, LOCAL, verify=True)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_scripted_modules_beside_it_do_no_harm(self):
+        class Wrapper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = torch.jit.trace(nn.Linear(3, 3), torch.randn(1, 3))
+                self.backbone = build("ViTModel")
+
+        assert len(sm.sparsify(Wrapper(), LOCAL).swapped) == 2
+
     def test_the_mask_is_shown(self):
         model = build("ViTModel")
         sm.sparsify(model, LOCAL)
@@ -384,6 +398,20 @@ class TestDecoder:
         sm.sparsify(model, config, include="self_attn", verify=True, sample={"input_ids": tokens, "use_cache": False})
         got = model(tokens, attention_mask=real, use_cache=False).logits
         assert_same(got[real.bool()].detach(), expected[real.bool()].detach(), atol=1e-10)
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_generation_is_that_of_a_sliding_window(self):
+        tokens = torch.randint(2, 50, (2, 7))
+        windowed = self.model(sliding_window=3, eos_token_id=None)
+        model = self.model(sliding_window=None, eos_token_id=None)
+        model.load_state_dict(windowed.state_dict(), strict=True)
+        config = {"mask": "local", "mask_kwargs": {"window": 2, "causal": True}}
+        sm.sparsify(model, config, include="self_attn")
+        options = {"max_new_tokens": 5, "do_sample": False}
+        expected = windowed.generate(tokens, **options)
+        assert torch.equal(model.generate(tokens, use_cache=False, **options), expected)
+        with pytest.raises(ValueError, match=r"1 queries and 8 keys in SparseMistralAttention; .* use_cache=False"):
+            model.generate(tokens, **options)
 
     def test_the_full_mask_stays_causal(self):
         tokens = torch.randint(2, 50, (2, 12))

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: models that call attention through its interface, and TimeSformer, which does not.
+"""Hugging Face transformers: models that call attention through its interface.
 
 The interface looks a function up by name for every call, so `sparsify` registers ours as ``sparse_mhsa`` in
 `AttentionInterface` *and* `AttentionMaskInterface` (without the second, transformers drops padding masks), and
@@ -77,8 +77,10 @@ class TransformersAdapter(Adapter):
         """By the code of ``forward``, which looks the attention function up."""
         if isinstance(module, SparseInterfaceLayer):
             return True
-        forward = inspect.unwrap(type(module).forward)
-        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        # Classes of TorchScript have no `forward`.
+        forward = getattr(type(module), "forward", None)
+        code = None if forward is None else getattr(inspect.unwrap(forward), "__code__", None)
+        names = getattr(code, "co_names", ())
         return "ALL_ATTENTION_FUNCTIONS" in names and _num_heads(module) is not None
 
     def heads(self, module: nn.Module) -> tuple[int, int]:
@@ -146,7 +148,10 @@ class TransformersAdapter(Adapter):
             return None
         frames = () if getattr(config, "num_frames", None) is None else (config.num_frames,)
         weight = next(model.parameters())
-        return torch.randn((1, *frames, config.num_channels, *grid), device=weight.device).to(weight.dtype)
+        # Not from the default generator, whose draws belong to the user.
+        generator = None if weight.is_meta else torch.Generator(weight.device)
+        shape = (1, *frames, config.num_channels, *grid)
+        return torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
 
     def finish(self, model: nn.Module) -> None:
         """Mark the layers that stay dense beside swapped ones, and keep the configuration with the model's own."""

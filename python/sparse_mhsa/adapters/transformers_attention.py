@@ -78,6 +78,11 @@ def attention_forward(
             raise ValueError(f"{name}: {type(module).__name__} asks for it, and sparse_mhsa cannot honour it")
     layer_mask, backend = _mechanism(module, query.shape[1])
     check_qkv(query, key, value)
+    if query.shape[2] != key.shape[2] and not layer_mask.is_dense:
+        raise ValueError(
+            f"key: expected as many keys as queries for the mask `{layer_mask.name}`, got {query.shape[2]} queries and "
+            f"{key.shape[2]} keys in {type(module).__name__}; generation needs use_cache=False"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key_mask, bias = _masks(attention_mask, query, key)
     # A mask that is causal itself needs no (N, S) array that says so.
