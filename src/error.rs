@@ -103,6 +103,26 @@ pub fn did_you_mean<'a>(given: &str, allowed: impl IntoIterator<Item = &'a str>)
         .map(|(_, name)| name)
 }
 
+/// What serde says of a mapping at `path`, with the key that it misses or does not know put into the path.
+pub fn of_serde(path: &str, message: &str) -> (String, String) {
+    let below = |key: &str| match path {
+        "." | "" => key.to_owned(),
+        _ if path.rsplit('.').next() == Some(key) => path.to_owned(),
+        _ => format!("{path}.{key}"),
+    };
+    // Names stand between backquotes, the one that is meant first.
+    let names: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    match names.split_first() {
+        Some((key, _)) if message.starts_with("missing field") => {
+            (below(key), "missing: it has no default and must be given".to_owned())
+        }
+        Some((key, allowed)) if message.starts_with("unknown field") => {
+            (below(key), unknown_name("key", key, allowed))
+        }
+        _ => (path.to_owned(), message.to_owned()),
+    }
+}
+
 /// "unknown … `given`: did you mean …? allowed: …", the wording shared by every closed set of names.
 pub fn unknown_name(what: &str, given: &str, allowed: &[&str]) -> String {
     let hint = did_you_mean(given, allowed.iter().copied())

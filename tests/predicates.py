@@ -104,7 +104,29 @@ def global_(i, j, head, size, num_global=1, global_indices=None):
     return everywhere(i, j, tokens | set(size.dense_prefix))
 
 
-def vertical_slash(i, j, head, size, vertical=(), slash=(), window=None, causal=False):
+def vertical_slash(
+    i,
+    j,
+    head,
+    size,
+    vertical=(),
+    slash=(),
+    window=None,
+    causal=False,
+    num_vertical=None,
+    num_slash=None,
+    last_queries=64,
+):
+    if num_vertical is not None or num_slash is not None:
+        weights = np.where(j <= i, np.exp(size.q @ size.k.T), 0)
+        weights = (weights / weights.sum(-1, keepdims=True))[-last_queries:]
+        rows = np.arange(size.tokens)[-last_queries:]
+        past = np.array([weights[rows >= d, rows[rows >= d] - d].sum() for d in range(size.tokens)])
+        vertical, slash = (
+            best(sums[None], keep or 0, True)[0].nonzero()[0]
+            for sums, keep in ((weights.sum(0), num_vertical), (past, num_slash))
+        )
+        causal = True
     kept = np.isin(j, list(vertical)) | np.isin(abs(i - j), list(slash))
     if window is not None:
         kept = kept | (abs(i - j) <= window)
@@ -156,7 +178,7 @@ def bigbird(
 
 def random(i, j, head, size, causal=False, symmetric=False, keep_cls_dense=True, **_):
     """For the `VARIANTS`, which draw all that is allowed."""
-    return (j <= i) | (not causal) | symmetric | everywhere(i, j, size.dense_prefix if keep_cls_dense else ())
+    return (j <= i) | (not causal)
 
 
 def sparse(
@@ -507,6 +529,9 @@ VARIANTS = {
     "vertical_slash": [
         {"vertical": [0], "slash": [3], "window": 1},
         {"vertical": [4, 1], "slash": [0, 8], "causal": True},
+        {"num_vertical": 2, "num_slash": 3, "window": 1},
+        {"num_slash": 4, "last_queries": 3},
+        {"num_vertical": 10**9, "last_queries": 1},
         {"slash": [5, 5, 10**12]},
         {"window": 0},
     ],
@@ -529,7 +554,7 @@ VARIANTS = {
         {"keep_ratio": 1.0, "seed": 0},
         {"mask_ratio": 0, "seed": 0, "causal": True},
         {"k": 99, "seed": 0, "keep_cls_dense": False, "causal": True},
-        {"keep_ratio": 1, "seed": 0, "keep_cls_dense": False, "causal": True, "symmetric": True},
+        {"keep_ratio": 1, "seed": 0, "keep_cls_dense": False, "symmetric": True},
     ],
     "pruning": [
         {"keep_ratio": 0.1},
@@ -554,6 +579,8 @@ VARIANTS = {
         {"shared_offsets": True, "strict_window": True},
         {"schedule": "fibonacci", "w_min": 2, "w_max": 21},
         {"modified": True, "prefix_first_head": False, "w_min": 69, "w_max": 69},
+        {"schedule": "fibonacci", "modified": True},
+        {"schedule": "fibonacci", "modified": True, "prefix_first_head": False},
         {"add_class_token": False},
     ],
     "fibottentioncrossdiag": [{}, {"modified": True, "shuffled": False}, {"add_class_token": False}],

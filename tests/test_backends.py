@@ -522,7 +522,7 @@ def test_keywords_of_a_backend_are_checked_against_its_signature(registered):
     }
     assert load(width=1, ratio=2) == load(width=1, ratio=2, mode=None)
     for kwargs, message in [
-        ({}, "backend_kwargs: missing key `width`"),
+        ({}, "backend_kwargs.width: missing"),
         ({"width": 1.5}, "backend_kwargs.width: expected integer, got a number"),
         ({"width": True}, "backend_kwargs.width: expected integer, got a boolean"),
         ({"width": 1, "mode": 3}, "backend_kwargs.mode: expected string or null, got a number"),
@@ -579,7 +579,7 @@ def test_malformed_registrations_are_refused(registered):
     ]:
         with pytest.raises(error, match=message):
             registered(name)(what)
-    registered("registered_twice")(lambda q, k, v: v)
+    registered("registered_twice", replace=True)(lambda q, k, v: v)
     with pytest.raises(ValueError, match="registered already"):
         registered("registered_twice")(lambda q, k, v: v)
     registered("registered_twice", replace=True)(lambda q, k, v: v)

@@ -184,6 +184,15 @@ def test_masks_counts_what_the_mask_holds(run, local):
     assert ["all", "78", percent, "51.85%"] in rows
 
 
+def test_masks_says_where_a_choice_by_content_is_to_be_seen(run, tmp_path):
+    path = tmp_path / "topk.yaml"
+    path.write_text("mask: topk")
+    code, _, err = run("masks --tokens 9 --heads 2", path)
+    assert one_line_error(code, err)
+    assert "`topk` chooses keys by the content" in err
+    assert "`choose_masks` shows them" in err
+
+
 def test_masks_follows_layer_and_grid(run, tmp_path):
     path = tmp_path / "fibottention.yaml"
     path.write_text("mask: fibottention\n")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparse_mhsa as sm
+from predicates import ON_GRID, VARIANTS
 from sparse_mhsa import _core
 from sparse_mhsa.catalogue import registered
 from sparse_mhsa.cli import main
@@ -72,6 +73,63 @@ def test_the_schema_refuses_what_the_loader_refuses(schema, text):
         sm.load_config(text)
     with pytest.raises(jsonschema.ValidationError):
         schema.validate(yaml.safe_load(text))
+
+
+# Numbers whose range depends on what stands beside them.
+CONDITIONAL = {
+    ("sparse", "local_attn_ctx"),
+    ("strided_columns", "stride"),
+    ("strided_columns", "offset"),
+    ("vertical_slash", "num_vertical"),
+    ("vertical_slash", "num_slash"),
+}
+
+
+def numbers_in(value, path=()):
+    """Path of every number in a document."""
+    if isinstance(value, dict):
+        return [found for key, inner in value.items() for found in numbers_in(inner, (*path, key))]
+    if isinstance(value, list):
+        return [found for key, inner in enumerate(value) for found in numbers_in(inner, (*path, key))]
+    return [path] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def with_number(document, path, number):
+    if not path:
+        return number
+    changed = document.copy()
+    changed[path[0]] = with_number(document[path[0]], path[1:], number)
+    return changed
+
+
+DOCUMENTS_WITH_NUMBERS = [
+    *({"mask": name, "mask_kwargs": kwargs} for name, variants in VARIANTS.items() for kwargs in variants),
+    *({"mask": name, "mask_kwargs": kwargs, "grid": grid} for name, grid, kwargs in ON_GRID),
+    {"num_prefix_tokens": 1, "embed_dim": 8, "num_heads": 2},
+    {"backend": "efficient_local", "backend_kwargs": {"block_size": 4}},
+    {"backend": "linformer", "backend_kwargs": {"projector": {"max_seq_len": 9, "r": 3, "num_heads": 2}}},
+]
+
+
+def test_the_schema_has_the_ranges_of_the_loader(schema):
+    """Every number of many documents, replaced by one that may be out of range: both refuse it or neither."""
+    for document in DOCUMENTS_WITH_NUMBERS:
+        schema.validate(document)
+        name = document.get("mask", document.get("backend"))
+        for path in numbers_in(document):
+            for number in (-(2**40), -1, 0, 1, 1.5, 2**40, 2**40 + 1, 2**62):
+                changed = with_number(document, path, number)
+                try:
+                    sm.load_config(changed)
+                except sm.ConfigError as error:
+                    loads, reason = False, str(error)
+                else:
+                    loads, reason = True, "loads"
+                fits = schema.is_valid(changed)
+                assert fits or not loads, changed
+                of_a_part = path[1:2] == ("masks",) and "mask_kwargs" in path[2:]
+                if not of_a_part and (name, path[-1]) not in CONDITIONAL:
+                    assert loads or not fits, (changed, reason)
 
 
 def test_the_schema_knows_every_mask_and_parameter_from_the_registry(schema):

@@ -196,7 +196,7 @@ class TestFromCsr:
     @pytest.mark.parametrize(
         ("row_ptr", "col", "error", "message"),
         [
-            ([0, 1, 2], [0, 2], ValueError, r"col: expected a key index in 0\.\.2, got 2 in row 1"),
+            ([0, 1, 2], [0, 2], ValueError, "col: expected a key index from 0 to 1, got 2 in row 1"),
             ([0, 1, 2], [0, -1], ValueError, "got -1 in row 1"),
             ([0, 2, 2], [1, 1], ValueError, "ascend strictly within a row, got 1 after 1"),
             ([0, 2, 2], [1, 0], ValueError, "ascend strictly within a row, got 0 after 1"),
@@ -271,6 +271,13 @@ class TestFromFunction:
         bools = sm.Mask.from_function(lambda head, row: dense[head, row], N, HEADS)
         indices = sm.Mask.from_function(lambda head, row: dense[head, row].nonzero()[:, 0].flip(0), N, HEADS)
         assert bools == indices == sm.Mask.from_dense(dense)
+
+    def test_keys_may_come_one_by_one(self):
+        expected = sm.Mask.from_function(lambda head, row: [0, row] if row else [0], 5, 1)
+        for keys in (set, dict.fromkeys, lambda keys: (key for key in sorted(set(keys))), lambda keys: iter(set(keys))):
+            assert sm.Mask.from_function(lambda head, row, keys=keys: keys([row, 0]), 5, 1) == expected
+        bools = sm.Mask.from_function(lambda head, row: (col <= row for col in range(5)), 5, 1)
+        assert torch.equal(bools.to_dense()[0], torch.ones(5, 5).tril() > 0)
 
     def test_it_asks_once_per_head_and_query(self):
         asked = []
@@ -371,6 +378,15 @@ class TestValue:
         assert mask._repr_html_().startswith("<table>")
         assert mask.name in repr(mask)
 
+    def test_an_explanation_says_which_heads_share_their_memory(self):
+        shared = sm.masks.local(window=1, num_tokens=9, num_heads=3).explain()
+        assert [head.shared_with for head in shared.heads] == [None, 0, 0]
+        assert shared.bytes == shared.heads[0].bytes
+        own = sm.masks.fibottention(num_tokens=20, num_heads=3).explain()
+        assert [head.shared_with for head in own.heads] == [None] * 3
+        assert own.bytes == sum(head.bytes for head in own.heads)
+        assert [line.split()[-1] for line in str(shared).splitlines()[2:]] == ["-", "0", "0"]
+
     def test_an_explanation_names_the_kernel_and_the_time_it_predicts(self):
         shape = {"num_tokens": 1024, "num_heads": 1}
         window, scattered = sm.masks.local(window=64, **shape), sm.masks.vertical_slash(slash=[3, 55, 233], **shape)
@@ -392,6 +408,8 @@ class TestValue:
     def test_the_head_dimension_must_be_positive(self):
         with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
             MADE["union"].flops(0)
+        with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
+            MADE["union"].explain(0)
 
 
 def inputs(mask, dim=4, batch=2):

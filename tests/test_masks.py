@@ -55,6 +55,12 @@ class TestMask:
         mask = sm.masks.fibottention(num_tokens=197, num_heads=12, head_dim=64)
         assert round(100 * mask.pruning_ratio, 2) == 98.01
 
+    def test_modified_fibonacci_numbers_start_with_the_query_itself_and_one_distance_twice_is_one_edge(self):
+        shape = {"num_tokens": 60, "num_heads": 3, "schedule": "fibonacci", "add_class_token": False}
+        plain, modified = (sm.masks.fibottention(modified=m, **shape) for m in (False, True))
+        assert torch.equal(modified.to_dense(), plain.to_dense() | torch.eye(60, dtype=torch.bool))
+        assert modified.nnz == plain.nnz + 3 * 60
+
     def test_only_prefix_tokens(self):
         mask = sm.Mask.from_config(LOCAL, num_tokens=2, num_heads=1, num_prefix_tokens=2)
         assert mask.pruning_ratio == 0.0
@@ -118,10 +124,25 @@ class TestMask:
             sm.Mask.from_config(LOCAL, num_tokens=-1, num_heads=1)
         with pytest.raises(ValueError, match="heads"):
             sm.Mask.from_config(LOCAL, num_tokens=4, num_heads=0)
-        with pytest.raises(TypeError):
-            sm.Mask.from_config(LOCAL, num_tokens=4.5, num_heads=1)
+        sizes = {"num_tokens": 4, "num_heads": 1}
+        for name in ("num_tokens", "num_heads", "layer", "num_layers", "epoch", "head_dim", "num_prefix_tokens"):
+            with pytest.raises(TypeError, match=f"{name}: expected an integer, got float 3.5"):
+                sm.Mask.from_config(LOCAL, **(sizes | {name: 3.5}))
+            with pytest.raises(ValueError, match=f"{name}: expected at least"):
+                sm.Mask.from_config(LOCAL, **(sizes | {name: -1}))
+        with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
+            sm.Mask.from_config(LOCAL, 4, 1, head_dim=0)
+        for grid in (4, "22", [2.0, 2]):
+            with pytest.raises(TypeError, match="grid: expected"):
+                sm.Mask.from_config(LOCAL, 4, 1, grid=grid)
         with pytest.raises(TypeError, match="num_heads"):
             sm.Mask.from_config(LOCAL, 4)
+
+    def test_integers_of_numpy_are_numbers(self):
+        expected = sm.Mask.from_config(LOCAL, 4, 2, grid=[2, 2], layer=1)
+        assert (
+            sm.Mask.from_config(LOCAL, np.int64(4), np.int32(2), grid=np.array([2, 2]), layer=np.uint8(1)) == expected
+        )
 
     def test_a_mask_of_a_million_tokens_takes_no_n_squared_memory(self):
         mask = sm.masks.local(num_tokens=1_000_000, num_heads=12, window=5)
@@ -151,6 +172,10 @@ class TestFactories:
         with pytest.raises(AttributeError, match="did you mean `fibottention`"):
             sm.masks.fibotention  # noqa: B018
         assert not hasattr(sm.masks, "_hidden")
+
+    def test_a_mask_by_content_says_what_shows_its_edges(self):
+        with pytest.raises(ValueError, match=r"`topk` chooses keys by the content.*`choose_masks` shows them"):
+            sm.masks.topk(num_tokens=9, num_heads=2, k=3)
 
     def test_a_bad_value_is_a_config_error(self):
         with pytest.raises(sm.ConfigError, match="window"):
@@ -308,6 +333,19 @@ class TestLoadConfig:
         for missing in ("no_such_file.yaml", "no_such_file.yml", tmp_path / "nothing"):
             with pytest.raises(FileNotFoundError, match=r"config: no such file: .*(no_such_file|nothing)"):
                 sm.load_config(missing)
+
+    def test_a_directory_is_named(self, tmp_path):
+        with pytest.raises(sm.ConfigError, match="is a directory; expected a YAML file") as error:
+            sm.load_config(tmp_path)
+        assert error.value.source == str(tmp_path)
+
+    def test_numbers_of_numpy_are_numbers(self):
+        kwargs = {"window": np.int64(2), "causal": np.bool_(False)}
+        ours = {"mask": "local", "mask_kwargs": kwargs, "scale": np.float32(0.5), "grid": np.array([2, 3])}
+        plain = LOCAL | {"scale": 0.5, "grid": [2, 3]}
+        assert sm.load_config(ours) == sm.load_config(plain)
+        with pytest.raises(TypeError, match="Tensor is no number"):
+            sm.load_config({"scale": torch.tensor(0.5)})
 
     def test_a_bare_word_is_no_configuration(self):
         with pytest.raises(sm.ConfigError, match="'mask: fibottention'"):

@@ -647,6 +647,14 @@ class TestDropout:
         assert abs(dropped - p) < 5 * deviation
         assert set(factor.unique().tolist()) == {0.0, 1 / (1 - p)}
 
+    def test_which_edges_are_kept_is_no_float64_tensor(self):
+        """Not every device has that dtype, and the second derivative asks for it."""
+        row_ptr, col = _core.edge_index(mask_of("local", 9).spec, 9, 9)
+        arguments = (row_ptr, col, 3, 2, torch.tensor(11), 0.4)
+        kept = torch.ops.sparse_mhsa.dropout_keep(*arguments)
+        assert kept.dtype == torch.bool
+        assert torch.equal(kept, _core.dropout_keep(*arguments) > 0)
+
     def test_manual_seed_replays_and_the_next_call_differs(self):
         q, k, v = qkv()
         mask = mask_of("none", 6)

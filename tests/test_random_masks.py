@@ -43,6 +43,19 @@ class TestCounts:
         assert not np.triu(mask, 1).any()
         assert (mask.sum(-1) == np.minimum(7, np.arange(1, 61))).all()
 
+    @pytest.mark.parametrize("prefix", [0, 1, 4])
+    def test_causal_random_never_sees_the_future_whatever_is_dense(self, prefix):
+        mask = dense(random(k=3, causal=True) | {"num_prefix_tokens": prefix})
+        assert not np.triu(mask, 1).any()
+        past = np.tri(60, dtype=bool)
+        assert (mask[:, :prefix] == past[:prefix]).all()
+        assert (mask[:, :, :prefix] == past[:, :prefix]).all()
+        assert (mask[:, prefix:, prefix:].sum(-1) == np.minimum(3, np.arange(1, 61 - prefix))).all()
+
+    def test_symmetric_and_causal_contradict_each_other(self):
+        with pytest.raises(sm.ConfigError, match=r"symmetric: expected false with `causal: true`"):
+            sm.load_config(random(k=3, causal=True, symmetric=True))
+
     @pytest.mark.parametrize("keep", [0.001, 0.1, 0.25, 0.5, 0.9, 1.0])
     @pytest.mark.parametrize("causal", [False, True])
     def test_a_ratio_is_of_the_allowed_keys_and_keeps_at_least_one(self, keep, causal):

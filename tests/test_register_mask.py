@@ -203,7 +203,7 @@ class TestRegistration:
         with pytest.raises(TypeError, match=r"masks.every_other: unknown keyword `stp`, did you mean `step`\?"):
             sm.masks.every_other(num_tokens=4, num_heads=1, stp=3)
         name = define(lambda context, needed, given=1: [[0]])
-        with pytest.raises(sm.ConfigError, match=r"mask_kwargs.needed: expected a value, because the mask"):
+        with pytest.raises(sm.ConfigError, match=r"mask_kwargs.needed: missing: it has no default"):
             sm.load_config({"mask": name})
 
     @pytest.mark.parametrize("name", ["local", "fibo", "dense", "every_other"])

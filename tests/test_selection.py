@@ -265,6 +265,25 @@ def test_what_was_chosen_is_a_mask_to_look_at_and_to_reuse():
         sm.choose_masks("mask: none", q, k)
 
 
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_the_grid_of_the_configuration_must_be_that_of_the_tokens(name):
+    config = {"mask": name, "mask_kwargs": BY_CONTENT[name], "num_prefix_tokens": 1, "grid": [3, 4]}
+    q = torch.randn(1, 2, 13, 4)
+    assert len(sm.choose_masks(config, q, q)) == 1
+    with pytest.raises(sm.ConfigError, match="grid: has 12 cells, but 12 tokens with 1 prefix tokens leave 11 patches"):
+        sm.choose_masks(config, q[:, :, 1:], q[:, :, 1:])
+
+
+def test_arguments_that_cannot_be_are_refused_by_name():
+    q = torch.randn(1, 2, 9, 4)
+    with pytest.raises(ValueError, match="query: expected a head dimension of at least 1"):
+        sm.choose_masks("mask: topk", q[..., :0], q[..., :0])
+    with pytest.raises(ValueError, match="key: expected shape"):
+        sm.choose_masks("mask: topk", q, q[..., :2])
+    with pytest.raises(TypeError, match=r"query: expected a torch\.Tensor"):
+        sm.choose_masks("mask: topk", q.tolist(), q)
+
+
 def test_masked_logits_of_zero_are_refused():
     with pytest.raises(ValueError, match="masked_logits: expected neg_inf"):
         sm.SparseMHSA(8, 2, config={"mask": "topk", "masked_logits": "zero"})

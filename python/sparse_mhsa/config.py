@@ -1,11 +1,14 @@
 """One way to turn whatever a user holds into an `AttentionConfig`."""
 
 import json
+import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
+
+import numpy as np
 
 from ._core import AttentionConfig, ConfigError
 
@@ -32,7 +35,8 @@ def load_config(config: ConfigLike) -> AttentionConfig:
 
     Args:
         config: a path to a YAML file (`str` or `Path`), YAML or JSON text (a `str` with a line break or a
-            colon), a mapping, an OmegaConf node, or an `AttentionConfig`, which is returned as it is.
+            colon), a mapping (its numbers may be NumPy's), an OmegaConf node, or an `AttentionConfig`, which is
+            returned as it is.
 
     Returns:
         The typed, range-checked configuration.
@@ -65,9 +69,16 @@ def load_config(config: ConfigLike) -> AttentionConfig:
 
 def _mapping_text(config: Mapping[str, object]) -> str:
     try:
-        return json.dumps(dict(config), allow_nan=False)
+        return json.dumps(dict(config), allow_nan=False, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"config: the mapping cannot be written as YAML: {error}") from error
+
+
+def _plain(value: object) -> object:
+    """A number or array of NumPy as Python has it."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no number, text, list, mapping or null")
 
 
 def _load_string(config: str) -> AttentionConfig:
@@ -92,6 +103,8 @@ def _is_file(name: str) -> bool:
 def _load_file(path: Path) -> AttentionConfig:
     if not path.exists():
         raise FileNotFoundError(f"config: no such file: '{path}'")
+    if path.is_dir():
+        raise config_error(f"{path}: is a directory; expected a YAML file", str(path))
     with path.open("rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
@@ -108,3 +121,34 @@ def config_error(message: str, source: str | None = None, key: str | None = None
     error = ConfigError(message)
     vars(error).update(source=source, line=None, key=key)
     return error
+
+
+def integer(name: str, value: object, least: int = 0) -> int:
+    """An argument that counts something.
+
+    Args:
+        name: of the argument.
+        value: what was given for it; any integer, NumPy's too.
+        least: the smallest number allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: ``value`` is no integer.
+        ValueError: it is less than ``least``.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r:.60}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
+
+
+def integers(name: str, values: object, least: int = 0) -> tuple[int, ...]:
+    """An argument that is a list of such numbers; see `integer`."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name}: expected a list of integers, got {type(values).__name__} {values!r:.60}")
+    return tuple(integer(name, value, least) for value in values)

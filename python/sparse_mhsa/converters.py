@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Array: TypeAlias = Tensor | NDArray[np.generic] | Sequence[object]
-RowFunction: TypeAlias = Callable[[int, int], Array]
-"""``keep(head, row)``: the keys of one query, as bool (N,) or as integer indices in any order."""
+RowFunction: TypeAlias = Callable[[int, int], Array | Iterable[object]]
+"""``keep(head, row)``: the keys of one query, as bool (N,) or as integer indices in any order, also one by one."""
 
 
 def edges_from_dense(dense: Array, num_heads: int | None = None) -> Edges:
@@ -235,6 +235,13 @@ def _compressed(matrix: object) -> tuple[Array, Array]:
 
 def _keys(row: object, num_tokens: int, where: str) -> NDArray[np.int64]:
     """One row as ascending key indices."""
+    # What NumPy would take for a single object: a set, a generator, the keys of a dictionary.
+    if (
+        isinstance(row, Iterable)
+        and not isinstance(row, (Sequence, Tensor, np.ndarray))
+        and not hasattr(row, "__array__")
+    ):
+        row = list(row)
     cells = _array(where, row)
     if cells.dtype == np.bool_:
         if cells.shape != (num_tokens,):

@@ -270,10 +270,11 @@ class EdgeAttention:
     def _dropout(self, samples: slice, row_ptr: Tensor, col: Tensor) -> Tensor | None:
         if self.seed is None or self.dropout_p == 0.0:
             return None
-        factors: Tensor = torch.ops.sparse_mhsa.dropout_keep.default(
+        kept: Tensor = torch.ops.sparse_mhsa.dropout_keep.default(
             row_ptr, col, self.batch, self.num_heads, self.seed, self.dropout_p
         )
-        return factors[samples].to(self.lse.dtype)
+        # With probability 1 nothing is kept.
+        return kept[samples].to(self.lse.dtype) * (1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0)
 
     def bias_gradient(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Gradient of ``bias``, in its dtype and broadcast shape, from the edges alone."""

@@ -4,6 +4,7 @@ import html
 from dataclasses import dataclass, fields
 
 from ._core import Edges
+from .config import integer
 from .flops import attention_macs, in_unit
 
 
@@ -26,8 +27,8 @@ class HeadExplanation:
     edges_in_runs: int
     bytes: int
     """Memory of the segments, one direction."""
-    shared_with: int
-    """The first head with the same edges in the same memory, this one itself if there is none."""
+    shared_with: int | None
+    """The first of the heads before this one that holds the same edges in the same memory, None if there is none."""
     gmacs: float | None = None
     """Multiply-accumulates of q k^T and p v for one sample, in billions, where the head dimension is known."""
     kernel: str | None = None
@@ -56,7 +57,7 @@ class Explanation:
     @property
     def bytes(self) -> int:
         """Memory of the segments, counting shared heads once."""
-        return sum(head.bytes for head in self.heads if head.shared_with == head.head)
+        return sum(head.bytes for head in self.heads if head.shared_with is None)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         shown = [
@@ -97,7 +98,11 @@ def explain(edges: Edges, title: str, head_dim: int | None) -> Explanation:
 
     Returns:
         The table.
+
+    Raises:
+        ValueError: ``head_dim`` is not positive.
     """
+    head_dim = None if head_dim is None else integer("head_dim", head_dim, 1)
     heads = []
     for head in range(edges.num_heads):
         entry = edges.describe(head, head_dim)
@@ -108,4 +113,6 @@ def explain(edges: Edges, title: str, head_dim: int | None) -> Explanation:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

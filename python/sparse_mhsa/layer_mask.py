@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._core import AttentionConfig, Edges, registered_masks, selection_room
-from .config import config_error
+from .config import config_error, integer, integers
 from .edges import EdgeSource
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class LayerMask:
         if None in self.config.seeds:
             # Drawn once: from here on the mask, its copies and its pickles are the same.
             object.__setattr__(self, "config", self.config.with_seed(draw_seed()))
-        config, grid = self.config, None if self.grid is None else list(self.grid)
+        config, grid = self.config, None if self.grid is None else list(integers("grid", self.grid))
         if config.layers:
             raise config_error(
                 f"layers: {config.layers} are regular expressions on names of modules, and there is no model here; "
@@ -61,8 +61,8 @@ class LayerMask:
             )
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens", "head_dim"):
             number = getattr(self, name)
-            if number is not None and number < 0:
-                raise ValueError(f"{name}: expected at least 0, got {number}")
+            if number is not None:
+                object.__setattr__(self, name, integer(name, number))
         if grid is not None and min(grid, default=0) < 1:
             raise ValueError(f"grid: expected sides of at least 1, got {grid}")
         if config.num_heads not in (None, self.num_heads):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import viz
 from ._core import AttentionConfig, Edges
-from .config import ConfigLike, config_error, load_config
+from .config import ConfigLike, config_error, integer, integers, load_config
 from .converters import (
     Array,
     RowFunction,
@@ -75,8 +75,8 @@ class Mask:
     """`to_csr`, called when attention first needs it: an intermediate ``~mask`` never pays for its lists."""
 
     def __init__(self, layer_mask: LayerMask, num_tokens: int, head_dim: int | None = None) -> None:
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+        num_tokens = integer("num_tokens", num_tokens)
+        head_dim = None if head_dim is None else integer("head_dim", head_dim, 1)
         if not layer_mask.config.uses_edges:
             raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no mask", key="backend")
         options = MaskOptions(head_dim, layer_mask.scale, layer_mask.on_empty_row)
@@ -134,7 +134,7 @@ class Mask:
             ConfigError: the configuration cannot be honoured, or not for these sizes.
             ValueError: ``grid`` does not have as many cells as there are tokens after the prefix.
         """
-        sides = None if grid is None else tuple(grid)
+        sides = None if grid is None else integers("grid", grid)
         place = (layer, num_layers, epoch, sides, num_prefix_tokens)
         layer_mask = LayerMask(load_config(config), num_heads, *place, head_dim)
         mask = cls(layer_mask, num_tokens, head_dim)

@@ -112,14 +112,15 @@ def _fake_edge_index(spec: str, num_queries: int, num_keys: int) -> tuple[Tensor
 
 
 def _dropout_keep(row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float) -> Tensor:
-    factors = _core.dropout_keep(row_ptr.cpu(), col.cpu(), batch, num_heads, seed, dropout_p)
-    return factors if col.device.type == "cpu" else factors.to(col.device)
+    # Which edges keep their weight, and not the factor 1 / (1 - p) in float64: not every device has that dtype.
+    kept = _core.dropout_keep(row_ptr.cpu(), col.cpu(), batch, num_heads, seed, dropout_p) != 0
+    return kept if col.device.type == "cpu" else kept.to(col.device)
 
 
 def _fake_dropout_keep(
     row_ptr: Tensor, col: Tensor, batch: int, num_heads: int, seed: Tensor, dropout_p: float
 ) -> Tensor:
-    return col.new_empty(batch, col.shape[0], dtype=torch.float64)
+    return col.new_empty(batch, col.shape[0], dtype=torch.bool)
 
 
 def _fake_select_edges(

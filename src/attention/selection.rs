@@ -53,6 +53,8 @@ pub struct Rule {
     prefix: usize,
     /// Leading tokens kept by every query.
     dense: usize,
+    /// Patches that the grid of the configuration has, where it gives one.
+    patches: Option<u64>,
 }
 
 impl Rule {
@@ -66,7 +68,8 @@ impl Rule {
         let dense = if spec.prefix_dense && pattern.keeps_prefix_dense() { prefix } else { 0 };
         let Some(choice) = pattern.choice(spec.epoch) else { return Ok(None) };
         let per_head = pattern.keys_per_head(&spec.context(0)).map_err(|error| error.below("mask_kwargs"))?;
-        Ok(Some(Rule { choice, per_head, prefix, dense }))
+        let patches = spec.grid.as_ref().map(|grid| grid.iter().product());
+        Ok(Some(Rule { choice, per_head, prefix, dense, patches }))
     }
 
     /// `(a, b)` such that a head of N tokens has at most `N * (min(a, N) + b)` edges, whatever the content.
@@ -86,6 +89,7 @@ impl Rule {
     ///
     /// # Errors
     /// [`Error::Shape`] naming an argument that does not fit; [`Error::Value`] when importance is asked for and not given;
+    /// [`Error::Config`] when the configuration's grid is not that of these tokens;
     /// [`Error::Interrupted`].
     pub fn edges<T: Element>(&self, content: &Content<T>, run: &Run) -> Result<EdgeLists> {
         let [batch, heads, queries, _] = content.q.shape();
@@ -106,6 +110,16 @@ impl Rule {
                 "num_prefix_tokens: expected at most the {queries} tokens there are, got {}",
                 self.prefix
             )));
+        }
+        if let Some(patches) = self.patches.filter(|&patches| patches != (queries - self.prefix) as u64) {
+            return Err(Error::config(
+                "grid",
+                format!(
+                    "has {patches} cells, but {queries} tokens with {} prefix tokens leave {} patches",
+                    self.prefix,
+                    queries - self.prefix
+                ),
+            ));
         }
         match self.choice {
             Choice::TopK { keep, causal, symmetric, dense_rows } => {

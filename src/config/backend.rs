@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::document::{Broken, split_path, type_name};
-use crate::error::{Error, Result, unknown_name};
+use crate::error::{Error, Result, of_serde, unknown_name};
 use crate::pattern::registry::{check_keys, check_range, field_names};
 
 /// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
@@ -65,6 +65,7 @@ impl Backend for Efficient {
 #[serde(default)]
 struct EfficientLocal {
     /// Patches in a block; the last block may be shorter.
+    #[schemars(range(min = 1))]
     block_size: i64,
     /// Prefix tokens attend to all tokens and are no part of the blocks.
     keep_cls_global: bool,
@@ -109,11 +110,14 @@ struct Linformer {
 #[serde(deny_unknown_fields)]
 struct Projector {
     /// Most tokens of a sequence, prefix included.
+    #[schemars(range(min = 1, max = MAX_PROJECTION))]
     max_seq_len: i64,
     /// Keys that are left.
+    #[schemars(range(min = 1, max = MAX_PROJECTION))]
     r: i64,
     /// Heads of the layer; null takes what the layer has.
     #[serde(default)]
+    #[schemars(range(min = 1, max = super::document::MAX_HEADS))]
     num_heads: Option<i64>,
     /// One projection for all heads.
     #[serde(default = "yes")]
@@ -165,8 +169,10 @@ impl BuiltIn {
             ignored: B::IGNORED,
             keys: field_names::<B>,
             read: |value| {
-                let backend: B = serde_path_to_error::deserialize(value)
-                    .map_err(|e| Broken::at(split_path(&e.path().to_string()), e.inner().to_string()))?;
+                let backend: B = serde_path_to_error::deserialize(value).map_err(|e| {
+                    let (path, message) = of_serde(&e.path().to_string(), &e.inner().to_string());
+                    Broken::at(split_path(&path), message)
+                })?;
                 backend.check()?;
                 Ok(serde_json::to_value(&backend).expect("parameters are plain data"))
             },
@@ -297,7 +303,7 @@ impl UserBackend {
                 (Some(value), _) => value,
                 (None, Some(default)) => default,
                 (None, None) => {
-                    return Err(Broken::at([] as [&str; 0], format!("missing key `{name}`")));
+                    return Err(Broken::at([name.as_str()], "missing: it has no default and must be given"));
                 }
             };
             if kwargs.contains_key(name) && !types.is_empty() && !types.iter().any(|kind| is_a(value, kind)) {

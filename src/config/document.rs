@@ -12,6 +12,7 @@ use crate::pattern::registry::{self, Registered, check_keys, field_names};
 /// Largest number of heads and of prefix tokens accepted: far beyond any model, small enough to allocate.
 pub(super) const MAX_HEADS: u64 = 4096;
 const MAX_PREFIX: u64 = 1 << 20;
+const MAX_WIDTH: u64 = 1 << 20;
 
 /// What a row without any key gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -50,10 +51,12 @@ pub(super) struct Document {
     /// What the logit of a pair that is not kept counts as.
     pub(super) masked_logits: MaskedLogits,
     /// Leading tokens off the grid (CLS, registers); null takes what the model tells, else the mask's default.
+    #[schemars(range(max = MAX_PREFIX))]
     pub(super) num_prefix_tokens: Option<u64>,
     /// Whether prefix rows and columns are dense.
     pub(super) prefix_dense: bool,
     /// `[H, W]` or `[T, H, W]` of the tokens after the prefix.
+    #[schemars(length(min = 2, max = 3), inner(range(min = 1, max = u32::MAX)))]
     pub(super) grid: Option<Vec<u64>>,
     /// How the tokens of a video grid are laid out.
     pub(super) token_order: TokenOrder,
@@ -62,8 +65,10 @@ pub(super) struct Document {
     /// Regular expression on module names -> keys that replace those above in the layers whose name matches.
     pub(super) layers: Option<Map<String, Value>>,
     /// Width of the model.
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub(super) embed_dim: Option<u64>,
     /// Number of heads.
+    #[schemars(range(min = 1, max = MAX_HEADS))]
     pub(super) num_heads: Option<u64>,
 }
 
@@ -133,7 +138,7 @@ fn check_numbers(document: &Document) -> std::result::Result<(), Broken> {
         _ => Ok(()),
     };
     range("num_heads", document.num_heads, 1, MAX_HEADS)?;
-    range("embed_dim", document.embed_dim, 1, 1 << 20)?;
+    range("embed_dim", document.embed_dim, 1, MAX_WIDTH)?;
     range("num_prefix_tokens", document.num_prefix_tokens, 0, MAX_PREFIX)?;
     document.grid.as_deref().map_or(Ok(()), check_shape)
 }

@@ -1,8 +1,8 @@
 //! JSON Schema (draft 2020-12) of a configuration, made from the types that read it and from the registries, so that a new mask,
 //! key or backend is in it without being listed.
 //!
-//! It knows names, types, closed choices and which mask takes which parameters. Ranges and conditions between several keys are
-//! the loader's.
+//! It knows names, types, closed choices, the ranges of single values, and which mask takes which parameters. Conditions between
+//! several keys, and between a key and the size of the input, are the loader's; so are the parameters of a mask inside another.
 
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};

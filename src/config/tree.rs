@@ -39,14 +39,23 @@ pub(super) fn at<'a>(root: &'a Value, path: &[String]) -> Option<&'a Value> {
 
 /// Line and column of the key (or list item) at `path`, by reading the text again up to there.
 pub(super) fn locate(text: &str, path: &[String]) -> Option<(usize, usize)> {
-    let mut path = path;
-    while !path.is_empty() {
+    let find = |path: &[String]| {
         let found = Probe { path }.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
-        if found.to_string().contains(FOUND) {
-            return found.location().map(|at| (at.line(), at.column()));
+        found.to_string().contains(FOUND).then(|| found.location().map(|at| (at.line(), at.column())))?
+    };
+    let mut path = path;
+    while let Some((key, parent)) = path.split_last() {
+        if let Some(position) = find(path) {
+            return Some(position);
+        }
+        // Parameters that are missing altogether: what needs them stands beside the place where they would.
+        if let Some(owner) = key.strip_suffix("_kwargs") {
+            if let Some(position) = find(&[parent, &[owner.to_owned()]].concat()) {
+                return Some(position);
+            }
         }
         // A missing key: the mapping that lacks it is the best place to point at.
-        path = &path[..path.len() - 1];
+        path = parent;
     }
     None
 }

@@ -28,7 +28,7 @@ impl Dropout {
         if (0.0..=1.0).contains(&self.p) {
             return Ok(());
         }
-        Err(Error::Value(format!("dropout_p: expected a probability in 0..=1, got {}", self.p)))
+        Err(Error::Value(format!("dropout_p: expected a probability from 0 to 1, got {}", self.p)))
     }
 }
 

@@ -15,6 +15,7 @@ use crate::error::Result;
 #[serde(default)]
 pub struct Axial {
     /// `[H, W]` or `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
+    #[schemars(length(min = 2, max = 3), inner(range(min = 1, max = u32::MAX)))]
     grid: Option<Vec<usize>>,
 }
 

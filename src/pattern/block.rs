@@ -17,6 +17,7 @@ use crate::error::{Error, Result, unknown_name};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Block {
     /// Patches in a block.
+    #[schemars(range(min = 1))]
     block_size: i64,
     /// `diagonal`, `full`, `{band: n}` (blocks at most n apart), or a matrix of 0 and 1 over blocks.
     #[serde(default)]
@@ -28,11 +29,14 @@ pub struct Block {
 #[serde(untagged)]
 enum Layout {
     /// `diagonal` (each its own) or `full` (all).
-    Named(String),
+    Named(#[schemars(extend("enum" = NAMES))] String),
     /// Blocks at most this far apart.
-    Band { band: i64 },
+    Band {
+        #[schemars(range(min = 0))]
+        band: i64,
+    },
     /// 0 or 1 for each query block (row) and key block (column).
-    Matrix(Vec<Vec<i64>>),
+    Matrix(#[schemars(inner(inner(range(min = 0, max = 1))))] Vec<Vec<i64>>),
 }
 
 const NAMES: &[&str] = &["diagonal", "full"];

@@ -27,6 +27,7 @@ pub trait Combine: Debug + Send + Sync + 'static {
 #[schemars(rename = "Combination", bound = "")]
 pub struct Combination<C> {
     /// List of `{mask, mask_kwargs}`.
+    #[schemars(length(min = 1))]
     masks: Vec<Part>,
     #[serde(skip)]
     operation: PhantomData<C>,

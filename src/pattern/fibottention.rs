@@ -15,7 +15,8 @@ use crate::rng::cpython_shuffle;
 ///
 /// F_h is row h of the Wythoff array (`schedule: wythoff`) or 1, 2, 3, 5, 8, ... (`fibonacci`), cut at the head's window
 /// w_h, which grows from `w_min` at the first head to `w_max` (default: patches / 3) at the last. `modified` puts the two
-/// preceding terms before the row. `shuffled` deals the rows to the heads by a permutation seeded with the layer;
+/// preceding terms before the row: i - 1 and floor(i * phi) before row i, 0 and 1 before the Fibonacci numbers, whose 0 is the query
+/// itself. Distances are a set, so one that comes twice is one edge. `shuffled` deals the rows to the heads by a permutation seeded with the layer;
 /// `shared_offsets` then gives every head the row of head 0. The first term is kept even beyond w_h unless `strict_window`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
@@ -33,8 +34,10 @@ pub struct Fibottention {
     /// One prefix token unless the model has another number; `false`: none at all.
     add_class_token: bool,
     /// Window of the first head, in patches.
+    #[schemars(range(min = 0, max = MAX_WINDOW))]
     w_min: i64,
     /// Window of the last head, in patches; null for a third of them.
+    #[schemars(range(min = 0, max = MAX_WINDOW))]
     w_max: Option<i64>,
     /// Drop the first term too where it is beyond the window.
     strict_window: bool,

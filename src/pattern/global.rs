@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 #[serde(default)]
 pub struct Global {
     /// The first this many tokens are global; 1 if neither parameter is given.
+    #[schemars(range(min = 0))]
     num_global: Option<i64>,
     /// Which tokens are global; negative ones count from the end.
     global_indices: Option<Vec<i64>>,

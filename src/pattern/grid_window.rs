@@ -19,12 +19,15 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct GridWindow {
     /// Side of a window: one for all axes, or one per axis.
+    #[schemars(extend("minimum" = 1, "items" = { "minimum": 1 }))]
     window_size: OneOrList<i64>,
     /// Shift of the windows against the grid, likewise.
     #[serde(default = "unshifted")]
+    #[schemars(extend("minimum" = 0, "items" = { "minimum": 0 }))]
     shift: OneOrList<i64>,
     /// `[H, W]` or `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     #[serde(default)]
+    #[schemars(length(min = 2, max = 3), inner(range(min = 1, max = u32::MAX)))]
     grid: Option<Vec<usize>>,
 }
 

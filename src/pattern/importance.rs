@@ -22,8 +22,10 @@ pub struct Importance {
     /// What makes a key important.
     score: Score,
     /// Keys that every query keeps; not with `score: list`.
+    #[schemars(range(min = 0, max = u32::MAX))]
     k: Option<i64>,
     /// The patches that every query keeps, with `score: list`.
+    #[schemars(inner(range(min = 0, max = u32::MAX)))]
     indices: Option<Vec<i64>>,
 }
 

@@ -18,10 +18,13 @@ use crate::error::{Error, Result};
 #[serde(default)]
 pub struct Local {
     /// Half width: keys on each side.
+    #[schemars(range(min = 0, max = MAX_WINDOW))]
     window: Option<i64>,
     /// Odd total width, 2 * window + 1.
+    #[schemars(range(min = 1), extend("not" = { "type": "integer", "multipleOf": 2 }))]
     window_size: Option<i64>,
     /// Distance between neighbouring keys of the window.
+    #[schemars(range(min = 1, max = MAX_WINDOW))]
     dilation: i64,
     /// Only j <= i.
     causal: bool,
@@ -49,11 +52,24 @@ impl Default for Local {
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 enum WindowSchedule {
     /// One half width per layer.
-    List { values: Vec<i64> },
+    List {
+        #[schemars(length(min = 1), inner(range(min = 0, max = MAX_WINDOW)))]
+        values: Vec<i64>,
+    },
     /// From `start` at the first layer to `end` at the last in equal steps, rounded (halves to even, as Python rounds).
-    Linear { start: i64, end: i64 },
+    Linear {
+        #[schemars(range(min = 0, max = MAX_WINDOW))]
+        start: i64,
+        #[schemars(range(min = 0, max = MAX_WINDOW))]
+        end: i64,
+    },
     /// From `start` to `end` in equal ratios, rounded likewise.
-    Geometric { start: i64, end: i64 },
+    Geometric {
+        #[schemars(range(min = 1, max = MAX_WINDOW))]
+        start: i64,
+        #[schemars(range(min = 1, max = MAX_WINDOW))]
+        end: i64,
+    },
 }
 
 /// Half widths beyond this can mean nothing at any size accepted.

@@ -18,6 +18,7 @@ pub struct Longformer {
     /// Half width: keys on each side; 1 if neither width is given.
     window: Option<i64>,
     /// Odd total width, 2 * window + 1.
+    #[schemars(range(min = 1), extend("not" = { "type": "integer", "multipleOf": 2 }))]
     window_size: Option<i64>,
     /// Distance between neighbouring keys of the window.
     dilation: i64,
@@ -61,7 +62,9 @@ pub(super) fn global_tokens(
     let inside = |&index: &i64| {
         let inside = 0 <= index && index < num_tokens as i64;
         if !inside {
-            warn_clamped(format!("{mask}: global index {index} is outside 0..{num_tokens} and is dropped"));
+            warn_clamped(format!(
+                "{mask}: global index {index} is none of the {num_tokens} tokens and is dropped"
+            ));
         }
         inside
     };

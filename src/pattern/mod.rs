@@ -14,7 +14,7 @@ mod part;
 pub mod registry;
 mod regular;
 pub mod scores;
-pub(crate) mod segments;
+mod segments;
 mod shares;
 pub mod user;
 
@@ -371,7 +371,8 @@ fn share(sets: &HeadEdges, change: impl Fn(&Arc<EdgeSet>) -> Result<Arc<EdgeSet>
 /// What a mask answers that is asked for its edges and has none before it sees queries and keys.
 fn by_content(name: &str) -> Result<HeadEdges> {
     Err(Error::Value(format!(
-        "the mask `{name}` chooses keys by the content of queries and keys, so its edges exist only inside attention"
+        "the mask `{name}` chooses keys by the content of queries and keys, so its edges exist only inside attention; \
+         `choose_masks` shows them for given q and k"
     )))
 }
 

@@ -22,18 +22,26 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Neighborhood {
     /// Keys per axis: one odd number, or one per axis.
+    #[schemars(extend(
+        "minimum" = 1,
+        "not" = { "type": "integer", "multipleOf": 2 },
+        "items" = { "minimum": 1, "not": { "multipleOf": 2 } }
+    ))]
     kernel_size: OneOrList<i64>,
     /// Distance between neighbouring keys, likewise.
     #[serde(default = "one")]
+    #[schemars(extend("minimum" = 1, "items" = { "minimum": 1 }))]
     dilation: OneOrList<i64>,
     /// Queries that share a window, likewise.
     #[serde(default = "one")]
+    #[schemars(extend("minimum" = 1, "items" = { "minimum": 1 }))]
     stride: OneOrList<i64>,
     /// Only keys up to the query, for all axes or one by one.
     #[serde(default = "not_causal")]
     causal: OneOrList<bool>,
     /// `[H, W]` or `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     #[serde(default)]
+    #[schemars(length(min = 2, max = 3), inner(range(min = 1, max = u32::MAX)))]
     grid: Option<Vec<usize>>,
 }
 

@@ -19,6 +19,7 @@ pub(super) struct Part {
     #[serde(default)]
     mask_kwargs: Option<Map<String, Value>>,
     #[serde(default)]
+    #[schemars(extend("minimum" = 0, "items" = { "minimum": 0 }))]
     pub(super) heads: Option<OneOrList<i64>>,
     /// Filled by [`resolve`].
     #[serde(skip)]

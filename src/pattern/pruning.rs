@@ -36,10 +36,13 @@ use pairs::{best, drawn, nearest};
 #[serde(default)]
 pub struct Pruning {
     /// Share of the patch-to-patch pairs that is kept.
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1))]
     keep_ratio: Option<f64>,
     /// Share of the patch-to-patch pairs that is dropped.
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pruning_ratio: Option<f64>,
     /// Cost of attention in all layers, in `unit`; needs num_layers and head_dim.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     flops_budget: Option<f64>,
     /// `GMACs` (a multiply-accumulate counts as one) or `GFLOPs` (as two), with `flops_budget`.
     unit: Option<Unit>,
@@ -50,6 +53,7 @@ pub struct Pruning {
     /// Digest of that file; filled in when it is read, so that another file in its place is an error.
     scores_digest: Option<String>,
     /// Importance by head, or by layer and head, or `measured` (from `scores`); null is equal.
+    #[schemars(extend("items" = { "minimum": 0, "items": { "minimum": 0 } }))]
     weights: Option<Weights>,
     /// Seed of `random`; null draws one when a mask or module is built.
     seed: Option<i64>,

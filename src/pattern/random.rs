@@ -17,16 +17,20 @@ use crate::rng::{HeadDraws, Sampler};
 ///
 /// Allowed are the keys outside the dense prefix, with `causal` those up to the query; where fewer than k are allowed, all are kept.
 /// Exactly one of `k`, `keep_ratio` (r) and `mask_ratio` (1 - r) is given; a ratio means k = max(1, round(r * allowed)) for the
-/// query's number of allowed keys, halves rounded to even. `symmetric` adds the transpose; with `keep_cls_dense` the prefix is
-/// dense last of all. The draws depend on (seed, layer, head, epoch) and the query alone.
+/// query's number of allowed keys, halves rounded to even. `symmetric` adds the transpose and does not go with `causal`. With
+/// `keep_cls_dense` the prefix is dense last of all: every query keeps its keys and its queries keep every key, with `causal` every
+/// past one, so that nothing sees the future. The draws depend on (seed, layer, head, epoch) and the query alone.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Random {
     /// Keys per query: one number, a list by head, or a list by layer of lists by head.
+    #[schemars(extend("minimum" = 1, "items" = { "minimum": 1, "items": { "minimum": 1 } }))]
     k: Option<Shares<i64>>,
     /// Share of the allowed keys that is kept.
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1))]
     keep_ratio: Option<f64>,
     /// Share of the allowed keys that is dropped.
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     mask_ratio: Option<f64>,
     /// Only j <= i.
     causal: bool,
@@ -86,7 +90,9 @@ impl Random {
         let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
         let (mut sampler, mut chosen) = (Sampler::new(n), Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
-            if query >= first {
+            if query < first {
+                out.push(0..if self.causal { query + 1 } else { n });
+            } else {
                 let allowed = if self.causal { query + 1 } else { n } - first;
                 sampler.choose(&mut draws.row(query), allowed, self.count(k, allowed), &mut chosen);
                 out.extend(chosen.iter().map(|&key| first + key..first + key + 1));
@@ -97,7 +103,7 @@ impl Random {
             let transposed = builder.clone().build().transposed();
             builder = builder.shifted(&transposed, 0);
         }
-        Ok(Arc::new(builder.global(0..first).build()))
+        Ok(Arc::new(builder.rect(first..n, 0..first).build()))
     }
 }
 
@@ -116,6 +122,12 @@ impl Pattern for Random {
         if given.into_iter().filter(|given| *given).count() != 1 {
             let message = "give exactly one of k (keys per query), keep_ratio, mask_ratio";
             return Err(Error::config("", message));
+        }
+        if self.causal && self.symmetric {
+            return Err(Error::config(
+                "symmetric",
+                "expected false with `causal: true`, because the transposed pairs would show the future",
+            ));
         }
         if let Some(k) = &self.k {
             k.values().try_for_each(|k| check_range("k", k, 1..=i64::MAX))?;

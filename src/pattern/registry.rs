@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::user::{self, UserMask};
 use super::{AnyPattern, Pattern};
-use crate::error::{Error, Result, unknown_name};
+use crate::error::{Error, Result, of_serde, unknown_name};
 
 /// Calls `$then!` with `file::Type` of every mask.
 macro_rules! masks {
@@ -79,7 +79,7 @@ pub enum Origin {
     BuiltIn {
         /// The names of its fields.
         keys: fn() -> &'static [&'static str],
-        /// JSON Schema of `mask_kwargs` from the types and comments of the fields; ranges are the loader's.
+        /// JSON Schema of `mask_kwargs` from the types, ranges and comments of the fields.
         schema: fn(&mut SchemaGenerator) -> Schema,
         /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters without a default.
         default_prefix: fn() -> Option<usize>,
@@ -127,7 +127,8 @@ impl Registered {
                 files: P::FILES,
                 read: |value| {
                     let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
-                        ReadError::Type { path: e.path().to_string(), message: e.inner().to_string() }
+                        let (path, message) = of_serde(&e.path().to_string(), &e.inner().to_string());
+                        ReadError::Type { path, message }
                     })?;
                     pattern.resolve().and_then(|()| pattern.check()).map_err(ReadError::Range)?;
                     Ok(Box::new(pattern))
@@ -168,7 +169,7 @@ impl Registered {
         }
     }
 
-    /// JSON Schema of the `mask_kwargs`; ranges are the loader's.
+    /// JSON Schema of the `mask_kwargs`.
     pub fn schema(&self, generator: &mut SchemaGenerator) -> Value {
         match &self.origin {
             Origin::BuiltIn { schema, .. } => schema(generator).to_value(),

@@ -40,14 +40,15 @@ impl Segment {
             let (from, to) = (row_ptr[row], row_ptr[row + 1]);
             if from > to || to > col.len() as i64 {
                 return invalid(format!(
-                    "row_ptr: must not decrease nor pass the columns given; row {row} spans {from}..{to}"
+                    "row_ptr: must not decrease nor pass the columns given; row {row} goes from {from} to {to}"
                 ));
             }
             let mut last: Option<u32> = None;
             for &c in &col[from as usize..to as usize] {
                 if c < 0 || c >= num_cols as i64 {
                     return invalid(format!(
-                        "col: expected a key index in 0..{num_cols}, got {c} in row {row}"
+                        "col: expected a key index from 0 to {}, got {c} in row {row}",
+                        num_cols as i64 - 1
                     ));
                 }
                 let c = c as u32;

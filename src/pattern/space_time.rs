@@ -24,9 +24,11 @@ pub struct SpaceTime {
     kind: Kind,
     /// For `tube`: how far from the query's place, in patches.
     #[serde(default)]
+    #[schemars(range(min = 0))]
     radius: i64,
     /// `[T, H, W]` of the tokens after the prefix, unless the document or the model gives it.
     #[serde(default)]
+    #[schemars(length(min = 2, max = 3), inner(range(min = 1, max = u32::MAX)))]
     grid: Option<Vec<usize>>,
 }
 

@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 #[serde(default)]
 pub struct Sparse {
     /// `local` (null too), `strided` or `fixed`.
+    #[schemars(extend("enum" = ["local", "strided", "fixed", null]))]
     pattern: Option<String>,
     /// x; null for 64, or 128 for `fixed`, or all patches where there are fewer.
     local_attn_ctx: Option<i64>,

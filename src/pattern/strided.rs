@@ -14,6 +14,7 @@ use crate::error::Result;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Strided {
     /// Distance between the keys of a query.
+    #[schemars(range(min = 1))]
     stride: i64,
     /// Only j <= i.
     #[serde(default = "causal_by_default")]

@@ -14,9 +14,11 @@ use crate::error::Result;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StridedColumns {
     /// Distance between the keys.
+    #[schemars(range(min = 1))]
     stride: i64,
     /// The first of them.
     #[serde(default)]
+    #[schemars(range(min = 0))]
     offset: i64,
     /// Only j <= i.
     #[serde(default)]

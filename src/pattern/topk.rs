@@ -20,6 +20,11 @@ use crate::error::{Error, Result};
 #[serde(default)]
 pub struct TopK {
     /// Keys that every query keeps: one number, a list by head, or a list by layer of lists by head.
+    #[schemars(extend(
+        "minimum" = 0,
+        "maximum" = MAX_KEEP,
+        "items" = { "minimum": 0, "maximum": MAX_KEEP, "items": { "minimum": 0, "maximum": MAX_KEEP } }
+    ))]
     k: Shares<i64>,
     /// Only j <= i.
     causal: bool,
@@ -51,8 +56,11 @@ impl Default for TopK {
 #[serde(deny_unknown_fields)]
 struct Schedule {
     kind: Kind,
+    #[schemars(range(min = 0, max = MAX_KEEP))]
     k_start: i64,
+    #[schemars(range(min = 0, max = MAX_KEEP))]
     k_end: i64,
+    #[schemars(range(min = 1, max = MAX_KEEP))]
     epochs: i64,
 }
 

@@ -56,7 +56,7 @@ impl UserMask {
         match self.required.iter().find(|key| kwargs.get(key.as_str()).is_none()) {
             Some(key) => Err(ReadError::Range(Error::config(
                 key.as_str(),
-                format!("expected a value, because the mask `{name}` has no default for it; it is missing"),
+                "missing: it has no default and must be given",
             ))),
             None => Ok(Box::new(UserPattern { name, mask: self, kwargs: kwargs.clone() })),
         }

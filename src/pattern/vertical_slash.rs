@@ -23,18 +23,24 @@ use crate::error::{Error, Result};
 #[serde(default)]
 pub struct VerticalSlash {
     /// Key patches that every query keeps.
+    #[schemars(inner(range(min = 0)))]
     vertical: Vec<i64>,
     /// Distances that every query keeps, to both sides unless `causal`.
+    #[schemars(inner(range(min = 0)))]
     slash: Vec<i64>,
     /// Half width of a sliding window besides.
+    #[schemars(range(min = 0))]
     window: Option<i64>,
     /// Only j <= i; by default for estimated columns and distances, which are never anything else, and not for lists.
     causal: Option<bool>,
     /// How many key patches to estimate, in place of lists.
+    #[schemars(range(min = 0, max = MOST))]
     num_vertical: Option<i64>,
     /// How many distances to estimate, in place of lists.
+    #[schemars(range(min = 0, max = MOST))]
     num_slash: Option<i64>,
     /// Queries whose attention the estimate looks at.
+    #[schemars(range(min = 1, max = MOST))]
     last_queries: i64,
 }
 

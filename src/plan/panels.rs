@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::pattern::edges::EdgeSet;
-use crate::pattern::segments::merge_ranges;
+use crate::pattern::edges::merge_ranges;
 
 /// Queries, and keys, per square.
 pub const PANEL: usize = 16;

@@ -240,10 +240,11 @@ impl PyEdges {
             ("edges_on_diagonals", on_diagonals),
             ("edges_in_runs", nnz - in_dense - on_diagonals),
             ("bytes", set.bytes()),
-            ("shared_with", self.0.heads.iter().position(|other| Arc::ptr_eq(other, set)).unwrap_or(head)),
         ] {
             entry.set_item(key, value)?;
         }
+        let earlier = self.0.heads[..head].iter().position(|other| Arc::ptr_eq(other, set));
+        entry.set_item("shared_with", earlier)?;
         if let Some(head_dim) = head_dim {
             let cost = enter(py, |_| Ok(Plan::new(&[Arc::clone(set)])?.head(0, 0, 1).cost(head_dim)))?;
             entry.set_item("kernel", cost.kernel.name())?;

@@ -33,7 +33,7 @@ impl Rule {
                         keep.min(allowed) as f64 / allowed as f64 * keys as f64
                     })
                     .sum();
-                (between + self.around(num_tokens, causal), between)
+                (between + self.around(num_tokens), between)
             }
             Choice::VerticalSlash { columns, distances, nearest, .. } => {
                 let patches = num_tokens - self.prefix;
@@ -42,22 +42,21 @@ impl Rule {
                 let at_distance = |distance: usize| if distance < nearest { 1.0 } else { 1.0 - dropped };
                 let between: f64 =
                     (0..patches).map(|distance| (patches - distance) as f64 * at_distance(distance)).sum();
-                (between + self.around(num_tokens, true), between)
+                (between + self.around(num_tokens), between)
             }
             Choice::Keys { keep, .. } => {
                 let patches = num_tokens - self.prefix;
                 let between = (patches * keep.min(patches)) as f64;
-                (between + self.around(num_tokens, false), between)
+                (between + self.around(num_tokens), between)
             }
         };
         Ok((0..num_heads).map(of_head).collect())
     }
 
     /// Edges of the dense prefix around patches.
-    fn around(&self, num_tokens: usize, causal: bool) -> f64 {
+    fn around(&self, num_tokens: usize) -> f64 {
         let of_row = |row: usize| {
-            let end = if causal { row + 1 } else { num_tokens };
-            if row < self.dense { end } else { self.dense.min(end) }
+            if row < self.dense { num_tokens } else { self.dense }
         };
         (0..num_tokens).map(of_row).sum::<usize>() as f64
     }

@@ -82,7 +82,10 @@ fn a_plan_for_another_number_of_heads_is_refused() {
 fn dropout_is_a_probability_and_excludes_masked_logits_zero() {
     for p in [-0.1, 1.1, f64::NAN] {
         for error in messages(|problem, _, _| problem.dropout = Some(Dropout { seed: 0, p })) {
-            assert_eq!(error, Error::Value(format!("dropout_p: expected a probability in 0..=1, got {p}")));
+            assert_eq!(
+                error,
+                Error::Value(format!("dropout_p: expected a probability from 0 to 1, got {p}"))
+            );
         }
     }
     for error in messages(|problem, _, _| {

@@ -178,8 +178,8 @@ fn a_broken_edge_list_is_refused_with_the_place_that_is_wrong() {
     let broken: [(&[i64], &[i64], &str); 6] = [
         (&[0, 1], &[0], "row_ptr: expected 3 entries"),
         (&[0, 1, 3], &[0, 1], "row_ptr: expected to start at 0"),
-        (&[0, 3, 2], &[0, 1], "row 0 spans 0..3"),
-        (&[0, 1, 2], &[0, 2], "col: expected a key index in 0..2, got 2 in row 1"),
+        (&[0, 3, 2], &[0, 1], "row 0 goes from 0 to 3"),
+        (&[0, 1, 2], &[0, 2], "col: expected a key index from 0 to 1, got 2 in row 1"),
         (&[0, 1, 2], &[0, -1], "got -1 in row 1"),
         (&[0, 2, 2], &[1, 1], "ascend strictly within a row, got 1 after 1 in row 0"),
     ];
