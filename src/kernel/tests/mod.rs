@@ -4,6 +4,7 @@ mod accuracy;
 mod determinism;
 mod dropout;
 mod layout;
+mod lines;
 mod panels;
 mod rejected;
 mod selection;
