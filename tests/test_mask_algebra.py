@@ -391,7 +391,7 @@ class TestValue:
         shape = {"num_tokens": 1024, "num_heads": 1}
         window, scattered = sm.masks.local(window=64, **shape), sm.masks.vertical_slash(slash=[3, 55, 233], **shape)
         (of_window,), (of_scattered,) = window.explain(64).heads, scattered.explain(64).heads
-        assert (of_window.kernel, of_scattered.kernel) == ("panels", "edges")
+        assert (of_window.kernel, of_scattered.kernel) == ("panels", "lines")
         assert window.explain(128).heads[0].predicted_seconds > of_window.predicted_seconds > 0
         assert of_window.predicted_seconds / of_window.edges < of_scattered.predicted_seconds / of_scattered.edges
         assert "panels" in str(window.explain(64))

@@ -113,7 +113,7 @@ class TestValues:
     def test_large_scores(self, name):
         q, k, v = qkv(queries=12, dim=8)
         compare_with_oracle(q * 30, k * 30, v, mask_of(name, 12))
-        # The backward pass recomputes p from lse, which float32 stores to eps * |lse|.
+        # Scores, about as large as lse, are known to eps * |lse|.
         single, double = (
             [x.to(dtype).requires_grad_() for x in (q * 30, k * 30, v)] for dtype in (q.float().dtype, q.dtype)
         )

@@ -32,8 +32,10 @@ class HeadExplanation:
     gmacs: float | None = None
     """Multiply-accumulates of q k^T and p v for one sample, in billions, where the head dimension is known."""
     kernel: str | None = None
-    """``edges`` (edge by edge) or ``panels`` (squares of pairs computed whole): the choice of the cost model where the
-    head dimension is known. Calls with a bias or dropout, and ``masked_logits: zero``, always go edge by edge."""
+    """``edges`` (edge by edge), ``lines`` (along diagonals and single dense rows and columns) or ``panels`` (squares of
+    pairs computed whole): the choice of the cost model where the head dimension is known. Calls with a bias or dropout,
+    and ``masked_logits: zero``, always go edge by edge; with a key mask, or where heads share keys, nothing goes along
+    lines."""
     predicted_seconds: float | None = None
     """Forward time for one sample in float32 on one thread, as the cost model predicts it: good for comparing heads and
     masks, since machines differ by a factor."""

@@ -1,7 +1,7 @@
 //! What a head is expected to cost, and which kernel computes it.
 
 use super::HeadPlan;
-use super::panels::PAIRS_PER_EDGE;
+use super::panels::PAIRS_PER_SIX_EDGES_OF_LINES;
 
 /// Nanoseconds per product of an edge with a row of this many channels, in f32 on one thread: `FIXED + PER_CHANNEL * channels`.
 /// Measured with AVX-512 (`benches/LOG.md`); other machines differ by a factor, which orders nothing differently.
@@ -10,14 +10,22 @@ const PER_CHANNEL: f64 = 0.045;
 /// Products per edge: forward `q . k` and `P v`; backward `q . k` and `dO . v` by query and again by key, and the sums dq, dk, dv.
 const FORWARD_PRODUCTS: f64 = 2.0;
 const BACKWARD_PRODUCTS: f64 = 7.0;
+/// The kernel for lines keeps P and dS from one backward pass to the other, and needs no lists of edges.
+const BACKWARD_LINES_PRODUCTS: f64 = 5.0;
+/// What an edge of the kernel for lines costs, in edges of the general kernel.
+const LINES: f64 = 0.6;
+/// What a pair of the panel kernel costs, in edges of the kernel for lines.
+const PANELS: f64 = 6.0 / PAIRS_PER_SIX_EDGES_OF_LINES as f64;
 /// The panel kernel finds scores once per pass: `q . k`, `dO . v`, and the sums dq, dk, dv.
 const BACKWARD_PANEL_PRODUCTS: f64 = 5.0;
 
 /// A kernel of the processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
-    /// Edge by edge: scattered diagonals, irregular edges, single dense rows and columns.
+    /// Edge by edge: irregular edges, and whatever a key mask, a bias, dropout or a background takes from the others.
     Edges,
+    /// Along lines: scattered diagonals, narrow windows, single dense rows and columns.
+    Lines,
     /// Squares of pairs computed whole: windows, blocks, dense attention.
     Panels,
 }
@@ -27,6 +35,7 @@ impl Kernel {
     pub fn name(self) -> &'static str {
         match self {
             Kernel::Edges => "edges",
+            Kernel::Lines => "lines",
             Kernel::Panels => "panels",
         }
     }
@@ -35,7 +44,8 @@ impl Kernel {
 /// What one head of one batch element is expected to cost.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cost {
-    /// The kernel that computes it, where a call has no bias, no dropout and no background; else it is always [`Kernel::Edges`].
+    /// The kernel that computes it, where a call has no bias, no dropout and no background; else it is always [`Kernel::Edges`]. With
+    /// a key mask, and where heads of q share heads of k and v, [`Kernel::Lines`] gives way to one of the others.
     pub kernel: Kernel,
     /// Edges kept.
     pub edges: usize,
@@ -50,8 +60,7 @@ pub struct Cost {
 impl HeadPlan {
     /// The expected cost with `head_dim` channels in f32.
     pub fn cost(&self, head_dim: usize) -> Cost {
-        let coverage = self.in_panels();
-        self.cost_of(if coverage.pays { Kernel::Panels } else { Kernel::Edges }, head_dim)
+        self.cost_of(self.kernel(), head_dim)
     }
 
     /// The expected cost if `kernel` computed the head.
@@ -60,9 +69,8 @@ impl HeadPlan {
         let per_edge = FIXED + PER_CHANNEL * head_dim as f64;
         let (pairs, per_pair, backward) = match kernel {
             Kernel::Edges => (edges, per_edge, BACKWARD_PRODUCTS),
-            Kernel::Panels => {
-                (self.in_panels().pairs, per_edge / PAIRS_PER_EDGE as f64, BACKWARD_PANEL_PRODUCTS)
-            }
+            Kernel::Lines => (edges, per_edge * LINES, BACKWARD_LINES_PRODUCTS),
+            Kernel::Panels => (self.in_panels().pairs, per_edge * LINES * PANELS, BACKWARD_PANEL_PRODUCTS),
         };
         let per_product = pairs as f64 * per_pair;
         Cost {
@@ -83,22 +91,26 @@ mod tests {
     use crate::pattern::edges::{Builder, EdgeSet};
     use crate::plan::Plan;
 
-    fn cost(n: usize, describe: impl Fn(Builder) -> Builder) -> [Cost; 3] {
+    fn cost(n: usize, describe: impl Fn(Builder) -> Builder) -> [Cost; 4] {
         let set = Arc::new(describe(EdgeSet::builder(n, n).unwrap()).build());
         let plan = Plan::new(&[set]).unwrap();
         let head = plan.head(0, 0, 1);
-        [head.cost(64), head.cost_of(Kernel::Edges, 64), head.cost_of(Kernel::Panels, 64)]
+        let [edges, lines, panels] =
+            [Kernel::Edges, Kernel::Lines, Kernel::Panels].map(|kernel| head.cost_of(kernel, 64));
+        [head.cost(64), edges, lines, panels]
     }
 
     #[test]
-    fn windows_go_to_panels_and_scattered_diagonals_edge_by_edge() {
+    fn windows_go_to_panels_and_scattered_diagonals_along_lines() {
         let n = 1024;
         let [window, ..] = cost(n, |builder| builder.band((-64, 64, 1), 0..n, 0..n));
         assert_eq!(window.kernel, Kernel::Panels);
         assert!(window.pairs >= window.edges);
         let [scattered, ..] =
             cost(n, |builder| [1, 55, 233, -89].iter().fold(builder, |b, &o| b.diagonal(o, 0..n, 0..n)));
-        assert_eq!((scattered.kernel, scattered.pairs), (Kernel::Edges, scattered.edges));
+        assert_eq!((scattered.kernel, scattered.pairs), (Kernel::Lines, scattered.edges));
+        let [irregular, ..] = cost(n, |builder| builder.anti_diagonal(n as i64, 0..n, 0..n));
+        assert_eq!((irregular.kernel, irregular.pairs), (Kernel::Edges, irregular.edges));
     }
 
     #[test]
@@ -106,13 +118,13 @@ mod tests {
         for n in [64, 200, 1024] {
             for half in [0, 1, 2, 4, 8, 100] {
                 for step in [1, 2, 7] {
-                    let [chosen, edges, panels] = cost(n, |builder| {
+                    let [chosen, edges, lines, panels] = cost(n, |builder| {
                         builder.band((-half * step as i64, half * step as i64, step), 0..n, 0..n)
                     });
-                    let best = edges.forward_ns.min(panels.forward_ns);
+                    let best = edges.forward_ns.min(lines.forward_ns).min(panels.forward_ns);
                     assert!(
                         chosen.forward_ns <= 1.1 * best,
-                        "{n} {half} {step}: {chosen:?} {edges:?} {panels:?}"
+                        "{n} {half} {step}: {chosen:?} {edges:?} {lines:?} {panels:?}"
                     );
                 }
             }

@@ -40,6 +40,17 @@ impl HeadPlan {
         self.lines.get_or_init(|| Lines::of(&self.by_query)).as_ref()
     }
 
+    /// The kernel that computes the head, where a call leaves the choice.
+    pub fn kernel(&self) -> Kernel {
+        let coverage = self.in_panels();
+        match self.lines() {
+            Some(_) if coverage.beats_lines => Kernel::Panels,
+            Some(_) => Kernel::Lines,
+            None if coverage.pays => Kernel::Panels,
+            None => Kernel::Edges,
+        }
+    }
+
     /// Rows are keys, columns are queries. Built on first use: inference never pays for it. A symmetric mask is stored once.
     pub fn by_key(&self) -> &EdgeSet {
         self.by_key.get_or_init(|| {

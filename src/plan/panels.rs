@@ -236,6 +236,8 @@ impl<'a> Squares<'a> {
 
 /// How many pairs of the panel kernel cost as much as one edge of the kernels that look at single edges.
 pub(super) const PAIRS_PER_EDGE: usize = 3;
+/// How many pairs of the panel kernel cost as much as six edges of the kernel for lines.
+pub(super) const PAIRS_PER_SIX_EDGES_OF_LINES: usize = 7;
 /// Tiles to judge an edge set by.
 const TILES: usize = 64;
 
@@ -248,6 +250,8 @@ pub struct Coverage {
     pub squares: usize,
     /// Whether that is less work than going edge by edge.
     pub pays: bool,
+    /// Whether that is less work even than going along lines, where a head has them.
+    pub beats_lines: bool,
 }
 
 impl Coverage {
@@ -272,6 +276,7 @@ impl Coverage {
             pairs: (pairs as u128 * tiles as u128 / seen.max(1) as u128) as usize,
             squares: counts.get(counts.len() * 7 / 8).copied().unwrap_or(0),
             pays: pairs <= kept * PAIRS_PER_EDGE,
+            beats_lines: pairs * 6 <= kept * PAIRS_PER_SIX_EDGES_OF_LINES,
         }
     }
 }

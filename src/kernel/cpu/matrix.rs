@@ -82,6 +82,12 @@ impl<'a, T: Element> Matrix<'a, T> {
         unsafe { self.origin.offset(row as isize * self.row_stride) }
     }
 
+    /// Elements from one row to the next.
+    #[inline(always)]
+    pub(super) fn row_stride(&self) -> isize {
+        self.row_stride
+    }
+
     /// Whether rows can be read a register at a time.
     #[inline(always)]
     pub(super) fn is_packed(&self) -> bool {

@@ -55,8 +55,8 @@ impl<'a, T: Element> Call<'a, T> {
         };
         let background_keys = (problem.masked_logits == MaskedLogits::Zero)
             .then(|| (0..sizes.batch).map(allowed_keys).collect());
-        let panels = panel::Heads::of(problem, &sizes);
-        let lines = lines::Heads::of(problem, &sizes, &panels);
+        let lines = lines::Heads::of(problem, &sizes);
+        let panels = panel::Heads::of(problem, &sizes, &lines);
         Ok(Call { problem, sizes, scale: T::Acc::from_f64(problem.scale), background_keys, panels, lines })
     }
 

@@ -14,7 +14,7 @@ pub(super) fn check<T: Element>(case: &Case<T>, context: &str) {
     let [q, k, v, grad] = [&case.q, &case.k, &case.v, &case.grad_out].map(|tensor| magnitude(&f64s(tensor)));
     let width = case.sizes[6] as f64;
     let (epsilon, rounding) = if is_f64 { (1e-12, 6e-16) } else { (1e-6, 3e-7) };
-    // Scores are as precise as their size lets them be, and the backward pass finds P again from the rounded lse.
+    // Scores are as precise as their size lets them be.
     let from_scores = rounding * magnitude(&truth[1]);
     for isa in Isa::available() {
         for (index, (name, got)) in case.results(isa).named().into_iter().enumerate() {

@@ -5,6 +5,7 @@ mod decode;
 mod determinism;
 mod dropout;
 mod layout;
+mod lines;
 mod panels;
 mod rejected;
 mod selection;

@@ -10,6 +10,12 @@ fn window(rows: usize, cols: usize, lo: i64, hi: i64) -> Arc<EdgeSet> {
     Arc::new(EdgeSet::builder(rows, cols).unwrap().band((lo, hi, 1), 0..rows, 0..cols).build())
 }
 
+/// A key mask that keeps every key, with which the kernel for lines leaves the head to the panels.
+fn in_panels<T: Element>(case: Case<T>) -> Case<T> {
+    let [b, _, _, _, s, ..] = case.sizes;
+    Case { key_mask: Some(vec![1; b * s]), ..case }
+}
+
 fn full(rows: usize, cols: usize) -> Arc<EdgeSet> {
     Arc::new(EdgeSet::builder(rows, cols).unwrap().rect(0..rows, 0..cols).build())
 }
@@ -64,7 +70,7 @@ fn every_number_of_tokens_up_to_two_tiles_is_right() {
     for n in 1..=2 * PANEL + 1 {
         for edges in [full(n, n), window(n, n, -9, 9), window(n, n, -40, 0), window(n, n, 3, 20)] {
             let case = Case::<f64>::new(&mut random, [1, 1, 1, n, n, 5, 9], &[edges]);
-            check(&case, &format!("{n} tokens"));
+            check(&in_panels(case), &format!("{n} tokens"));
         }
     }
     for (n, s) in [(3, 50), (50, 3), (17, 47), (48, 49), (1, 16), (16, 1)] {
@@ -80,7 +86,7 @@ fn every_edge_of_a_band_is_right() {
         for width in [12, 15, 16, 17, 31, 48] {
             let edges = window(75, 75, lo, lo + width);
             let case = Case::<f64>::new(&mut random, [1, 1, 1, 75, 75, 4, 4], &[edges]);
-            check(&case, &format!("offsets {lo} to {}", lo + width));
+            check(&in_panels(case), &format!("offsets {lo} to {}", lo + width));
         }
     }
 }
@@ -95,8 +101,9 @@ fn every_width_of_head_is_right() {
     }
     for d in [16, 32, 48, 64, 80, 96, 128, 256] {
         let sizes = [1, 1, 1, 18, 40, d, d];
-        check(&Case::<bf16>::new(&mut random, sizes, &[window(18, 40, 0, 20)]), &format!("width {d}"));
-        check(&Case::<f64>::new(&mut random, sizes, &[window(18, 40, 0, 20)]), &format!("width {d}"));
+        let (name, edges) = (format!("width {d}"), [window(18, 40, 0, 20)]);
+        check(&in_panels(Case::<bf16>::new(&mut random, sizes, &edges)), &name);
+        check(&in_panels(Case::<f64>::new(&mut random, sizes, &edges)), &name);
     }
 }
 
@@ -121,6 +128,7 @@ fn one_head_on_many_threads_gives_the_bits_of_one_thread() {
         for isa in Isa::available() {
             let case =
                 Case::<f32>::new(&mut random, [1, 1, 1, 400, 400, 40, 33], std::slice::from_ref(&edges));
+            let case = in_panels(case);
             let one = case.results(isa);
             for threads in [2, 3, 7] {
                 let many = results(&case.problem(), case.grad_out(), &run(isa, threads));
@@ -134,11 +142,14 @@ fn one_head_on_many_threads_gives_the_bits_of_one_thread() {
 fn tokens_that_are_not_finite_reach_their_window_only() {
     let (n, d, reach, bad) = (70usize, 5, 12usize, 33usize);
     let edges = window(n, n, -(reach as i64), reach as i64);
-    for isa in Isa::available() {
+    // In the panel kernel, and in the one for lines.
+    let kernels = [true, false];
+    for (isa, all_kept) in Isa::available().into_iter().flat_map(|isa| kernels.map(|kernel| (isa, kernel))) {
         for value in [f32::NAN, f32::INFINITY] {
             for tensor in 0..4 {
                 let clean =
                     Case::<f32>::new(&mut Random(6), [1, 1, 1, n, n, d, d], std::slice::from_ref(&edges));
+                let clean = if all_kept { in_panels(clean) } else { clean };
                 let mut case = clean.clone();
                 let data = [&mut case.q, &mut case.k, &mut case.v, &mut case.grad_out];
                 data.into_iter().nth(tensor).unwrap()[bad * d..(bad + 1) * d].fill(value);

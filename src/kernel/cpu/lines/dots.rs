@@ -110,12 +110,9 @@ impl<T: Element> Dots<'_, T> {
                     self.part::<V, WHOLE>(index, &rows, strip);
                     continue;
                 }
-                let y = [
-                    self.matrix.row(line.column(start)),
-                    self.matrix.row(line.column(start + 1)),
-                    self.matrix.row(line.column(start + 2)),
-                    self.matrix.row(line.column(start + 3)),
-                ];
+                let (first, step) =
+                    (self.matrix.row(line.column(start)), line.step as isize * self.matrix.row_stride());
+                let y = [first, first.offset(step), first.offset(2 * step), first.offset(3 * step)];
                 let mut sums = [V::splat(T::Acc::ZERO); STRIP];
                 for c in 0..WHOLE {
                     for slot in 0..STRIP {

@@ -15,11 +15,11 @@ pub(super) use forward::forward;
 
 use std::ops::Range;
 
-use super::panel;
 use crate::kernel::element::Element;
 use crate::kernel::shape::Sizes;
 use crate::kernel::simd::{MAX_LANES, Vector};
 use crate::kernel::{Attention, MaskedLogits};
+use crate::plan;
 use crate::plan::lines::{Line, Lines};
 
 /// Most rows per block, and numbers per line of a block.
@@ -38,17 +38,17 @@ pub(super) struct Heads {
 }
 
 impl Heads {
-    /// Heads whose edges are lines, and that the panel kernel leaves. Whatever removes single edges, and heads of k and v that several
-    /// heads of q share, are left to the general kernels.
-    pub fn of<T: Element>(problem: &Attention<T>, sizes: &Sizes, panels: &panel::Heads) -> Self {
+    /// Heads whose edges are lines, unless the panel kernel is faster. What removes single edges, and heads of k and v that several
+    /// heads of q share, are left to the other kernels.
+    pub fn of<T: Element>(problem: &Attention<T>, sizes: &Sizes) -> Self {
         let is_plain = problem.bias.is_none()
             && problem.key_mask.is_none()
             && problem.dropout.is_none_or(|dropout| dropout.p == 0.0)
             && problem.masked_logits == MaskedLogits::NegInf
             && sizes.group() == 1;
         let suits = |unit: usize| {
-            let (batch, head) = (unit / sizes.heads, unit % sizes.heads);
-            !panels.take(batch, head) && problem.plan.head(batch, head, sizes.heads).lines().is_some()
+            problem.plan.head(unit / sizes.heads, unit % sizes.heads, sizes.heads).kernel()
+                == plan::Kernel::Lines
         };
         Heads {
             taken: (0..sizes.batch * sizes.heads).map(|unit| is_plain && suits(unit)).collect(),

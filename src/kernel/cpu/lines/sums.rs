@@ -110,9 +110,11 @@ impl<T: Element> Sums<'_, T> {
                 let place = line.place(row);
                 debug_assert!(place + ROWS <= self.weights.len());
                 let weights = self.weights.as_ptr().add(place);
+                let (first, step) =
+                    (self.matrix.row(line.column(row)).add(d), line.step as isize * self.matrix.row_stride());
                 for slot in 0..ROWS {
                     let weight = V::splat(*weights.add(slot));
-                    let from = self.matrix.row(line.column(row + slot)).add(d);
+                    let from = first.offset(slot as isize * step);
                     for i in 0..N {
                         let values = if PART {
                             <V as Memory<T>>::load_first(from, rest)

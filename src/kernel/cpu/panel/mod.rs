@@ -13,6 +13,7 @@ mod packed;
 pub(super) use backward::{Outputs, backward};
 pub(super) use forward::forward;
 
+use super::lines;
 use super::tasks::Call;
 use crate::kernel::element::Element;
 use crate::kernel::shape::Sizes;
@@ -38,7 +39,7 @@ pub(super) struct Heads {
 
 impl Heads {
     /// Heads whose edges fill enough of their squares. Dropout, biases and backgrounds are left to the general kernels.
-    pub fn of<T: Element>(problem: &Attention<T>, sizes: &Sizes) -> Self {
+    pub fn of<T: Element>(problem: &Attention<T>, sizes: &Sizes, lines: &lines::Heads) -> Self {
         let (kv_heads, group) = (sizes.kv_heads, sizes.group());
         let plan = problem.plan;
         let is_plain = problem.bias.is_none()
@@ -47,7 +48,7 @@ impl Heads {
         let suits = |unit: usize| {
             let (batch, kv_head) = (unit / kv_heads, unit % kv_heads);
             let mut heads = kv_head * group..(kv_head + 1) * group;
-            heads.all(|head| plan.head(batch, head, sizes.heads).in_panels().pays)
+            heads.all(|head| !lines.take(batch, head) && plan.head(batch, head, sizes.heads).in_panels().pays)
         };
         Heads {
             taken: (0..sizes.batch * kv_heads).map(|unit| is_plain && suits(unit)).collect(),
