@@ -309,6 +309,7 @@ class TestInterface:
         sm.sparsify(model, LOCAL, verify=True)
         assert torch.equal(torch.get_rng_state(), state)
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
     def test_scripted_modules_beside_it_do_no_harm(self):
         class Wrapper(nn.Module):
             def __init__(self):
