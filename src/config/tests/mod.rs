@@ -97,6 +97,7 @@ const REQUIRED: &[(&str, &str)] = &[
     ("block", "{block_size: 4, layout: {band: 1}}"),
     ("vertical_slash", "{vertical: [0]}"),
     ("random", "{k: 2}"),
+    ("pruning", "{keep_ratio: 0.5}"),
     ("neighborhood", "{kernel_size: [3, 5]}"),
     ("grid_window", "{window_size: 7}"),
     ("space_time", "{kind: tube, radius: 1}"),
