@@ -79,7 +79,7 @@ impl Random {
                 }
             };
         }
-        Arc::new(builder.build())
+        Arc::new(builder.build().unwrap())
     }
 }
 
