@@ -27,18 +27,20 @@ fn fibonacci(tokens: usize) -> Vec<Arc<EdgeSet>> {
             builder = builder.diagonal(a, 1..tokens, 1..tokens).diagonal(-a, 1..tokens, 1..tokens);
             (a, b) = (b, a + b);
         }
-        Arc::new(builder.build())
+        Arc::new(builder.build().unwrap())
     };
     (0..HEADS).map(set).collect()
 }
 
 fn window(tokens: usize, half: i64) -> Vec<Arc<EdgeSet>> {
     let builder = EdgeSet::builder(tokens, tokens).expect("fits");
-    vec![Arc::new(builder.band((-half, half, 1), 0..tokens, 0..tokens).build())]
+    vec![Arc::new(builder.band((-half, half, 1), 0..tokens, 0..tokens).build().unwrap())]
 }
 
 fn dense(tokens: usize) -> Vec<Arc<EdgeSet>> {
-    vec![Arc::new(EdgeSet::builder(tokens, tokens).expect("fits").rect(0..tokens, 0..tokens).build())]
+    vec![Arc::new(
+        EdgeSet::builder(tokens, tokens).expect("fits").rect(0..tokens, 0..tokens).build().unwrap(),
+    )]
 }
 
 fn values(len: usize, seed: u64) -> Vec<f32> {

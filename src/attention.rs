@@ -60,7 +60,7 @@ pub fn resolve(
         let sets = if num_queries == num_keys {
             spec.edges(num_queries)?.heads
         } else if spec.mask == RECTANGULAR {
-            let all = Arc::new(EdgeSet::builder(num_queries, num_keys)?.rect(0..num_queries, 0..num_keys).build());
+            let all = Arc::new(EdgeSet::builder(num_queries, num_keys)?.rect(0..num_queries, 0..num_keys).build()?);
             (0..spec.heads).map(|_| Arc::clone(&all)).collect()
         } else {
             return Err(Error::Shape(format!(
@@ -108,7 +108,7 @@ pub fn edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_keys: us
         let local: Vec<i64> = pointers.iter().map(|pointer| pointer.wrapping_sub(first)).collect();
         let columns = &col[first as usize..last as usize];
         let set =
-            EdgeSet::builder(num_queries, num_keys)?.edge_list(&local, columns)?.build().regularised()?;
+            EdgeSet::builder(num_queries, num_keys)?.edge_list(&local, columns)?.build()?.regularised()?;
         sets.push(match sets.last() {
             Some(before) if **before == set => Arc::clone(before),
             _ => Arc::new(set),

@@ -83,6 +83,11 @@ impl Error {
         }))
     }
 
+    /// `what` is more than memory holds: the error for a `try_reserve` that fails.
+    pub fn no_room(what: impl fmt::Display) -> Self {
+        Error::Value(format!("{what} does not fit in memory"))
+    }
+
     /// The same error with the key of a configuration error moved below `path`.
     #[must_use]
     pub fn below(mut self, path: &str) -> Self {

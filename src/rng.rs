@@ -5,6 +5,8 @@ use std::collections::HashSet;
 
 use rand_mt::Mt;
 
+use crate::error::{Error, Result};
+
 /// The permutation that `random.seed(seed); random.shuffle(list(range(len)))` gives in CPython.
 ///
 /// CPython seeds MT19937 with the 32-bit words of |seed|, least significant first, and shuffles from the last element down,
@@ -136,8 +138,15 @@ pub struct Sampler {
 
 impl Sampler {
     /// For subsets of at most `most` candidates.
-    pub fn new(most: usize) -> Self {
-        Sampler { marks: vec![0; most], mark: 0 }
+    ///
+    /// # Errors
+    /// [`Error::Value`] when the marks of so many do not fit in memory.
+    pub fn new(most: usize) -> Result<Self> {
+        let mut marks = Vec::new();
+        let no_room = |_| Error::no_room(format_args!("a draw among {most} candidates"));
+        marks.try_reserve_exact(most).map_err(no_room)?;
+        marks.resize(most, 0);
+        Ok(Sampler { marks, mark: 0 })
     }
 
     /// Replace `chosen` by `k` distinct numbers below `n`, every subset equally likely, in no particular order (Floyd's method).
@@ -207,7 +216,8 @@ mod tests {
     #[test]
     fn every_subset_is_equally_likely() {
         let (n, k, rows) = (5, 2, 40_000);
-        let (draws, mut sampler, mut chosen) = (HeadDraws::new(7, 0, 0, 0), Sampler::new(n), Vec::new());
+        let (draws, mut sampler, mut chosen) =
+            (HeadDraws::new(7, 0, 0, 0), Sampler::new(n).unwrap(), Vec::new());
         let mut counts = std::collections::BTreeMap::new();
         for row in 0..rows {
             sampler.choose(&mut draws.row(row), n, k, &mut chosen);
@@ -223,7 +233,7 @@ mod tests {
 
     #[test]
     fn asking_for_more_than_there_are_gives_all() {
-        let (mut sampler, mut chosen) = (Sampler::new(4), Vec::new());
+        let (mut sampler, mut chosen) = (Sampler::new(4).unwrap(), Vec::new());
         sampler.choose(&mut HeadDraws::new(0, 0, 0, 0).row(0), 4, 9, &mut chosen);
         chosen.sort_unstable();
         assert_eq!(chosen, [0, 1, 2, 3]);

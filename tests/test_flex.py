@@ -76,7 +76,7 @@ class TestValues:
             torch.nn.TransformerEncoderLayer(16 * HEADS, HEADS, 32, batch_first=True, dropout=0.0), 2
         )
         sample = torch.randn(2, TOKENS, 16 * HEADS)
-        report = sm.sparsify(encoder, FIBOTTENTION, verify=sample)
+        report = sm.sparsify(encoder, FIBOTTENTION, sample=sample, verify=True)
         assert len(report.swapped) == 2
 
     def test_a_mask_registered_again_means_its_new_edges(self):
@@ -87,16 +87,8 @@ class TestValues:
             got = sm.sparse_attention(q, k, v, mask_of({"backend": "flex", "mask": "flexible"}))
             assert_same(got, v.roll(-shift, 2), atol=1e-6)
 
-    def test_a_compiled_model_does_not_look_into_it(self):
-        q, k, v = qkv()
-        mask = mask_of(FIBOTTENTION)
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda q: sm.sparse_attention(q, k, v, mask) * 2, fullgraph=True, backend="aot_eager")
-        assert_same(compiled(q), sm.sparse_attention(q, k, v, mask) * 2)
-
-    def test_the_operator_keeps_its_contract_and_is_counted(self):
+    def test_its_operations_are_counted(self):
         mask, arguments = mask_of(FIBOTTENTION), qkv()
-        torch.library.opcheck(torch.ops.sparse_mhsa.flex.default, (*arguments, mask.spec, None, 0.25))
         with FlopCounterMode(display=False) as counter:
             sm.sparse_attention(*arguments, mask)
         assert counter.get_total_flops() == 2 * 2 * mask.nnz * (16 + 16)
@@ -157,6 +149,13 @@ class TestRefusals:
         x = torch.randn(2, TOKENS, 16 * HEADS)
         with pytest.raises(ValueError, match=r"backend: `flex` has no backward pass on the CPU; use torch.no_grad\(\)"):
             layer()(x, x, x, need_weights=False)
+
+    def test_compilation_from_outside(self):
+        q, k, v = qkv()
+        mask = mask_of(FIBOTTENTION)
+        compiled = torch.compile(lambda q: sm.sparse_attention(q, k, v, mask), fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match="`flex` compiles itself and cannot be part of a compiled function"):
+            compiled(q)
 
     def test_float64_on_the_cpu(self):
         with pytest.raises(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._core import Edges
 from .converters import to_block_mask
@@ -75,6 +76,13 @@ def attend(
         names = ", ".join(map(str, _CPU_DTYPES))
         raise TypeError(f"query: on the CPU the backend `{NAME}` computes {names}, got {q.dtype}")
     spec = None if layer_mask.is_dense else layer_mask.spec
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"backend: `{NAME}` compiles itself and cannot be part of a compiled function or exported program"
+        )
+    if spec is not None and q.numel() > 0 and not q.is_meta:
+        # Made here, because torch.vmap, which a BlockMask is made with, does not work everywhere inside an operator.
+        _block_mask(spec, q.shape[2], q.device)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         out: Tensor = torch.ops.sparse_mhsa.flex.default(q, k, v, spec, key_mask, scale)
         return out
@@ -82,20 +90,18 @@ def attend(
         raise ValueError(
             f"backend: `{NAME}` has no backward pass on the CPU; use torch.no_grad(), or the backend `vit`"
         )
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            f"backend: `{NAME}` compiles itself, and its backward pass cannot be part of another compiled function"
-        )
     return _flex(q, k, v, spec, key_mask, scale)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, spec: str | None, key_mask: Tensor | None, scale: float) -> Tensor:
     if q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0:
         return q.new_zeros((*q.shape[:3], v.shape[3]))
-    block_mask = None if spec is None else _block_mask(spec, q.shape[2], q.device)
     score_mod = None if key_mask is None else _without_keys(key_mask)
     grouped = k.shape[1] != q.shape[1]
-    out: Tensor = _compiled()(q, k, v, score_mod, block_mask, scale=scale, enable_gqa=grouped)
+    # Under a dispatch mode (a FLOP counter, for instance) torch.compile would leave FlexAttention uncompiled.
+    with _disable_current_modes():
+        block_mask = None if spec is None else _block_mask(spec, q.shape[2], q.device)
+        out: Tensor = _compiled()(q, k, v, score_mod, block_mask, scale=scale, enable_gqa=grouped)
     return out.contiguous()
 
 
@@ -126,7 +132,7 @@ def _without_keys(key_mask: Tensor) -> Callable[..., Tensor]:
 
 
 def _define() -> None:
-    """FlexAttention without derivatives as one operator, which other compiled functions need not look into."""
+    """FlexAttention without derivatives as one operator, so that its calls can be seen and counted."""
     _LIBRARY.define(  # type: ignore[no-untyped-call]
         "flex(Tensor q, Tensor k, Tensor v, str? spec, Tensor? key_mask, float scale) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),

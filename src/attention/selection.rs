@@ -423,7 +423,7 @@ fn received_attention<T: Element>(
     run: &Run,
 ) -> Result<Vec<T::Acc>> {
     let tokens = content.q.shape()[2];
-    let all = Arc::new(EdgeSet::builder(tokens, tokens)?.rect(0..tokens, 0..tokens).build());
+    let all = Arc::new(EdgeSet::builder(tokens, tokens)?.rect(0..tokens, 0..tokens).build()?);
     let plan = Plan::new(&[all])?;
     let zeros = vec![T::from_acc(T::Acc::ZERO); tokens];
     let ones = vec![T::from_acc(T::Acc::ONE); tokens];

@@ -110,7 +110,7 @@ impl Spec {
         let pattern = self.pattern()?;
         // An empty sequence has no prefix and no edges, whatever the mask.
         if num_tokens == 0 {
-            let empty = Arc::new(EdgeSet::builder(0, 0)?.build());
+            let empty = Arc::new(EdgeSet::builder(0, 0)?.build()?);
             let heads = (0..self.heads).map(|_| Arc::clone(&empty)).collect();
             return Ok(MaskEdges { heads, num_tokens, num_prefix_tokens: 0 });
         }

@@ -73,7 +73,7 @@ impl EdgeSet {
     /// # Errors
     /// [`Error::Shape`] when the operands differ in size, [`Error::Value`] when the result does not fit in memory.
     pub fn union(&self, other: &EdgeSet) -> Result<EdgeSet> {
-        Ok(same_size(self, other)?.shifted(self, 0).shifted(other, 0).build())
+        same_size(self, other)?.shifted(self, 0).shifted(other, 0).build()
     }
 
     /// Edges of both `self` and `other`.
@@ -116,7 +116,7 @@ impl EdgeSet {
             }
         }
         if self.runs().is_empty() && other.runs().is_empty() {
-            return Ok(builder.build());
+            return builder.build();
         }
         let mut irregular = Rows::new(self.num_rows(), self.num_cols())?;
         let mut covered = Vec::new();
@@ -124,12 +124,12 @@ impl EdgeSet {
             for (runs, other) in [(self.runs(), other), (other.runs(), self)] {
                 if runs.row(row).next().is_some() {
                     other.row(row, &mut covered);
-                    irregular.extend(overlaps(&runs.row(row).collect::<Vec<_>>(), &covered));
+                    irregular.extend(&overlaps(&runs.row(row).collect::<Vec<_>>(), &covered))?;
                 }
             }
             irregular.close_row(row);
         }
-        Ok(irregular.add_to(builder).build())
+        irregular.add_to(builder).build()
     }
 
     /// Edges of `self` that are not in `other`.
@@ -157,7 +157,7 @@ impl EdgeSet {
         // Dense columns that `other` never touches stay dense.
         let mut broken_cols = self.dense_cols().to_vec();
         if !only_dense && other.dense_rows().is_empty() {
-            let untouched = outside(&touched_columns(other), num_cols);
+            let untouched = outside(&touched_columns(other)?, num_cols);
             for cols in overlaps(self.dense_cols(), &untouched) {
                 builder = builder.rect(0..num_rows, cols);
             }
@@ -184,7 +184,7 @@ impl EdgeSet {
         let broken_rows = !only_dense && !self.dense_rows().is_empty();
         let broken_cols = if only_dense { Vec::new() } else { broken_cols };
         if broken_diagonals.is_empty() && !broken_rows && broken_cols.is_empty() && self.runs().is_empty() {
-            return Ok(builder.build());
+            return builder.build();
         }
         let mut irregular = Rows::new(num_rows, num_cols)?;
         let mut broken_diagonals = Sweep::new(broken_diagonals);
@@ -202,11 +202,11 @@ impl EdgeSet {
                 merge_ranges(&mut kept);
                 other.row(row, &mut removed);
                 subtract_ranges(&mut kept, removed.iter().cloned());
-                irregular.extend(kept.drain(..));
+                irregular.extend(&kept)?;
             }
             irregular.close_row(row);
         }
-        Ok(irregular.add_to(builder).build())
+        irregular.add_to(builder).build()
     }
 
     /// Every pair that is not an edge.
@@ -215,7 +215,7 @@ impl EdgeSet {
     /// [`Error::Value`] when its runs do not fit in memory.
     pub fn complement(&self) -> Result<EdgeSet> {
         let (rows, cols) = (self.num_rows(), self.num_cols());
-        EdgeSet::builder(rows, cols)?.rect(0..rows, 0..cols).build().difference(self)
+        EdgeSet::builder(rows, cols)?.rect(0..rows, 0..cols).build()?.difference(self)
     }
 
     /// Jaccard index: edges of both over edges of either, 1 for two empty sets.
@@ -275,8 +275,11 @@ fn same_offset(set: &EdgeSet, offset: i64) -> &[Diagonal] {
 }
 
 /// Columns with an edge outside the dense rows of `set`; ascending and disjoint.
-fn touched_columns(set: &EdgeSet) -> Vec<Range<usize>> {
+fn touched_columns(set: &EdgeSet) -> Result<Vec<Range<usize>>> {
     let mut touched = set.dense_cols().to_vec();
+    let parts = set.diagonals().len() + set.runs().len();
+    let no_room = |_| Error::no_room(format_args!("a difference of masks with {parts} diagonals and runs"));
+    touched.try_reserve(parts).map_err(no_room)?;
     touched.extend(
         set.diagonals()
             .iter()
@@ -286,7 +289,7 @@ fn touched_columns(set: &EdgeSet) -> Vec<Range<usize>> {
         touched.extend((0..set.num_rows()).flat_map(|row| set.runs().row(row)));
     }
     merge_ranges(&mut touched);
-    touched
+    Ok(touched)
 }
 
 /// Which diagonals of `set` share a cell with a run of `other`.
@@ -345,17 +348,23 @@ impl Rows {
     /// # Errors
     /// [`Error::Value`] when not even the pointers to the rows would fit in memory.
     fn new(num_rows: usize, num_cols: usize) -> Result<Self> {
-        let too_large =
-            |_| Error::Value(format!("a result with runs in {num_rows} rows does not fit in memory"));
+        let no_room = |_| Error::no_room(format_args!("a result with runs in {num_rows} rows"));
         // Room for these pointers, for those of the result, and for one run per row on the way; given back at once.
-        Vec::<[usize; 6]>::new().try_reserve_exact(num_rows + 1).map_err(too_large)?;
-        let mut row_ptr = Vec::with_capacity(num_rows + 1);
+        Vec::<[usize; 6]>::new().try_reserve_exact(num_rows + 1).map_err(no_room)?;
+        let mut row_ptr = Vec::new();
+        row_ptr.try_reserve_exact(num_rows + 1).map_err(no_room)?;
         row_ptr.push(0);
         Ok(Rows { num_cols, row_ptr, runs: Vec::new(), full: Vec::new() })
     }
 
-    fn extend(&mut self, runs: impl IntoIterator<Item = Range<usize>>) {
-        self.runs.extend(runs);
+    /// # Errors
+    /// [`Error::Value`] when the runs do not fit in memory.
+    fn extend(&mut self, runs: &[Range<usize>]) -> Result<()> {
+        let rows = self.row_ptr.capacity() - 1;
+        let no_room = |_| Error::no_room(format_args!("a result with runs in {rows} rows"));
+        self.runs.try_reserve(runs.len()).map_err(no_room)?;
+        self.runs.extend_from_slice(runs);
+        Ok(())
     }
 
     fn close_row(&mut self, row: usize) {
@@ -372,7 +381,7 @@ impl Rows {
     fn add_to(self, builder: Builder) -> Builder {
         let full = self.full.into_iter();
         let builder = full.fold(builder, |builder, rows| builder.rect(rows, 0..self.num_cols));
-        if self.runs.is_empty() { builder } else { builder.rows(self.row_ptr, &self.runs) }
+        if self.runs.is_empty() { builder } else { builder.rows(&self.row_ptr, &self.runs) }
     }
 }
 

@@ -67,14 +67,14 @@ proptest! {
 
 fn bands(n: usize, offsets: &[i64]) -> EdgeSet {
     let builder = EdgeSet::builder(n, n).unwrap().global(0..1);
-    offsets.iter().fold(builder, |builder, &offset| builder.diagonal(offset, 1..n, 1..n)).build()
+    offsets.iter().fold(builder, |builder, &offset| builder.diagonal(offset, 1..n, 1..n)).build().unwrap()
 }
 
 #[test]
 fn diagonals_and_dense_parts_combine_without_visiting_rows() {
     // Two billion tokens: anything that grows with them would neither fit nor return.
     let n = (1 << 31) + 7;
-    let patches = |builder: Builder| builder.band((-2, 2, 1), 1..n, 1..n).build();
+    let patches = |builder: Builder| builder.band((-2, 2, 1), 1..n, 1..n).build().unwrap();
     let (a, b) = (bands(n, &[-3, 1, 8]), bands(n, &[1, 2]));
     let prefix = 2 * n - 1;
     let union = a.union(&b).unwrap();
@@ -82,7 +82,7 @@ fn diagonals_and_dense_parts_combine_without_visiting_rows() {
     assert_eq!(a.intersection(&b).unwrap(), bands(n, &[1]));
     let window = patches(EdgeSet::builder(n, n).unwrap());
     assert_eq!(window.difference(&bands(n, &[1])).unwrap().nnz(), window.nnz() - (n - 2));
-    let dense = EdgeSet::builder(n, n).unwrap().rect(0..n, 3..5).build();
+    let dense = EdgeSet::builder(n, n).unwrap().rect(0..n, 3..5).build().unwrap();
     assert_eq!(dense.complement().unwrap().dense_cols(), &[0..3, 5..n]);
 }
 
@@ -99,7 +99,7 @@ fn a_complement_takes_memory_for_edges_and_rows_and_not_for_cells() {
 fn what_the_second_operand_does_not_touch_stays_dense() {
     let n = 40;
     let a = bands(n, &[2]);
-    let patches = EdgeSet::builder(n, n).unwrap().band((-1, 3, 1), 1..n, 1..n).build();
+    let patches = EdgeSet::builder(n, n).unwrap().band((-1, 3, 1), 1..n, 1..n).build().unwrap();
     assert_eq!(a.difference(&patches).unwrap(), bands(n, &[]));
 }
 
@@ -107,9 +107,11 @@ fn what_the_second_operand_does_not_touch_stays_dense() {
 fn many_short_pieces_of_diagonals_are_stored_as_runs() {
     // 200 dense columns cut each of 200 diagonals into 200 pieces, of which every row meets at most 200.
     let n = 4000;
-    let columns =
-        (0..200).fold(EdgeSet::builder(n, n).unwrap(), |b, c| b.rect(0..n, c * 20..c * 20 + 1)).build();
-    let slashes = EdgeSet::builder(n, n).unwrap().band((0, 3999, 20), 0..n, 0..n).build();
+    let columns = (0..200)
+        .fold(EdgeSet::builder(n, n).unwrap(), |b, c| b.rect(0..n, c * 20..c * 20 + 1))
+        .build()
+        .unwrap();
+    let slashes = EdgeSet::builder(n, n).unwrap().band((0, 3999, 20), 0..n, 0..n).build().unwrap();
     let union = columns.union(&slashes).unwrap();
     assert!(union.diagonals().len() <= 128 + 8 * 200, "{} diagonals", union.diagonals().len());
     assert_canonical(&union);

@@ -40,6 +40,6 @@ impl Pattern for Axial {
                 (0..num_axes).map(|axis| if axis == free { Axis::All } else { Axis::Same }).collect();
             builder = grid.keep(builder, &axes);
         }
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

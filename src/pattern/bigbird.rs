@@ -82,7 +82,7 @@ impl BigBird {
         let n = context.num_tokens;
         let (base, globals) = self.base(context)?;
         let (window, num_random) = (self.window.clamp(0, n as i64) as usize, self.num_random.max(0) as usize);
-        let (mut sampler, mut chosen, mut taken) = (Sampler::new(n), Vec::new(), Vec::new());
+        let (mut sampler, mut chosen, mut taken) = (Sampler::new(n)?, Vec::new(), Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
             if globals.iter().any(|range| range.contains(&query)) {
                 return;
@@ -103,12 +103,12 @@ impl BigBird {
                 out.push(rank + skipped..rank + skipped + 1);
             }
         });
-        let drawn = drawn.build();
+        let drawn = drawn.build()?;
         let mut builder = base.shifted(&drawn, 0);
         if self.symmetric {
             builder = builder.shifted(&drawn.transposed(), 0);
         }
-        Ok(Arc::new(builder.build()))
+        Ok(Arc::new(builder.build()?))
     }
 }
 
@@ -154,7 +154,7 @@ impl Pattern for BigBird {
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         if self.num_random <= 0 {
-            return Ok(vec![Arc::new(self.base(context)?.0.build())]);
+            return Ok(vec![Arc::new(self.base(context)?.0.build()?)]);
         }
         let heads = if self.per_head_same { 1 } else { context.num_heads };
         (0..heads)

@@ -144,6 +144,6 @@ impl Pattern for Block {
                 builder = builder.rect(block * size..(block + 1) * size, keys.start * size..keys.end * size);
             }
         }
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

@@ -58,7 +58,7 @@ impl Pattern for CrossDiagonal {
                     0..n,
                 )
             });
-            Ok(Arc::new(builder.build()))
+            Ok(Arc::new(builder.build()?))
         };
         sequences.all(context.num_heads, self.shuffled.then_some(context.layer)).iter().map(head).collect()
     }

@@ -190,7 +190,7 @@ impl Pattern for Fibottention {
             let builder = distances.iter().fold(EdgeSet::builder(n, n)?, |builder, &distance| {
                 builder.diagonal(distance, 0..n, 0..n).diagonal(-distance, 0..n, 0..n)
             });
-            Ok(Arc::new(builder.build()))
+            Ok(Arc::new(builder.build()?))
         };
         heads.iter().map(head).collect()
     }

@@ -60,6 +60,6 @@ impl Pattern for Global {
                 builder = builder.global(0..number as usize);
             }
         }
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

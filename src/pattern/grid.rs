@@ -137,7 +137,7 @@ mod tests {
 
     fn edges(grid: &Grid, axes: &[Axis]) -> EdgeSet {
         let n = grid.num_patches();
-        grid.keep(EdgeSet::builder(n, n).unwrap(), axes).build()
+        grid.keep(EdgeSet::builder(n, n).unwrap(), axes).build().unwrap()
     }
 
     #[test]

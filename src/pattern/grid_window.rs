@@ -76,6 +76,6 @@ impl Pattern for GridWindow {
             axes.push(Axis::Windows((0..length as u64).map(window).collect()));
         }
         let n = grid.num_patches();
-        Ok(vec![Arc::new(grid.keep(EdgeSet::builder(n, n)?, &axes).build())])
+        Ok(vec![Arc::new(grid.keep(EdgeSet::builder(n, n)?, &axes).build()?)])
     }
 }

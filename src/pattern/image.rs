@@ -43,7 +43,8 @@ mod tests {
 
     #[test]
     fn at_full_size_the_picture_is_the_mask_and_smaller_ones_average_it() {
-        let edges = EdgeSet::builder(7, 7).unwrap().band((-1, 2, 1), 0..7, 0..7).global(0..1).build();
+        let edges =
+            EdgeSet::builder(7, 7).unwrap().band((-1, 2, 1), 0..7, 0..7).global(0..1).build().unwrap();
         let full = density(&edges, 7);
         let kept: Vec<usize> = (0..49).filter(|&cell| full[cell] == 1.0).collect();
         assert_eq!(kept, edges.iter().map(|(row, col)| row * 7 + col).collect::<Vec<_>>());

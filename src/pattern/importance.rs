@@ -91,6 +91,6 @@ impl Pattern for Importance {
             }
             Score::KeyNorm | Score::EmbeddingNorm | Score::Attention => return by_content(Self::NAME),
         }
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

@@ -173,6 +173,6 @@ impl Pattern for Local {
         if !self.causal {
             builder = builder.band((self.dilation, reach, step), 0..n, 0..n);
         }
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

@@ -116,7 +116,7 @@ impl Longformer {
         if self.keep_cls_dense {
             builder = builder.global(0..context.dense_prefix());
         }
-        Ok(Arc::new(builder.build()))
+        Ok(Arc::new(builder.build()?))
     }
 }
 

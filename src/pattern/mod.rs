@@ -323,7 +323,7 @@ pub fn head_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdg
             let patches = edges(&Context { num_tokens: num_tokens - prefix, ..context })?;
             share(&patches, |edges| {
                 let builder = EdgeSet::builder(num_tokens, num_tokens)?.shifted(edges, prefix);
-                Ok(Arc::new(builder.global(0..dense_prefix).build()))
+                Ok(Arc::new(builder.global(0..dense_prefix).build()?))
             })
         }
     }

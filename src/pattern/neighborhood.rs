@@ -136,6 +136,6 @@ impl Pattern for Neighborhood {
             axes.push(Axis::Windows(windows(length, sizes[0], sizes[1], sizes[2], causal[axis])));
         }
         let n = grid.num_patches();
-        Ok(vec![Arc::new(grid.keep(EdgeSet::builder(n, n)?, &axes).build())])
+        Ok(vec![Arc::new(grid.keep(EdgeSet::builder(n, n)?, &axes).build()?)])
     }
 }

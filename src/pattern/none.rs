@@ -24,6 +24,6 @@ impl Pattern for None {
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let n = context.num_tokens;
-        Ok(vec![Arc::new(EdgeSet::builder(n, n)?.rect(0..n, 0..n).build())])
+        Ok(vec![Arc::new(EdgeSet::builder(n, n)?.rect(0..n, 0..n).build()?)])
     }
 }

@@ -365,7 +365,7 @@ impl Pattern for Pruning {
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let n = context.num_tokens;
         if n == 0 {
-            return Ok(vec![Arc::new(EdgeSet::builder(0, 0)?.build())]);
+            return Ok(vec![Arc::new(EdgeSet::builder(0, 0)?.build()?)]);
         }
         let scores = self.scores()?;
         if let Some(scores) = &scores {

@@ -88,7 +88,7 @@ impl Random {
     fn head(&self, k: Option<i64>, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
         let n = context.num_tokens;
         let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
-        let (mut sampler, mut chosen) = (Sampler::new(n), Vec::new());
+        let (mut sampler, mut chosen) = (Sampler::new(n)?, Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
             if query < first {
                 out.push(0..if self.causal { query + 1 } else { n });
@@ -100,10 +100,10 @@ impl Random {
         });
         let mut builder = drawn;
         if self.symmetric {
-            let transposed = builder.clone().build().transposed();
+            let transposed = builder.clone().build()?.transposed();
             builder = builder.shifted(&transposed, 0);
         }
-        Ok(Arc::new(builder.rect(first..n, 0..first).build()))
+        Ok(Arc::new(builder.rect(first..n, 0..first).build()?))
     }
 }
 

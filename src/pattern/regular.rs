@@ -52,7 +52,7 @@ impl EdgeSet {
                 }
             }
         }
-        let regular = builder.build();
+        let regular = builder.build()?;
         let described = regular.union(&self.difference(&regular)?)?;
         Ok(if 2 * described.runs().len() <= self.runs().len() { described } else { self })
     }
@@ -90,7 +90,7 @@ mod tests {
             let (set, _) = build(rows, cols, &pieces);
             let expected: Vec<_> = set.iter().collect();
             let (row_ptr, col) = lists(&set);
-            let listed = EdgeSet::builder(rows, cols).unwrap().edge_list(&row_ptr, &col).unwrap().build();
+            let listed = EdgeSet::builder(rows, cols).unwrap().edge_list(&row_ptr, &col).unwrap().build().unwrap();
             let regular = listed.regularised().unwrap();
             prop_assert_eq!(regular.iter().collect::<Vec<_>>(), expected);
         }
@@ -108,9 +108,10 @@ mod tests {
     #[test]
     fn bands_and_dense_tokens_are_recognised_in_a_list() {
         let n = 50;
-        let described = EdgeSet::builder(n, n).unwrap().global(0..1).band((-6, 6, 3), 1..n, 1..n).build();
+        let described =
+            EdgeSet::builder(n, n).unwrap().global(0..1).band((-6, 6, 3), 1..n, 1..n).build().unwrap();
         let (row_ptr, col) = lists(&described);
-        let listed = EdgeSet::builder(n, n).unwrap().edge_list(&row_ptr, &col).unwrap().build();
+        let listed = EdgeSet::builder(n, n).unwrap().edge_list(&row_ptr, &col).unwrap().build().unwrap();
         assert_eq!(listed.regularised().unwrap(), described);
     }
 
@@ -119,7 +120,7 @@ mod tests {
         let n = 48;
         let blocks =
             (0..6).fold(EdgeSet::builder(n, n).unwrap(), |b, i| b.rect(i * 8..i * 8 + 8, i * 8..i * 8 + 8));
-        let blocks = blocks.build();
+        let blocks = blocks.build().unwrap();
         assert_eq!(blocks.clone().regularised().unwrap(), blocks);
     }
 }

@@ -72,12 +72,19 @@ impl Segment {
     }
 
     /// The columns that `columns` appends for each row, as ranges in any order.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when they do not fit in memory.
     pub(super) fn by_row(
         num_rows: usize,
         num_cols: usize,
         mut columns: impl FnMut(usize, &mut Vec<Range<usize>>),
-    ) -> Self {
-        let (mut row_ptr, mut start, mut end) = (Vec::with_capacity(num_rows + 1), Vec::new(), Vec::new());
+    ) -> Result<Self> {
+        let no_room = |_| Error::no_room(format_args!("a mask with runs in {num_rows} rows"));
+        let (mut row_ptr, mut start, mut end) = (Vec::new(), Vec::new(), Vec::new());
+        row_ptr.try_reserve_exact(num_rows + 1).map_err(no_room)?;
+        // Room for the longest row, which `columns` takes without asking; given back at once.
+        Vec::<Range<usize>>::new().try_reserve_exact(num_cols).map_err(no_room)?;
         let mut ranges: Vec<Range<usize>> = Vec::new();
         row_ptr.push(0);
         for row in 0..num_rows {
@@ -85,21 +92,27 @@ impl Segment {
             columns(row, &mut ranges);
             ranges.iter_mut().for_each(|range| range.end = range.end.min(num_cols));
             merge_ranges(&mut ranges);
+            start.try_reserve(ranges.len()).map_err(no_room)?;
+            end.try_reserve(ranges.len()).map_err(no_room)?;
             start.extend(ranges.iter().map(|range| range.start as u32));
             end.extend(ranges.iter().map(|range| range.end as u32));
             row_ptr.push(start.len());
         }
-        Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 }
+        Ok(Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 })
     }
 
-    pub(super) fn shifted_runs(row_ptr: &[usize], start: &[u32], end: &[u32], shift: usize) -> Self {
-        Segment::Rows {
-            first_row: shift,
-            row_ptr: row_ptr.to_vec(),
-            start: start.to_vec(),
-            end: end.to_vec(),
-            shift,
-        }
+    /// Runs that start at row and column `shift`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] when they do not fit in memory.
+    pub(super) fn shifted_runs(
+        row_ptr: &[usize],
+        start: impl ExactSizeIterator<Item = u32>,
+        end: impl ExactSizeIterator<Item = u32>,
+        shift: usize,
+    ) -> Result<Self> {
+        let (row_ptr, start, end) = (collected(row_ptr.iter().copied())?, collected(start)?, collected(end)?);
+        Ok(Segment::Rows { first_row: shift, row_ptr, start, end, shift })
     }
 
     /// The part inside a `num_rows` x `num_cols` mask. Bands keep only offsets that can meet it, so a huge band costs nothing.
@@ -159,6 +172,16 @@ impl Segment {
             }
         }
     }
+}
+
+/// The elements of an iterator, if memory holds them.
+fn collected<T>(elements: impl ExactSizeIterator<Item = T>) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    let size = elements.len();
+    let no_room = |_| Error::no_room(format_args!("a mask with {size} entries in its rows"));
+    all.try_reserve_exact(size).map_err(no_room)?;
+    all.extend(elements);
+    Ok(all)
 }
 
 /// Sort, drop empty ranges, and join those that overlap or touch.

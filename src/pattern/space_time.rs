@@ -90,6 +90,6 @@ impl Pattern for SpaceTime {
             Kind::Joint => builder.rect(0..n, 0..n),
             Kind::Tube => grid.keep(builder, &[Axis::All, near(height), near(width)]),
         };
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

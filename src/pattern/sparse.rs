@@ -149,20 +149,20 @@ impl Pattern for Sparse {
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         let n = context.num_tokens;
         let empty = || EdgeSet::builder(n, n);
-        let set = |builder: Builder| Arc::new(builder.build());
+        let set = |builder: Builder| builder.build().map(Arc::new);
         match self.kind()? {
-            Kind::Local => Ok(vec![set(self.local(empty()?, n))]),
-            Kind::Strided => Ok(vec![set(self.strided(empty()?, n))]),
+            Kind::Local => Ok(vec![set(self.local(empty()?, n))?]),
+            Kind::Strided => Ok(vec![set(self.strided(empty()?, n))?]),
             Kind::Fixed => {
                 let (block, summary) = self.fixed_sizes(n);
                 let first = block - summary;
                 if !self.per_head_distinct {
-                    return Ok(vec![set(self.fixed(empty()?, n, block, first..block))]);
+                    return Ok(vec![set(self.fixed(empty()?, n, block, first..block))?]);
                 }
                 // The first (summary mod heads) heads get one column more.
                 let heads = context.num_heads;
                 let start = |head: usize| first + head * (summary / heads) + head.min(summary % heads);
-                (0..heads).map(|h| Ok(set(self.fixed(empty()?, n, block, start(h)..start(h + 1))))).collect()
+                (0..heads).map(|h| set(self.fixed(empty()?, n, block, start(h)..start(h + 1)))).collect()
             }
         }
     }

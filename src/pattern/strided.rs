@@ -40,6 +40,6 @@ impl Pattern for Strided {
         let farthest = n as i64 / self.stride * self.stride;
         let last = if self.causal { 0 } else { farthest };
         let step = self.stride.min(n as i64 + 1) as usize;
-        Ok(vec![Arc::new(EdgeSet::builder(n, n)?.band((-farthest, last, step), 0..n, 0..n).build())])
+        Ok(vec![Arc::new(EdgeSet::builder(n, n)?.band((-farthest, last, step), 0..n, 0..n).build()?)])
     }
 }

@@ -48,6 +48,6 @@ impl Pattern for StridedColumns {
         } else {
             columns().fold(builder, |builder, key| builder.rect(0..n, key..key + 1))
         };
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

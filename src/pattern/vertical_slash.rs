@@ -159,6 +159,6 @@ impl Pattern for VerticalSlash {
         if let Some(window) = self.window {
             builder = builder.band((-window, if causal { 0 } else { window }, 1), 0..n, 0..n);
         }
-        Ok(vec![Arc::new(builder.build())])
+        Ok(vec![Arc::new(builder.build()?)])
     }
 }

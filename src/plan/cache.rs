@@ -119,7 +119,8 @@ mod tests {
     }
 
     fn plan(side: usize) -> Result<Held> {
-        Plan::new(&[Arc::new(EdgeSet::builder(side, side)?.diagonal(0, 0..side, 0..side).build())]).map(Held)
+        Plan::new(&[Arc::new(EdgeSet::builder(side, side)?.diagonal(0, 0..side, 0..side).build().unwrap())])
+            .map(Held)
     }
 
     #[test]

@@ -92,7 +92,7 @@ mod tests {
     use crate::plan::Plan;
 
     fn cost(n: usize, describe: impl Fn(Builder) -> Builder) -> [Cost; 4] {
-        let set = Arc::new(describe(EdgeSet::builder(n, n).unwrap()).build());
+        let set = Arc::new(describe(EdgeSet::builder(n, n).unwrap()).build().unwrap());
         let plan = Plan::new(&[set]).unwrap();
         let head = plan.head(0, 0, 1);
         let [edges, lines, panels] =
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn time_grows_with_edges_and_channels() {
         let costs = |n: usize, dim: usize| {
-            let set = Arc::new(EdgeSet::builder(n, n).unwrap().diagonal(0, 0..n, 0..n).build());
+            let set = Arc::new(EdgeSet::builder(n, n).unwrap().diagonal(0, 0..n, 0..n).build().unwrap());
             Plan::new(&[set]).unwrap().head(0, 0, 1).cost(dim)
         };
         assert!(costs(200, 64).forward_ns > 1.9 * costs(100, 64).forward_ns);

@@ -151,7 +151,7 @@ mod tests {
             for offset in [-20, -4, -1, 2, 3, 19] {
                 builder = builder.diagonal(offset, 0..n, 0..keys);
             }
-            let edges = builder.diagonal(5, 3..6, 0..keys).diagonal(5, 12..20, 0..keys).build();
+            let edges = builder.diagonal(5, 3..6, 0..keys).diagonal(5, 12..20, 0..keys).build().unwrap();
             let lines = Lines::of(&edges).unwrap();
             let expected: Vec<_> = edges.iter().collect();
             assert_eq!(lines.len, expected.len());
@@ -185,8 +185,8 @@ mod tests {
     #[test]
     fn irregular_edges_and_many_dense_rows_are_no_lines() {
         let edges = |rows: Range<usize>| EdgeSet::builder(20, 20).unwrap().rect(rows, 0..20);
-        assert!(Lines::of(&edges(0..3).build()).is_some());
-        assert!(Lines::of(&edges(0..4).build()).is_none());
-        assert!(Lines::of(&edges(0..1).anti_diagonal(12, 0..20, 0..20).build()).is_none());
+        assert!(Lines::of(&edges(0..3).build().unwrap()).is_some());
+        assert!(Lines::of(&edges(0..4).build().unwrap()).is_none());
+        assert!(Lines::of(&edges(0..1).anti_diagonal(12, 0..20, 0..20).build().unwrap()).is_none());
     }
 }

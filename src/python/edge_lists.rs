@@ -14,7 +14,7 @@ pub(super) fn reserved<T>(what: &str, size: usize) -> Result<Vec<T>> {
     let mut elements = Vec::new();
     elements
         .try_reserve_exact(size)
-        .map_err(|_| Error::Value(format!("{what}: {size} entries do not fit in memory")))?;
+        .map_err(|_| Error::no_room(format_args!("{what}: an array of {size} entries")))?;
     Ok(elements)
 }
 
@@ -80,7 +80,7 @@ pub(super) fn from_dense(cells: ArrayView3<'_, u8>) -> Result<HeadEdges> {
             row_ptr.push(start.len() as i64);
         }
         let set =
-            EdgeSet::builder(rows, cols)?.checked_rows(&row_ptr, &start, &end)?.build().regularised()?;
+            EdgeSet::builder(rows, cols)?.checked_rows(&row_ptr, &start, &end)?.build()?.regularised()?;
         heads.push(match heads.last() {
             Some(before) if **before == set => Arc::clone(before),
             _ => Arc::new(set),
@@ -145,5 +145,5 @@ pub(super) fn from_parts(num_tokens: usize, parts: &Parts) -> Result<EdgeSet> {
     if !row_ptr.is_empty() {
         builder = builder.checked_rows(row_ptr, start, end)?;
     }
-    Ok(builder.build())
+    builder.build()
 }

@@ -184,7 +184,7 @@ impl PyEdges {
         let mine = &self.0;
         enter(py, |_| {
             let n = mine.num_tokens;
-            let full = Arc::new(EdgeSet::builder(n, n)?.rect(0..n, 0..n).build());
+            let full = Arc::new(EdgeSet::builder(n, n)?.rect(0..n, 0..n).build()?);
             let heads = Operation::Difference.apply_per_head(&vec![full], &mine.heads)?;
             Ok(MaskEdges { heads, ..mine.clone() })
         })

@@ -56,7 +56,7 @@ impl Edges<'_> {
             Edges::Spec(text) => resolve(text, queries, keys, heads),
             // One edge set per (batch, head) of an empty batch: there is nothing to attend to, and no list to read.
             Edges::Lists { row_ptr, .. } if batch == 0 && row_ptr.numel() == 0 => {
-                let none = EdgeSet::builder(queries, keys)?.build();
+                let none = EdgeSet::builder(queries, keys)?.build()?;
                 Ok(Arc::new(ResolvedMask {
                     plan: Plan::new(&[Arc::new(none)])?,
                     masked_logits: MaskedLogits::NegInf,

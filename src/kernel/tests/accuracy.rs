@@ -95,7 +95,7 @@ fn every_number_of_tokens_around_a_tile_is_right_when_all_are_kept() {
     let mut random = Random(2);
     for n in [1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129] {
         for s in [7, 64, 65] {
-            let edges = Arc::new(EdgeSet::builder(n, s).unwrap().rect(0..n, 0..s).build());
+            let edges = Arc::new(EdgeSet::builder(n, s).unwrap().rect(0..n, 0..s).build().unwrap());
             check(&Case::<f64>::new(&mut random, [1, 2, 1, n, s, 16, 7], &[edges]), &format!("{n} x {s}"));
         }
     }
@@ -105,8 +105,13 @@ fn every_number_of_tokens_around_a_tile_is_right_when_all_are_kept() {
 fn rows_longer_than_a_batch_are_continued() {
     // Over 2048 edges in a row: a dense row, a dense column (long by key), long runs, and short rows between them.
     let n = 2200;
-    let edges =
-        EdgeSet::builder(n, n).unwrap().global(0..1).rect(70..72, 20..2190).diagonal(3, 0..n, 0..n).build();
+    let edges = EdgeSet::builder(n, n)
+        .unwrap()
+        .global(0..1)
+        .rect(70..72, 20..2190)
+        .diagonal(3, 0..n, 0..n)
+        .build()
+        .unwrap();
     for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
         let mut case = Case::<f64>::new(&mut Random(3), [1, 1, 1, n, n, 3, 2], &[Arc::new(edges.clone())]);
         case.masked_logits = masked_logits;

@@ -13,7 +13,8 @@ fn large_case<T: Element>(seed: u64) -> Case<T> {
     let full = EdgeSet::builder(n, n).unwrap().rect(0..n, 0..n);
     let mixed =
         EdgeSet::builder(n, n).unwrap().rect(100..200, 0..n).rect(0..n, 7..80).rect(220..260, 120..290);
-    let sets: Vec<_> = [band, full, mixed.clone(), mixed].map(|builder| Arc::new(builder.build())).into();
+    let sets: Vec<_> =
+        [band, full, mixed.clone(), mixed].map(|builder| Arc::new(builder.build().unwrap())).into();
     Case::new(&mut random, [3, 4, 2, n, n, 33, 20], &sets)
 }
 
@@ -76,7 +77,8 @@ fn threads_that_call_at_once_do_not_disturb_each_other() {
 fn an_interrupt_stops_a_long_call_within_a_moment() {
     // Dense attention over 40,000 tokens would take minutes.
     let n = 40_000;
-    let plan = Plan::new(&[Arc::new(EdgeSet::builder(n, n).unwrap().rect(0..n, 0..n).build())]).unwrap();
+    let plan =
+        Plan::new(&[Arc::new(EdgeSet::builder(n, n).unwrap().rect(0..n, 0..n).build().unwrap())]).unwrap();
     let zeros = vec![0.0f32; n * 16];
     let view = View::contiguous("q", &zeros, [1, 1, n, 16]).unwrap();
     let problem = Attention {

@@ -84,7 +84,7 @@ fn the_kernels_drop_exactly_these_edges() {
     for full in [true, false] {
         let builder = EdgeSet::builder(n, s).unwrap();
         let builder = if full { builder.rect(0..n, 0..s) } else { builder.band((-40, 7, 2), 0..n, 0..s) };
-        let edges = Arc::new(builder.build());
+        let edges = Arc::new(builder.build().unwrap());
         let mut case = Case::<f64>::new(&mut Random(12), [1, 2, 2, n, s, 4, s], std::slice::from_ref(&edges));
         case.v = (0..2 * s * s).map(|cell| f64::from(cell / s % s == cell % s)).collect();
         let whole = case.clone();

@@ -5,7 +5,7 @@ use super::*;
 
 fn scattered(n: usize, dense: usize, offsets: &[i64]) -> Arc<EdgeSet> {
     let builder = EdgeSet::builder(n, n).unwrap().global(0..dense);
-    Arc::new(offsets.iter().fold(builder, |builder, &o| builder.diagonal(o, dense..n, dense..n)).build())
+    Arc::new(offsets.iter().fold(builder, |builder, &o| builder.diagonal(o, dense..n, dense..n)).build().unwrap())
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn pieces_of_diagonals_in_any_row_are_right() {
             let offset = random.below(2 * n) as i64 - n as i64;
             builder = builder.diagonal(offset, random.range(n), random.range(n));
         }
-        let sets = [Arc::new(builder.build())];
+        let sets = [Arc::new(builder.build().unwrap())];
         check(&Case::<f64>::new(&mut random, [1, 1, 1, n, n, 7, 9], &sets), &format!("seed {seed}"));
     }
 }

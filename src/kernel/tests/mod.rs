@@ -80,7 +80,7 @@ impl Random {
                 }
             };
         }
-        Arc::new(builder.build())
+        Arc::new(builder.build().unwrap())
     }
 }
 

@@ -7,7 +7,7 @@ use super::*;
 use crate::plan::panels::{PANEL, Squares};
 
 fn window(rows: usize, cols: usize, lo: i64, hi: i64) -> Arc<EdgeSet> {
-    Arc::new(EdgeSet::builder(rows, cols).unwrap().band((lo, hi, 1), 0..rows, 0..cols).build())
+    Arc::new(EdgeSet::builder(rows, cols).unwrap().band((lo, hi, 1), 0..rows, 0..cols).build().unwrap())
 }
 
 /// A key mask that keeps every key, with which the kernel for lines leaves the head to the panels.
@@ -17,7 +17,7 @@ fn in_panels<T: Element>(case: Case<T>) -> Case<T> {
 }
 
 fn full(rows: usize, cols: usize) -> Arc<EdgeSet> {
-    Arc::new(EdgeSet::builder(rows, cols).unwrap().rect(0..rows, 0..cols).build())
+    Arc::new(EdgeSet::builder(rows, cols).unwrap().rect(0..rows, 0..cols).build().unwrap())
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn dense_windows_go_to_the_panel_kernel_and_scattered_diagonals_do_not() {
     for offset in [-233, -89, -34, -13, 0, 21, 55, 144] {
         scattered = scattered.diagonal(offset, 0..500, 0..500);
     }
-    assert!(!pays(Arc::new(scattered.build())));
+    assert!(!pays(Arc::new(scattered.build().unwrap())));
 }
 
 #[test]
@@ -123,8 +123,12 @@ fn one_head_on_many_threads_gives_the_bits_of_one_thread() {
     let mut random = Random(5);
     let mixed = EdgeSet::builder(400, 400).unwrap().global(0..2).band((-60, 50, 1), 0..400, 0..400);
     let blocks = EdgeSet::builder(400, 400).unwrap().rect(0..130, 0..130).rect(120..400, 200..390);
-    for edges in [full(400, 400), window(400, 400, -90, 0), Arc::new(mixed.build()), Arc::new(blocks.build())]
-    {
+    for edges in [
+        full(400, 400),
+        window(400, 400, -90, 0),
+        Arc::new(mixed.build().unwrap()),
+        Arc::new(blocks.build().unwrap()),
+    ] {
         for isa in Isa::available() {
             let case =
                 Case::<f32>::new(&mut random, [1, 1, 1, 400, 400, 40, 33], std::slice::from_ref(&edges));

@@ -6,7 +6,11 @@ use crate::error::Error;
 const SIZES: [usize; 7] = [2, 4, 2, 6, 5, 3, 2];
 
 fn case() -> Case<f32> {
-    Case::new(&mut Random(1), SIZES, &[Arc::new(EdgeSet::builder(6, 5).unwrap().rect(0..6, 0..5).build())])
+    Case::new(
+        &mut Random(1),
+        SIZES,
+        &[Arc::new(EdgeSet::builder(6, 5).unwrap().rect(0..6, 0..5).build().unwrap())],
+    )
 }
 
 /// The message of a forward call, and of a backward call, with `change` made to the problem.
@@ -67,7 +71,7 @@ fn shapes_that_do_not_fit_are_named() {
 
 #[test]
 fn a_plan_for_another_number_of_heads_is_refused() {
-    let edges = Arc::new(EdgeSet::builder(6, 5).unwrap().build());
+    let edges = Arc::new(EdgeSet::builder(6, 5).unwrap().build().unwrap());
     let plan = Plan::new(&[edges.clone(), edges.clone(), edges]).unwrap();
     let case = case();
     let problem = Attention { plan: &plan, ..case.problem() };

@@ -6,7 +6,7 @@ const NAN: f64 = f64::NAN;
 
 fn set(n: usize, s: usize, pairs: &[(usize, usize)]) -> Arc<EdgeSet> {
     let builder = EdgeSet::builder(n, s).unwrap();
-    Arc::new(pairs.iter().fold(builder, |builder, &(i, j)| builder.rect(i..i + 1, j..j + 1)).build())
+    Arc::new(pairs.iter().fold(builder, |builder, &(i, j)| builder.rect(i..i + 1, j..j + 1)).build().unwrap())
 }
 
 /// Sizes of one batch element with one head.
@@ -30,9 +30,9 @@ fn a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient() {
 
 #[test]
 fn a_plan_without_edges_and_a_mask_without_keys_give_only_empty_rows() {
-    let full = Arc::new(EdgeSet::builder(70, 9).unwrap().rect(0..70, 0..9).build());
-    let empty = Arc::new(EdgeSet::builder(70, 9).unwrap().build());
-    let banded = Arc::new(EdgeSet::builder(70, 9).unwrap().band((-20, 3, 1), 0..70, 0..9).build());
+    let full = Arc::new(EdgeSet::builder(70, 9).unwrap().rect(0..70, 0..9).build().unwrap());
+    let empty = Arc::new(EdgeSet::builder(70, 9).unwrap().build().unwrap());
+    let banded = Arc::new(EdgeSet::builder(70, 9).unwrap().band((-20, 3, 1), 0..70, 0..9).build().unwrap());
     for isa in Isa::available() {
         for (plan, key_mask) in [(&empty, 1), (&full, 0), (&banded, 0)] {
             for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
@@ -64,7 +64,7 @@ fn nothing_at_all_is_a_problem_too() {
         [2, 2, 1, 5, 0, 3, 2],
         [1, 1, 1, 0, 0, 1, 1],
     ] {
-        let edges = Arc::new(EdgeSet::builder(sizes[3], sizes[4]).unwrap().rect(0..5, 0..5).build());
+        let edges = Arc::new(EdgeSet::builder(sizes[3], sizes[4]).unwrap().rect(0..5, 0..5).build().unwrap());
         for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
             let mut case = Case::<f32>::new(&mut Random(3), sizes, std::slice::from_ref(&edges));
             case.masked_logits = masked_logits;
@@ -147,7 +147,8 @@ fn values_of_masked_keys_may_hold_anything_with_a_background_too() {
 #[test]
 fn nan_in_a_kept_place_reaches_every_result_that_depends_on_it() {
     // Query 0 keeps key 1, queries 1 to 6 keep all keys (a tile), the others only key 0.
-    let edges = EdgeSet::builder(9, 5).unwrap().rect(0..1, 1..2).rect(1..7, 0..5).rect(7..9, 0..1).build();
+    let edges =
+        EdgeSet::builder(9, 5).unwrap().rect(0..1, 1..2).rect(1..7, 0..5).rect(7..9, 0..1).build().unwrap();
     for isa in Isa::available() {
         let clean = Case::<f32>::new(&mut Random(5), sizes(9, 5), &[Arc::new(edges.clone())]);
         for place in ["k", "v", "q", "bias"] {
@@ -198,7 +199,7 @@ fn an_infinite_score_is_as_undefined_as_in_dense_attention() {
 
 #[test]
 fn a_scale_of_zero_averages_and_a_negative_scale_prefers_the_smallest() {
-    let edges = Arc::new(EdgeSet::builder(6, 5).unwrap().rect(0..6, 0..5).build());
+    let edges = Arc::new(EdgeSet::builder(6, 5).unwrap().rect(0..6, 0..5).build().unwrap());
     for isa in Isa::available() {
         let mut case = Case::<f64>::new(&mut Random(7), sizes(6, 5), std::slice::from_ref(&edges));
         case.scale = 0.0;
@@ -242,7 +243,7 @@ fn a_background_counts_as_keys_with_a_score_of_zero() {
 
 #[test]
 fn the_key_of_an_edge_that_its_bias_removes_may_hold_anything() {
-    let edges = Arc::new(EdgeSet::builder(8, 6).unwrap().band((-3, 2, 1), 0..8, 0..6).build());
+    let edges = Arc::new(EdgeSet::builder(8, 6).unwrap().band((-3, 2, 1), 0..8, 0..6).build().unwrap());
     for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
         let mut case = Case::<f64>::new(&mut Random(9), sizes(8, 6), std::slice::from_ref(&edges));
         case.masked_logits = masked_logits;
@@ -258,7 +259,7 @@ fn the_key_of_an_edge_that_its_bias_removes_may_hold_anything() {
 
 #[test]
 fn a_query_whose_bias_removes_every_key_is_an_empty_row() {
-    let edges = Arc::new(EdgeSet::builder(6, 4).unwrap().rect(0..6, 0..4).build());
+    let edges = Arc::new(EdgeSet::builder(6, 4).unwrap().rect(0..6, 0..4).build().unwrap());
     for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
         let mut case = Case::<f32>::new(&mut Random(10), sizes(6, 4), std::slice::from_ref(&edges));
         case.masked_logits = masked_logits;

@@ -19,7 +19,7 @@ fn diagonals_may_begin_and_end_at_any_row_of_a_strip() {
                 let offset = random.below(2 * n) as i64 - n as i64;
                 builder = builder.diagonal(offset, random.range(n), 0..keys);
             }
-            let sets = [Arc::new(builder.build())];
+            let sets = [Arc::new(builder.build().unwrap())];
             let context = format!("{n} queries, {keys} keys, prefix {prefix}");
             check(&Case::<f32>::new(&mut random, [1, 2, 2, n, keys, 16, 16], &sets), &context);
             check(&Case::<f64>::new(&mut random, [1, 2, 1, n, keys, 5, 20], &sets), &context);
@@ -42,7 +42,8 @@ fn rows_of_any_length_may_stand_beside_each_other() {
         col.extend(columns);
         row_ptr.push(col.len() as i64);
     }
-    let edges = EdgeSet::builder(lens.len(), 640).unwrap().edge_list(&row_ptr, &col).unwrap().build();
+    let edges =
+        EdgeSet::builder(lens.len(), 640).unwrap().edge_list(&row_ptr, &col).unwrap().build().unwrap();
     for masked_logits in [MaskedLogits::NegInf, MaskedLogits::Zero] {
         let mut case =
             Case::<f64>::new(&mut random, [2, 2, 1, lens.len(), 640, 9, 8], &[Arc::new(edges.clone())]);
@@ -57,7 +58,7 @@ fn rows_of_any_length_may_stand_beside_each_other() {
 fn every_head_dimension_is_right() {
     let mut random = Random(3);
     let edges = EdgeSet::builder(9, 9).unwrap().global(0..1).diagonal(2, 0..9, 0..9).diagonal(-1, 0..9, 0..9);
-    let sets = [Arc::new(edges.diagonal(0, 0..9, 0..9).build())];
+    let sets = [Arc::new(edges.diagonal(0, 0..9, 0..9).build().unwrap())];
     for d in (1..=130).chain([160, 192, 255, 256]) {
         check(&Case::<f32>::new(&mut random, [1, 1, 1, 9, 9, d, d], &sets), &format!("width {d}"));
         check(&Case::<bf16>::new(&mut random, [1, 1, 1, 9, 9, d, d], &sets), &format!("width {d}"));
@@ -67,7 +68,7 @@ fn every_head_dimension_is_right() {
 #[test]
 fn tensors_with_gaps_between_neighbouring_elements_are_copied_once() {
     let mut random = Random(4);
-    let edges = Arc::new(EdgeSet::builder(11, 11).unwrap().band((-2, 2, 1), 0..11, 0..11).build());
+    let edges = Arc::new(EdgeSet::builder(11, 11).unwrap().band((-2, 2, 1), 0..11, 0..11).build().unwrap());
     let case = Case::<f32>::new(&mut random, [1, 1, 1, 11, 11, 6, 6], std::slice::from_ref(&edges));
     let spread: Vec<f32> = case.k.iter().flat_map(|&k| [k, f32::NAN]).collect();
     for isa in Isa::available() {

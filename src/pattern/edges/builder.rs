@@ -1,5 +1,6 @@
 //! From overlapping segments to the canonical edge set.
 
+use std::collections::TryReserveError;
 use std::ops::Range;
 
 use super::super::segments::{Segment, merge_ranges, subtract_ranges};
@@ -17,11 +18,13 @@ pub struct Builder {
     num_rows: usize,
     num_cols: usize,
     segments: Vec<Segment>,
+    /// The first segment that memory had no room for, kept until `build` so that calls chain.
+    failed: Option<Error>,
 }
 
 impl Builder {
     pub(super) fn new(num_rows: usize, num_cols: usize) -> Self {
-        Builder { num_rows, num_cols, segments: Vec::new() }
+        Builder { num_rows, num_cols, segments: Vec::new(), failed: None }
     }
 
     /// Keep every column of `rows` and every row of `cols`: how a prefix (CLS, registers) or a global token behaves.
@@ -33,17 +36,15 @@ impl Builder {
 
     /// Keep `rows` x `cols`.
     #[must_use]
-    pub fn rect(mut self, rows: Range<usize>, cols: Range<usize>) -> Self {
-        self.segments.push(Segment::Rect { rows, cols });
-        self
+    pub fn rect(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        self.push(Ok(Segment::Rect { rows, cols }))
     }
 
     /// Inside `rows` x `cols`, keep `(r, c)` with `c - r` in `lo, lo + step, ..., <= hi`.
     #[must_use]
-    pub fn band(mut self, offsets: (i64, i64, usize), rows: Range<usize>, cols: Range<usize>) -> Self {
+    pub fn band(self, offsets: (i64, i64, usize), rows: Range<usize>, cols: Range<usize>) -> Self {
         let (lo, hi, step) = offsets;
-        self.segments.push(Segment::Band { lo, hi, step: step.max(1), rows, cols });
-        self
+        self.push(Ok(Segment::Band { lo, hi, step: step.max(1), rows, cols }))
     }
 
     /// Inside `rows` x `cols`, keep `(r, c)` with `c - r` equal to `offset`.
@@ -54,18 +55,17 @@ impl Builder {
 
     /// Inside `rows` x `cols`, keep `(r, c)` with `r + c` equal to `sum`.
     #[must_use]
-    pub fn anti_diagonal(mut self, sum: i64, rows: Range<usize>, cols: Range<usize>) -> Self {
-        self.segments.push(Segment::AntiDiagonal { sum, rows, cols });
-        self
+    pub fn anti_diagonal(self, sum: i64, rows: Range<usize>, cols: Range<usize>) -> Self {
+        self.push(Ok(Segment::AntiDiagonal { sum, rows, cols }))
     }
 
     /// Keep the edges of a compressed-row list. Columns must ascend strictly within a row.
     ///
     /// # Errors
     /// [`Error::Value`] when the list is not a valid compressed-row description of this mask.
-    pub fn edge_list(mut self, row_ptr: &[i64], col: &[i64]) -> Result<Self> {
-        self.segments.push(Segment::edge_list(self.num_rows, self.num_cols, row_ptr, col)?);
-        Ok(self)
+    pub fn edge_list(self, row_ptr: &[i64], col: &[i64]) -> Result<Self> {
+        let segment = Segment::edge_list(self.num_rows, self.num_cols, row_ptr, col)?;
+        Ok(self.push(Ok(segment)))
     }
 
     /// Keep the runs of every row: `start[i]..end[i]` for i in `row_ptr[row]..row_ptr[row + 1]`.
@@ -92,23 +92,30 @@ impl Builder {
             return Err(Error::Value("runs: expected ascending runs inside the mask, row by row".into()));
         }
         let runs: Vec<_> = start.iter().zip(end).map(|(&from, &to)| from as usize..to as usize).collect();
-        Ok(self.rows(row_ptr.iter().map(|&pointer| pointer as usize).collect(), &runs))
+        let row_ptr: Vec<_> = row_ptr.iter().map(|&pointer| pointer as usize).collect();
+        Ok(self.rows(&row_ptr, &runs))
     }
 
     /// Keep the runs of every row: `runs[row_ptr[row]..row_ptr[row + 1]]`, each inside the mask.
     #[must_use]
-    pub(in crate::pattern) fn rows(mut self, row_ptr: Vec<usize>, runs: &[Range<usize>]) -> Self {
-        let start = runs.iter().map(|run| run.start as u32).collect();
-        let end = runs.iter().map(|run| run.end as u32).collect();
-        self.segments.push(Segment::Rows { first_row: 0, row_ptr, start, end, shift: 0 });
+    pub(in crate::pattern) fn rows(self, row_ptr: &[usize], runs: &[Range<usize>]) -> Self {
+        let starts = runs.iter().map(|run| run.start as u32);
+        let ends = runs.iter().map(|run| run.end as u32);
+        self.push(Segment::shifted_runs(row_ptr, starts, ends, 0))
+    }
+
+    fn push(mut self, segment: Result<Segment>) -> Self {
+        if let Err(error) = segment.and_then(|segment| push(&mut self.segments, segment)) {
+            self.failed = self.failed.or(Some(error));
+        }
         self
     }
 
     /// Keep, in every row, the columns that `columns` appends: ranges in any order, which may overlap and reach beyond the mask.
     #[must_use]
-    pub fn by_row(mut self, columns: impl FnMut(usize, &mut Vec<Range<usize>>)) -> Self {
-        self.segments.push(Segment::by_row(self.num_rows, self.num_cols, columns));
-        self
+    pub fn by_row(self, columns: impl FnMut(usize, &mut Vec<Range<usize>>)) -> Self {
+        let segment = Segment::by_row(self.num_rows, self.num_cols, columns);
+        self.push(segment)
     }
 
     /// Keep the edges of `other`, moved by `(shift, shift)`: how a mask over patches becomes a mask over tokens.
@@ -125,56 +132,73 @@ impl Builder {
         for d in &other.diagonals {
             self = self.diagonal(d.offset, d.start + shift..d.end + shift, cols.clone());
         }
+        let Runs { row_ptr, start, end } = &other.runs;
         if !other.runs.is_empty() {
-            self.segments.push(Segment::shifted_runs(
-                &other.runs.row_ptr,
-                &other.runs.start,
-                &other.runs.end,
-                shift,
-            ));
+            let (starts, ends) = (start.iter().copied(), end.iter().copied());
+            self = self.push(Segment::shifted_runs(row_ptr, starts, ends, shift));
         }
         self
     }
 
     /// The canonical edge set.
-    pub fn build(self) -> EdgeSet {
+    ///
+    /// # Errors
+    /// [`Error::Value`] when it does not fit in memory.
+    pub fn build(self) -> Result<EdgeSet> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
         let (num_rows, num_cols) = (self.num_rows, self.num_cols);
         let (mut dense_rows, mut dense_cols) = (Vec::new(), Vec::new());
         let (mut diagonals, mut rest) = (Vec::new(), Vec::new());
         for segment in self.segments {
             match segment.clipped(num_rows, num_cols) {
                 Segment::Rect { rows, cols } if rows.is_empty() || cols.is_empty() => {}
-                Segment::Rect { rows, cols } if cols == (0..num_cols) => dense_rows.push(rows),
-                Segment::Rect { rows, cols } if rows == (0..num_rows) => dense_cols.push(cols),
+                Segment::Rect { rows, cols } if cols == (0..num_cols) => push(&mut dense_rows, rows)?,
+                Segment::Rect { rows, cols } if rows == (0..num_rows) => push(&mut dense_cols, cols)?,
                 Segment::Band { lo, hi, step, rows, cols } => {
-                    diagonals.extend((lo..=hi).step_by(step).filter_map(|offset| {
+                    for offset in (lo..=hi).step_by(step) {
                         let start = (rows.start as i64).max(cols.start as i64 - offset);
                         let end = (rows.end as i64).min(cols.end as i64 - offset);
-                        (start < end).then_some(Diagonal { offset, start: start as usize, end: end as usize })
-                    }));
+                        if start < end {
+                            let diagonal = Diagonal { offset, start: start as usize, end: end as usize };
+                            push(&mut diagonals, diagonal)?;
+                        }
+                    }
                 }
-                other => rest.push(other),
+                other => push(&mut rest, other)?,
             }
         }
         merge_ranges(&mut dense_rows);
         merge_ranges(&mut dense_cols);
-        let mut diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols);
+        let mut diagonals = disjoint_diagonals(diagonals, &dense_rows, &dense_cols)?;
         let mut short = Vec::new();
         if diagonals.len() > MANY_DIAGONALS {
             // Whoever visits a row looks at every diagonal, so many short pieces would cost far more than their edges.
             let is_short = |d: &mut Diagonal| (d.end - d.start) * SHORT < num_rows;
-            short = bands(diagonals.extract_if(.., is_short));
+            short = bands(diagonals.extract_if(.., is_short))?;
         }
         let mut set =
             EdgeSet { num_rows, num_cols, dense_rows, dense_cols, diagonals, runs: Runs::default() };
         // Short diagonals share no edge with the others, so nothing has to be cut out of them alone.
         let covers = if rest.is_empty() { None } else { Some(&set) };
+        rest.try_reserve(short.len()).map_err(no_room)?;
         rest.extend(short);
         if !rest.is_empty() {
-            set.runs = remaining_runs(num_rows, &set.dense_rows, covers, rest);
+            set.runs = remaining_runs((num_rows, num_cols), &set.dense_rows, covers, rest)?;
         }
-        set
+        Ok(set)
     }
+}
+
+fn no_room(_: TryReserveError) -> Error {
+    Error::no_room("a mask of so many parts")
+}
+
+fn push<T>(parts: &mut Vec<T>, part: T) -> Result<()> {
+    parts.try_reserve(1).map_err(no_room)?;
+    parts.push(part);
+    Ok(())
 }
 
 /// Join the pieces of each offset, then cut out what dense rows and columns already cover.
@@ -182,9 +206,10 @@ fn disjoint_diagonals(
     mut diagonals: Vec<Diagonal>,
     dense_rows: &[Range<usize>],
     dense_cols: &[Range<usize>],
-) -> Vec<Diagonal> {
+) -> Result<Vec<Diagonal>> {
     diagonals.sort_unstable();
-    let mut pieces = Vec::with_capacity(diagonals.len());
+    let mut pieces = Vec::new();
+    pieces.try_reserve(diagonals.len()).map_err(no_room)?;
     for group in diagonals.chunk_by(|a, b| a.offset == b.offset) {
         let offset = group[0].offset;
         let mut ranges: Vec<_> = group.iter().map(|d| d.start..d.end).collect();
@@ -192,13 +217,14 @@ fn disjoint_diagonals(
         subtract_ranges(&mut ranges, dense_rows.iter().cloned());
         let to_row = |col: usize| (col as i64 - offset).max(0) as usize;
         subtract_ranges(&mut ranges, dense_cols.iter().map(|cols| to_row(cols.start)..to_row(cols.end)));
+        pieces.try_reserve(ranges.len()).map_err(no_room)?;
         pieces.extend(ranges.into_iter().map(|rows| Diagonal { offset, start: rows.start, end: rows.end }));
     }
-    pieces
+    Ok(pieces)
 }
 
 /// Diagonals, ascending by offset, as bands: equally spaced ones that fill a rectangle from border to border become one.
-fn bands(diagonals: impl Iterator<Item = Diagonal>) -> Vec<Segment> {
+fn bands(diagonals: impl Iterator<Item = Diagonal>) -> Result<Vec<Segment>> {
     let mut groups: Vec<Vec<Diagonal>> = Vec::new();
     for diagonal in diagonals {
         let last = groups.last_mut().filter(|group| {
@@ -214,38 +240,45 @@ fn bands(diagonals: impl Iterator<Item = Diagonal>) -> Vec<Segment> {
             step > 0 && spaced && same && (to_left || to_top)
         });
         match last {
-            Some(group) => group.push(diagonal),
-            None => groups.push(vec![diagonal]),
+            Some(group) => push(group, diagonal)?,
+            None => push(&mut groups, vec![diagonal])?,
         }
     }
-    groups
-        .into_iter()
-        .map(|group| {
-            let (first, last) = (&group[0], &group[group.len() - 1]);
-            let column = |row: usize, offset: i64| (row as i64 + offset) as usize;
-            // The first and the last offset bound the columns, one at its start and one at its end.
-            let cols = group.iter().map(|d| column(d.start, d.offset)).min().unwrap_or(0)
-                ..group.iter().map(|d| column(d.end, d.offset)).max().unwrap_or(0);
-            let rows = group.iter().map(|d| d.start).min().unwrap_or(0)
-                ..group.iter().map(|d| d.end).max().unwrap_or(0);
-            let step = group.get(1).map_or(1, |second| (second.offset - first.offset) as usize);
-            Segment::Band { lo: first.offset, hi: last.offset, step, rows, cols }
-        })
-        .collect()
+    let mut bands = Vec::new();
+    bands.try_reserve_exact(groups.len()).map_err(no_room)?;
+    let found = groups.into_iter().map(|group| {
+        let (first, last) = (&group[0], &group[group.len() - 1]);
+        let column = |row: usize, offset: i64| (row as i64 + offset) as usize;
+        // The first and the last offset bound the columns, one at its start and one at its end.
+        let cols = group.iter().map(|d| column(d.start, d.offset)).min().unwrap_or(0)
+            ..group.iter().map(|d| column(d.end, d.offset)).max().unwrap_or(0);
+        let rows =
+            group.iter().map(|d| d.start).min().unwrap_or(0)..group.iter().map(|d| d.end).max().unwrap_or(0);
+        let step = group.get(1).map_or(1, |second| (second.offset - first.offset) as usize);
+        Segment::Band { lo: first.offset, hi: last.offset, step, rows, cols }
+    });
+    bands.extend(found);
+    Ok(bands)
 }
 
 /// What `rest` adds to what `covers` holds, row by row. The rows where a segment is active are swept in order, so a row only looks at
 /// segments that reach it.
 fn remaining_runs(
-    num_rows: usize,
+    (num_rows, num_cols): (usize, usize),
     dense_rows: &[Range<usize>],
     covers: Option<&EdgeSet>,
     mut rest: Vec<Segment>,
-) -> Runs {
-    rest.sort_by_key(|segment| segment.rows().start);
-    let mut runs = Runs { row_ptr: vec![0; num_rows + 1], ..Runs::default() };
-    let mut waiting = rest.into_iter().peekable();
+) -> Result<Runs> {
+    let no_room = |_| Error::no_room(format_args!("a mask with runs in {num_rows} rows"));
+    rest.sort_unstable_by_key(|segment| segment.rows().start);
+    let mut runs = Runs::default();
+    runs.row_ptr.try_reserve_exact(num_rows + 1).map_err(no_room)?;
+    runs.row_ptr.resize(num_rows + 1, 0);
+    // Room for the longest row, before and after merging; given back at once.
+    Vec::<[Range<usize>; 2]>::new().try_reserve_exact(num_cols).map_err(no_room)?;
     let (mut active, mut covered, mut row_runs): (Vec<Segment>, _, _) = (Vec::new(), Vec::new(), Vec::new());
+    active.try_reserve_exact(rest.len()).map_err(no_room)?;
+    let mut waiting = rest.into_iter().peekable();
     for row in 0..num_rows {
         while let Some(segment) = waiting.next_if(|segment| segment.rows().start <= row) {
             active.push(segment);
@@ -259,12 +292,12 @@ fn remaining_runs(
                 set.row(row, &mut covered);
                 subtract_ranges(&mut row_runs, covered.iter().cloned());
             }
-            for run in &row_runs {
-                runs.start.push(run.start as u32);
-                runs.end.push(run.end as u32);
-            }
+            runs.start.try_reserve(row_runs.len()).map_err(no_room)?;
+            runs.end.try_reserve(row_runs.len()).map_err(no_room)?;
+            runs.start.extend(row_runs.iter().map(|run| run.start as u32));
+            runs.end.extend(row_runs.iter().map(|run| run.end as u32));
         }
         runs.row_ptr[row + 1] = runs.start.len();
     }
-    if runs.is_empty() { Runs::default() } else { runs }
+    Ok(if runs.is_empty() { Runs::default() } else { runs })
 }

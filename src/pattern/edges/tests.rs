@@ -75,7 +75,7 @@ pub(in crate::pattern) fn build(rows: usize, cols: usize, pieces: &[Piece]) -> (
         };
         pairs.extend((0..rows).flat_map(|i| (0..cols).map(move |j| (i, j))).filter(|&(i, j)| keep(i, j)));
     }
-    (builder.build(), pairs)
+    (builder.build().unwrap(), pairs)
 }
 
 fn description() -> impl Strategy<Value = (usize, usize, Vec<Piece>)> {
@@ -139,13 +139,13 @@ proptest! {
         let again = EdgeSet::builder(rows, cols).unwrap().by_row(|row, out| {
             out.extend(pairs.range((row, 0)..(row + 1, 0)).rev().map(|&(_, col)| col..col + 1));
         });
-        prop_assert_eq!(again.build().iter().collect::<Vec<_>>(), set.iter().collect::<Vec<_>>());
+        prop_assert_eq!(again.build().unwrap().iter().collect::<Vec<_>>(), set.iter().collect::<Vec<_>>());
     }
 
     #[test]
     fn shifting_moves_every_edge_down_the_diagonal((rows, cols, pieces) in description(), shift in 0usize..3) {
         let (set, pairs) = build(rows, cols, &pieces);
-        let moved = EdgeSet::builder(rows + shift, cols + shift).unwrap().shifted(&set, shift).build();
+        let moved = EdgeSet::builder(rows + shift, cols + shift).unwrap().shifted(&set, shift).build().unwrap();
         let expected: Pairs = pairs.iter().map(|&(i, j)| (i + shift, j + shift)).collect();
         prop_assert_eq!(moved.iter().collect::<Pairs>(), expected);
     }
@@ -158,7 +158,7 @@ fn offsets_take_memory_independent_of_the_number_of_tokens() {
         for offset in [1, 2, 3, 5, 8, 13] {
             builder = builder.diagonal(offset, 1..n, 1..n).diagonal(-offset, 1..n, 1..n);
         }
-        builder.build()
+        builder.build().unwrap()
     };
     let huge = of((1 << 31) + 7);
     assert_eq!(huge.bytes(), of(64).bytes());

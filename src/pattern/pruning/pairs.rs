@@ -32,7 +32,7 @@ pub(super) fn nearest(n: usize, count: u64) -> Result<Arc<EdgeSet>> {
     if left > 0 {
         builder = builder.diagonal(-offset, end..end + 1, 0..n);
     }
-    Ok(Arc::new(builder.build()))
+    Ok(Arc::new(builder.build()?))
 }
 
 /// One key for every query and `count - n` of the other pairs, all equally likely.
@@ -83,5 +83,5 @@ fn listed(mut rows: Vec<Vec<u32>>) -> Result<Arc<EdgeSet>> {
         col.extend(row.iter().map(|&key| i64::from(key)));
         row_ptr.push(col.len() as i64);
     }
-    Ok(Arc::new(EdgeSet::builder(rows.len(), rows.len())?.edge_list(&row_ptr, &col)?.build()))
+    Ok(Arc::new(EdgeSet::builder(rows.len(), rows.len())?.edge_list(&row_ptr, &col)?.build()?))
 }
