@@ -5,7 +5,9 @@ use super::*;
 
 fn scattered(n: usize, dense: usize, offsets: &[i64]) -> Arc<EdgeSet> {
     let builder = EdgeSet::builder(n, n).unwrap().global(0..dense);
-    Arc::new(offsets.iter().fold(builder, |builder, &o| builder.diagonal(o, dense..n, dense..n)).build().unwrap())
+    Arc::new(
+        offsets.iter().fold(builder, |builder, &o| builder.diagonal(o, dense..n, dense..n)).build().unwrap(),
+    )
 }
 
 #[test]
