@@ -82,7 +82,9 @@ OWN_CHOICE = {
     "test_engine.py": "is about the choice; what compares engines says so itself",
     "test_notebooks.py": "runs notebooks in processes of their own",
     "test_robustness.py": "forks, threads, signals and memory of the kernels; those of ATen operators: test_engine.py",
-    "test_train.py": "trains for seconds through layers that are compared elsewhere",
+    "test_bench_latency.py": "compares methods, and others",
+    "test_bench_accuracy.py": "runs programs that choose for themselves",
+    "train/": "trains for seconds through layers that are compared elsewhere",
 }
 """Tests that choose an engine themselves, or are about one."""
 

@@ -6,52 +6,23 @@ Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configur
 import argparse
 import json
 import logging
-import shlex
 import sys
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING
 
 from ._core import ConfigError, __version__
-from .bench.options import DTYPES, QUICK_BUDGET, BenchOptions
+from .arguments import Parser, add_command, hyphenate, natural, positive
+from .bench import commands as bench_commands
 from .config import configs
 from .train import TrainingError, UsageError
-from .train.calibrate import CalibrateOptions
-from .train.options import FinetuneOptions, TrainOptions, flag_name
+from .train import commands as train_commands
 
 if TYPE_CHECKING:
     from .mask import Mask
 
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
-
-DEMO_DEFAULTS = TrainOptions(
-    attn_cfg=configs()["vit_fibottention"],
-    epochs=6,
-    lr=2e-3,
-    min_lr=0.0,
-    drop_path=0.0,
-    smoothing=0.0,
-    output_dir=Path("runs/demo"),
-)
-"""About two minutes per run on two cores."""
-
-DEMO_WARMUP = 0.3
-"""Share of the demo's epochs in which the learning rate rises, unless ``--warmup-epochs`` says otherwise."""
-
-
-Options = TypeVar("Options", bound=TrainOptions | CalibrateOptions)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports bad usage as a `UsageError`, so that every error leaves `main` through one door."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,45 +70,16 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def hyphenate(arguments: Sequence[str]) -> list[str]:
-    """Let ``--batch_size=8`` mean ``--batch-size=8``; values and what follows ``--`` stay as they are."""
-    result, options_end = [], False
-    for argument in arguments:
-        options_end = options_end or argument == "--"
-        if argument.startswith("--") and not options_end:
-            name, equals, value = argument.partition("=")
-            argument = name.replace("_", "-") + equals + value
-        result.append(argument)
-    return result
-
-
 def build_parser() -> Parser:
     """The parser of all commands; the chosen command's function is in ``run``."""
     parser = Parser(prog="sparse-mhsa", description="Sparse attention for PyTorch.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sparse_mhsa {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, about: str) -> Parser:  # noqa: ANN401
-        added = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
-
-    add_options(
-        command("finetune", run_finetune, "Train an image classifier with dense or sparse attention."),
-        FinetuneOptions(),
+    train_commands.add_commands(commands)
+    masks = add_command(
+        commands, "masks", run_masks, "List all masks, or count and draw the edges of an attention configuration."
     )
-    add_options(
-        command("demo", run_demo, "Train the same model dense and sparse and write a report that compares them."),
-        DEMO_DEFAULTS,
-    )
-    calibration = command(
-        "calibrate",
-        run_calibrate,
-        "Measure how much of a model's attention masks would keep, and recommend one per layer.",
-    )
-    calibration.add_argument("files", type=Path, nargs="+", metavar="FILE", help="attention configurations (YAML)")
-    add_options(calibration, CalibrateOptions())
-    masks = command("masks", run_masks, "List all masks, or count and draw the edges of an attention configuration.")
     masks.add_argument("file", type=Path, nargs="?", help="attention configuration (YAML)")
     masks.add_argument("--list", action="store_true", help="print a table of all masks and their parameters")
     masks.add_argument("--markdown", action="store_true", help="with --list: as a Markdown table")
@@ -151,29 +93,8 @@ def build_parser() -> Parser:
     masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
-    bench = commands.add_parser("bench", help="Measure speed and memory.", allow_abbrev=False)
-    subjects = bench.add_subparsers(required=True, metavar="WHAT")
-    kernels = subjects.add_parser(
-        "kernels",
-        help="Attention over edges against dense, masked and other sparse attention.",
-        description="Time attention over edges against dense, masked and other sparse attention, all in one process "
-        "behind a correctness gate.",
-        allow_abbrev=False,
-    )
-    kernels.set_defaults(run=run_bench_kernels)
-    add_bench_options(kernels, "kernels.json, kernels.md and the pictures")
-    kernels.add_argument("--no-memory", action="store_true", help="leave out memory and first-call cost")
-    kernels.add_argument("--no-plots", action="store_true", help="write no pictures")
-    decode = subjects.add_parser(
-        "decode",
-        help="One decoding step over caches against dense attention over everything.",
-        description="Time one decoding step over a full cache and over caches that forget, against dense attention "
-        "over everything, all in one process behind a correctness gate.",
-        allow_abbrev=False,
-    )
-    decode.set_defaults(run=run_bench_decode, no_memory=True, no_plots=True)
-    add_bench_options(decode, "decode.json and decode.md")
-    config = command("config", run_config_list, "Work with attention configurations.")
+    bench_commands.add_commands(commands)
+    config = add_command(commands, "config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
     check.add_argument("files", type=Path, nargs="+", metavar="FILE")
@@ -183,137 +104,6 @@ def build_parser() -> Parser:
     schema = actions.add_parser("schema", help="Print the JSON Schema of a configuration.", allow_abbrev=False)
     schema.set_defaults(run=run_config_schema)
     return parser
-
-
-def add_options(parser: argparse.ArgumentParser, defaults: TrainOptions | CalibrateOptions) -> None:
-    """One command-line option per field of ``defaults``."""
-    kinds = typing.get_type_hints(type(defaults))
-    for item in fields(defaults):
-        kind, default = kinds[item.name], getattr(defaults, item.name)
-        about = item.metadata["about"].replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag_name(item.name), action="store_true", help=about)
-            continue
-        if typing.get_origin(kind) is types.UnionType:  # X | None
-            kind = typing.get_args(kind)[0]
-        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
-        parser.add_argument(
-            flag_name(item.name),
-            type=str if choices else kind,
-            choices=choices,
-            default=default,
-            metavar=item.metadata["metavar"],
-            help=about if default is None else f"{about} (default: {default})",
-        )
-
-
-def add_bench_options(parser: argparse.ArgumentParser, files: str) -> None:
-    """The options that the subjects of ``sparse-mhsa bench`` share; ``files`` are what it writes."""
-    default = BenchOptions()
-    parser.add_argument("--quick", action="store_true", help="a subset that takes less than two minutes on two cores")
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        default=(),
-        metavar="PATTERN",
-        help="names of rows, such as 'fibottention-*' (default: all)",
-    )
-    parser.add_argument(
-        "--dtype", nargs="+", default=default.dtypes, choices=DTYPES, help="element types (default: float32)"
-    )
-    parser.add_argument("--threads", type=positive, help="threads (default: torch's own number)")
-    parser.add_argument(
-        "--repeat", type=positive, default=default.repeat, help=f"turns per row (default: {default.repeat})"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=default.budget,
-        metavar="SECONDS",
-        help=f"time that one method may take per row (default: {default.budget:g})",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=default.output_dir,
-        metavar="DIR",
-        help=f"where {files} go (default: {default.output_dir})",
-    )
-
-
-def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
-    """The options dataclass from what `add_options` had parsed."""
-    return kind(**{item.name: getattr(parsed, item.name) for item in fields(kind)})
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    return _integer(text, 1)
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    return _integer(text, 0)
-
-
-def run_finetune(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa finetune``."""
-    options = read_options(FinetuneOptions, parsed)
-    from .train.finetune import finetune
-
-    finetune(options)
-    return 0
-
-
-def run_demo(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa demo``."""
-    if parsed.warmup_epochs is None:
-        parsed.warmup_epochs = DEMO_WARMUP * parsed.epochs
-    options = read_options(TrainOptions, parsed)
-    from .train.demo import demo
-
-    demo(options, shlex.join(["sparse-mhsa", *parsed.given]))
-    return 0
-
-
-def run_calibrate(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa calibrate``."""
-    options = read_options(CalibrateOptions, parsed)
-    from .train.calibrate import calibrate
-
-    calibrate(parsed.files, options)
-    return 0
-
-
-def bench_options(parsed: argparse.Namespace) -> BenchOptions:
-    """What `add_bench_options` had parsed."""
-    return BenchOptions(
-        rows=tuple(parsed.rows),
-        dtypes=tuple(parsed.dtype),
-        quick=parsed.quick,
-        repeat=parsed.repeat,
-        budget=min(parsed.budget, QUICK_BUDGET) if parsed.quick else parsed.budget,
-        threads=parsed.threads,
-        memory=not parsed.no_memory,
-        plots=not parsed.no_plots,
-        output_dir=parsed.output_dir,
-    )
-
-
-def run_bench_decode(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa bench decode``."""
-    options = bench_options(parsed)
-    from .bench.decode import bench_decode
-
-    return bench_decode(options, shlex.join(["sparse-mhsa", *parsed.given]))
-
-
-def run_bench_kernels(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa bench kernels``."""
-    options = bench_options(parsed)
-    from .bench.run import bench
-
-    return bench(options, shlex.join(["sparse-mhsa", *parsed.given]))
 
 
 def run_masks(parsed: argparse.Namespace) -> int:
@@ -409,10 +199,3 @@ def run_config_schema(parsed: argparse.Namespace) -> int:
 
     print(json.dumps(json.loads(config_schema()), indent=2))  # noqa: T201
     return 0
-
-
-def _integer(text: str, least: int) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-    return value

@@ -7,6 +7,7 @@ GFLOPs; published tables that say "GFLOPs" often mean GMACs, so every number her
 Importing this module teaches `torch.utils.flop_counter.FlopCounterMode` what our operators cost.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,7 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import flex, ops  # noqa: F401  (define the operators that the formulas are for)
-from ._core import Edges
+from ._core import Edges, expected_edges
+from .layer_mask import LayerMask
 
 _OPS = torch.ops.sparse_mhsa
 _Shape: TypeAlias = Sequence[int]
@@ -156,6 +158,8 @@ def _ratio(part: int, whole: int) -> float:
 def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
     """Cost of every self-attention layer of a model, sparse layers by their masks and the others as dense.
 
+    A mask that chooses keys by content counts in the mean over contents for which every key is equally likely.
+
     Args:
         model: any model whose attention an adapter knows.
         num_tokens: N that reaches the layers, prefix tokens included.
@@ -172,25 +176,20 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
     for site in find_attention(model):
         num_heads, head_dim = site.adapter.heads(site.module)
         backend = site.backend
-        mask = None if site.layer_mask is None or backend is not None else site.layer_mask.at(num_tokens)
-        if mask is None:
+        layer_mask = site.layer_mask
+        if layer_mask is None or backend is not None:
             prefix = site.num_prefix_tokens or 0
-            dense, patches = num_heads * num_tokens**2, num_heads * max(0, num_tokens - prefix) ** 2
+            edges, patches = num_heads * num_tokens**2, num_heads * max(0, num_tokens - prefix) ** 2
             name, macs = ("none", None) if backend is None else (backend.name, backend.macs(num_tokens))
-            layers.append(LayerCost(site.name, name, num_heads, num_tokens, prefix, head_dim, dense, patches, macs))
+        elif isinstance(layer_mask, LayerMask) and layer_mask.by_content:
+            all_edges, between = zip(*expected_edges(layer_mask.spec, num_tokens), strict=True)
+            edges, patches = round(math.fsum(all_edges)), round(math.fsum(between))
+            name, prefix, macs = layer_mask.name, layer_mask.num_prefix_tokens_used, None
         else:
-            layers.append(
-                LayerCost(
-                    site.name,
-                    mask.name,
-                    num_heads,
-                    num_tokens,
-                    mask.num_prefix_tokens,
-                    head_dim,
-                    mask.nnz,
-                    mask.nnz_patches,
-                )
-            )
+            mask = layer_mask.at(num_tokens)
+            name, prefix, edges, patches = mask.name, mask.num_prefix_tokens, mask.nnz, mask.nnz_patches
+            macs = None
+        layers.append(LayerCost(site.name, name, num_heads, num_tokens, prefix, head_dim, edges, patches, macs))
     return AttentionCost(tuple(layers))
 
 

@@ -8,10 +8,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from . import UsageError, require_packages
-from .options import TrainOptions, option
+from .options import Options, option
+from .recipes import Dataset, TrainOptions
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -26,10 +27,10 @@ def _same(name: str) -> Any:  # noqa: ANN401
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
+class CalibrateOptions(Options):
     """Which model, which images, how many of them, and what to recommend."""
 
-    dataset: Literal["mnist5k", "digits", "imagefolder"] = _same("dataset")
+    dataset: Dataset = _same("dataset")
     data_path: Path | None = _same("data_path")
     model: str = _same("model")
     finetune: Path | None = _same("finetune")
@@ -49,6 +50,7 @@ class CalibrateOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batches < 1:
             raise UsageError(f"--batches must be at least 1, got {self.batches}")
         if not 0.0 < self.mass <= 1.0:

@@ -2,15 +2,19 @@
 
 Keys of the file:
     format: `FORMAT`.
+    task: key of `TASKS`.
     model, optimizer: state dicts.
+    ema: state dict of the averaged weights, or ``None``.
+    scaler: state of the loss scale of ``--amp fp16``, else empty.
     epoch, step: where to go on: ``step`` steps of ``epoch`` are done.
     meter: running sums of the epoch that is under way.
-    best_acc1: best test accuracy so far, or ``None``.
+    best: best value so far of the task's measure, or ``None``.
     history: what ``log.txt`` holds, one mapping per finished epoch.
-    rng: states of the random generators of torch, NumPy and Python.
+    rng: states of the random generators of torch, NumPy and Python, one mapping per process.
     args: the options of the run.
     data: ``classes`` (names, in the order of the outputs) and ``train_images`` (their number).
     attention: the attention configuration as YAML text, or ``None`` for dense attention.
+    decoder_attention: likewise, of the decoder of a masked autoencoder.
 
 What a file claims is checked here as far as one field allows; the module `resume` holds it against a run.
 """
@@ -20,6 +24,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -29,21 +34,43 @@ from torch import Tensor
 
 from . import TrainingError, UsageError
 
-FORMAT = "sparse_mhsa-finetune-2"
+FORMAT = "sparse_mhsa-train-3"
+
+
+@dataclass(frozen=True)
+class TaskLog:
+    """What one kind of training writes about itself.
+
+    Attributes:
+        command: of `sparse-mhsa`.
+        measures: what ``log.txt`` has for every epoch besides `HISTORY`.
+        best: the measure that says which epoch was best.
+        lower_is_better: it is a loss.
+    """
+
+    command: str
+    measures: tuple[str, ...]
+    best: str
+    lower_is_better: bool = False
+
+
+_CLASSIFIED = ("train_acc1", "test_loss", "test_acc1", "test_acc5")
+TASKS = {
+    "finetune": TaskLog("finetune", _CLASSIFIED, "test_acc1"),
+    "pretrain": TaskLog("pretrain", ("test_loss",), "test_loss", lower_is_better=True),
+    "video": TaskLog("video", _CLASSIFIED, "test_acc1"),
+}
 HISTORY = (
     "epoch",
     "train_lr",
     "train_loss",
-    "train_acc1",
-    "test_loss",
-    "test_acc1",
-    "test_acc5",
     "n_parameters",
     "step_time",
     "attention_time",
     "train_time",
+    "peak_memory",
 )
-"""The numbers that ``log.txt`` has for every epoch."""
+"""The numbers that ``log.txt`` has for every epoch of every task. Those of averaged weights begin with ``ema_``."""
 METER = {"images": int, "loss": float, "correct": int, "step_seconds": list, "attention_seconds": list}
 
 
@@ -146,8 +173,15 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, **state}, file)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, task: str = "finetune") -> dict[str, Any]:
     """Read a checkpoint of `write_checkpoint` onto the CPU.
+
+    Args:
+        path: the file.
+        task: key of `TASKS`: what it must have been written by.
+
+    Returns:
+        The state, each field checked on its own.
 
     Raises:
         UsageError: the file is missing, damaged, or not a checkpoint of a training run; the message names the field.
@@ -159,29 +193,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the damaged part of the file leads to
         raise UsageError(f"--resume: '{path}' is not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"--resume: '{path}' is not a checkpoint of sparse-mhsa finetune, or of another version of it")
-    _check(Field(path, "", state))
+        command = TASKS[task].command
+        raise UsageError(
+            f"--resume: '{path}' is not a checkpoint of sparse-mhsa {command}, or of another version of it"
+        )
+    _check(Field(path, "", state), task)
     return state
 
 
-def _check(state: Field) -> None:
+def _check(state: Field, task: str) -> None:
     """Every field on its own: kind and range."""
+    if (written := state["task"].instance(str, "the name of a task")) != task:
+        raise UsageError(f"--resume: '{state.path}' was written by sparse-mhsa {written}, not {TASKS[task].command}")
     state["model"].tensors()
     state["optimizer"].mapping()
+    if state["ema"].value is not None:
+        state["ema"].tensors()
+    state["scaler"].mapping()
+    for key, value in state["args"].mapping().items():
+        if not isinstance(value, (str, int, float, type(None))):
+            state["args"][key].reject("text, a number or nothing")
     epoch, _ = state["epoch"].integer(0), state["step"].integer(0)
-    history = state["history"].items()
-    if len(history) != epoch:
-        state["epoch"].reject(f"the {len(history)} epochs of the history", epoch)
-    for index, entry in enumerate(history):
-        if entry.mapping().keys() != set(HISTORY):
-            entry.reject(f"the keys {', '.join(HISTORY)}", f"{', '.join(entry.value)}"[:200])
-        entry["epoch"].integer(index, index)
-        for key in HISTORY:
-            entry[key].number()
-    if epoch == 0:
-        state["best_acc1"].instance(type(None), "nothing before the first epoch is finished")
-    elif state["best_acc1"].number() != (best := max(entry.value["test_acc1"] for entry in history)):
-        state["best_acc1"].reject(f"{best}, the highest of the history", state["best_acc1"].value)
+    _check_history(state, task, epoch)
     meter = state["meter"]
     if meter.mapping().keys() != METER.keys():
         meter.reject(f"the keys {', '.join(METER)}", f"{', '.join(meter.value)}"[:200])
@@ -190,16 +223,36 @@ def _check(state: Field) -> None:
     for name in ("step_seconds", "attention_seconds"):
         for each in meter[name].items():
             each.number(0)
-    state["rng"].mapping()
-    for key, value in state["args"].mapping().items():
-        if not isinstance(value, (str, int, float, type(None))):
-            state["args"][key].reject("text, a number or nothing")
+    for each in state["rng"].items():
+        each.mapping()
     state["data"].mapping()
     state["data"]["train_images"].integer(1)
     for each in state["data"]["classes"].items():
         each.instance(str, "the name of a class")
-    if state["attention"].value is not None:
-        state["attention"].instance(str, "YAML text or nothing")
+    for name in ("attention", "decoder_attention"):
+        if state[name].value is not None:
+            state[name].instance(str, "YAML text or nothing")
+
+
+def _check_history(state: Field, task: str, epoch: int) -> None:
+    history, start = state["history"].items(), state["args"]["start_epoch"].integer(0)
+    if start + len(history) != epoch:
+        state["epoch"].reject(f"the {start + len(history)} epochs of the history", epoch)
+    keys = {*HISTORY, *TASKS[task].measures}
+    for index, entry in enumerate(history):
+        averaged = {key for key in entry.mapping() if key.startswith("ema_")}
+        if entry.value.keys() - averaged != keys:
+            entry.reject(f"the keys {', '.join(sorted(keys))}", f"{', '.join(entry.value)}"[:200])
+        entry["epoch"].integer(start + index, start + index)
+        for key in entry.value:
+            entry[key].number()
+    if not history:
+        state["best"].instance(type(None), "nothing before the first epoch is finished")
+        return
+    values = [entry.value[TASKS[task].best] for entry in history]
+    best = min(values) if TASKS[task].lower_is_better else max(values)
+    if state["best"].number() != best:
+        state["best"].reject(f"{best}, the best of the history", state["best"].value)
 
 
 def random_state() -> dict[str, Any]:
@@ -215,8 +268,13 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any], path: Path) -> None:
-    """Undo everything drawn since `random_state` returned ``state``, which the checkpoint ``path`` held.
+def set_random_state(state: dict[str, Any], path: Path, name: str = "rng") -> None:
+    """Undo everything drawn since `random_state` returned ``state``.
+
+    Args:
+        state: the states.
+        path: the checkpoint that held them, for errors.
+        name: of the field that held them, likewise.
 
     Raises:
         UsageError: a generator does not accept its state.
@@ -233,8 +291,8 @@ def set_random_state(state: dict[str, Any], path: Path) -> None:
     }
     if "cuda" in state and torch.cuda.is_available():
         restore["cuda"] = torch.cuda.set_rng_state_all
-    for name, restore_one in restore.items():
-        field = Field(path, "rng", state)[name]
+    for generator, restore_one in restore.items():
+        field = Field(path, name, state)[generator]
         try:
             restore_one(field.value)
         except Exception as error:  # whatever a generator raises for a state that is none

@@ -1,7 +1,7 @@
-"""Image classification data: two real sets that come inside Python packages, and folders of images."""
+"""Images to train on: real sets that come inside Python packages. `folders` has those that do not."""
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from . import DataError, UsageError, require_packages
-from .checkpoint import first_line
-from .options import TrainOptions
+from . import UsageError, require_packages
+from .recipes import ImageOptions
 
 SPLIT_SEED = 0
 """The train/test split is part of the data set: it does not follow ``--seed``, so runs stay comparable."""
@@ -54,23 +53,21 @@ class ImageData:
         return _length(self.train), _length(self.test)
 
 
-def load_data(options: TrainOptions) -> ImageData:
+def load_data(options: ImageOptions) -> ImageData:
     """Load the data set that ``options.dataset`` names.
 
     Raises:
         UsageError: a package, folder or image is missing or of another kind than expected, or the set has
             more classes than ``--nb-classes``.
     """
-    loaders: dict[str, Callable[[], ImageData]] = {
-        "mnist5k": lambda: mnist5k(options.input_size),
-        "digits": lambda: digits(options.input_size),
-        "imagefolder": lambda: image_folder(options),
-    }
-    data = loaders[options.dataset]()
-    if options.nb_classes is not None and options.nb_classes < data.num_classes:
+    from .folders import load_folder
+
+    embedded: dict[str, Callable[[int | None], ImageData]] = {"mnist5k": mnist5k, "digits": digits, "photos": photos}
+    data = embedded[options.dataset](options.input_size) if options.dataset in embedded else load_folder(options)
+    classes = getattr(options, "nb_classes", None)
+    if classes is not None and classes < data.num_classes:
         raise UsageError(
-            f"--nb-classes must be at least the {data.num_classes} classes of {options.dataset}, "
-            f"got {options.nb_classes}"
+            f"--nb-classes must be at least the {data.num_classes} classes of {options.dataset}, got {classes}"
         )
     return data
 
@@ -105,50 +102,65 @@ def digits(input_size: int | None = None) -> ImageData:
     return _held_out("digits", images, bunch.target.astype(np.int64), input_size, patch_size=1)
 
 
-def image_folder(options: TrainOptions) -> ImageData:
-    """Colour images of ``data_path/{train,val}/CLASS/``, augmented by timm's transforms."""
-    require_packages("timm", "torchvision")
-    import timm
-    from timm.data.transforms_factory import create_transform
-    from timm.models import PretrainedCfg
-    from torchvision.datasets import ImageFolder
+PHOTOS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+"""The photographs of `photos`; each is a class of its own."""
+CROPS_PER_PHOTO = 240
 
-    from . import models  # noqa: F401  (registers the built-in models with timm)
 
-    root = options.data_path
-    assert root is not None
-    for folder in (root, root / "train", root / "val"):
-        if not folder.is_dir():
-            raise UsageError(f"--data-path: no such folder: '{folder}'")
-    own = timm.get_pretrained_cfg(options.model) or PretrainedCfg()
-    size = options.input_size or own.input_size[-1]
-    shared: dict[str, Any] = {
-        "input_size": size,
-        "mean": own.mean,
-        "std": own.std,
-        "interpolation": "bicubic",
-    }
-    augment = create_transform(
-        **shared,
-        is_training=True,
-        auto_augment=options.aa,
-        color_jitter=0.0,
-        re_prob=options.reprob,
-        re_mode="pixel",
-    )
-    # As in MAE: the shorter side is resized to size / 0.875, the centre is kept.
-    plain = create_transform(**shared, is_training=False, crop_pct=0.875)
-    try:
-        train = ImageFolder(str(root / "train"), augment, loader=_read_image)
-        test = ImageFolder(str(root / "val"), plain, loader=_read_image)
-    except FileNotFoundError as error:  # a class folder without images, or no class folder at all
-        raise UsageError(f"--data-path '{root}': {error}") from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UsageError(f"--data-path '{root}': classes that are not in both train/ and val/: {', '.join(odd)}")
-    if len(train.classes) < 2:
-        raise UsageError(f"--data-path '{root}': expected two classes or more, got {', '.join(train.classes)}")
-    return ImageData(train, test, tuple(train.classes), 3, size, None, tuple(own.mean), tuple(own.std))
+def photos(input_size: int | None = None) -> ImageData:
+    """Crops of eight photographs inside scikit-image: 1,536 to train on and 384 to test, 32 x 32 by default.
+
+    The label is the photograph. The upper four fifths of each give the crops to train on and the rest those to test, so
+    no pixel is in both. A crop covers three times its side and is scaled down; the package is located, not imported.
+    """
+    require_packages("skimage", "PIL")
+    from PIL import Image
+
+    spec = importlib.util.find_spec("skimage")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    side = 32 if input_size is None else input_size
+    # RandomState's streams are frozen by NumPy, so the crops are the same in every version.
+    random = np.random.RandomState(SPLIT_SEED)
+    crops: dict[str, list[NDArray[np.float32]]] = {"train": [], "test": []}
+    labels: dict[str, list[int]] = {"train": [], "test": []}
+    for label, name in enumerate(PHOTOS):
+        path = folder / name
+        if not path.is_file():
+            raise UsageError(f"photos: the installed scikit-image has no {path}; install scikit-image 0.26")
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+        border = picture.height * 4 // 5
+        parts = {"train": (0, border, CROPS_PER_PHOTO * 4 // 5), "test": (border, picture.height, CROPS_PER_PHOTO // 5)}
+        for part, (top, bottom, count) in parts.items():
+            width = min(3 * side, bottom - top, picture.width)
+            for _ in range(count):
+                x, y = random.randint(picture.width - width + 1), top + random.randint(bottom - top - width + 1)
+                crop = picture.crop((x, y, x + width, y + width)).resize((side, side), Image.Resampling.BICUBIC)
+                crops[part].append(np.asarray(crop, dtype=np.float32).transpose(2, 0, 1) / np.float32(255))
+                labels[part].append(label)
+    train, test = np.stack(crops["train"]), np.stack(crops["test"])
+    mean = tuple(float(x) for x in train.mean((0, 2, 3), dtype=np.float64))
+    std = tuple(float(x) for x in train.std((0, 2, 3), dtype=np.float64))
+
+    def dataset(images: NDArray[np.float32], part: str) -> TensorDataset:
+        centre, spread = (np.array(x, dtype=np.float32).reshape(3, 1, 1) for x in (mean, std))
+        normalised = (images - centre) / spread
+        return TensorDataset(torch.from_numpy(normalised), torch.tensor(labels[part]))
+
+    names = tuple(Path(name).stem for name in PHOTOS)
+    patch_size = 4 if side % 4 == 0 else None
+    return ImageData(dataset(train, "train"), dataset(test, "test"), names, 3, side, patch_size, mean, std)
 
 
 def split_by_class(labels: NDArray[np.int64], test_share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -172,25 +184,6 @@ def split_by_class(labels: NDArray[np.int64], test_share: float) -> tuple[NDArra
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
-class EpochOrder(Sampler[int]):
-    """Shuffles by (seed, epoch) alone and can start in the middle: a resumed run sees the same images."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.size - self.start
-
-    def entropy(self) -> int:
-        """A 63-bit seed for this epoch; neighbouring seeds and epochs have unrelated ones."""
-        return int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0] >> 1)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.entropy())
-        yield from torch.randperm(self.size, generator=generator)[self.start :].tolist()
-
-
 def _held_out(
     name: str, images: NDArray[np.float32], labels: NDArray[np.int64], input_size: int | None, patch_size: int
 ) -> ImageData:
@@ -207,16 +200,6 @@ def _held_out(
 
     names = tuple(str(label) for label in np.unique(labels))
     return ImageData(dataset(train), dataset(test), names, 1, side, patch_size, (mean,), (std,))
-
-
-def _read_image(path: str) -> Any:  # noqa: ANN401  (a PIL image)
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # the decoders raise whatever the damaged part of the file leads to
-        raise DataError(f"{path}: not a readable image: {first_line(error)}") from error
 
 
 def _length(dataset: Dataset[Any]) -> int:

@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import Mask, load_config, sparse_attention
@@ -28,7 +26,7 @@ from . import figures  # noqa: E402
 from .datasets import ImageData  # noqa: E402
 from .finetune import Run, attention_text, finetune  # noqa: E402
 from .models import num_tokens  # noqa: E402
-from .options import FinetuneOptions, TrainOptions  # noqa: E402
+from .recipes import FinetuneOptions, TrainOptions  # noqa: E402
 from .report import SCHEMA, write_report  # noqa: E402
 from .timing import compare  # noqa: E402
 
@@ -53,7 +51,7 @@ def demo(options: TrainOptions, command: str) -> Path:
         ConfigError: the attention configuration cannot be honoured.
     """
     # Read before the dense run, whose minutes a mistake in the configuration should not cost.
-    if attention_text(options) is None:
+    if attention_text(options.attn_cfg) is None:
         raise UsageError("--attn-cfg: expected the attention configuration of the sparse run, got none")
     runs = {
         "dense": finetune(_run_options(options, "dense", None)),
@@ -130,7 +128,7 @@ def run_record(run: Run) -> dict[str, Any]:
         "parameters": run.trainer.num_parameters,
         "epochs": history,
         "test_acc1_last": history[-1]["test_acc1"],
-        "test_acc1_best": run.trainer.best_acc1,
+        "test_acc1_best": run.trainer.best_value,
         "attention_cost": {
             "edges": sum(layer.nnz for layer in cost.layers),
             "gmacs": cost.sparse("GMACs"),
@@ -214,7 +212,7 @@ def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, An
     labels = sorted(firsts)
     batch = torch.stack([firsts[label] for label in labels])
     guesses = {report["runs"][name]["title"]: _classify(run, batch) for name, run in runs.items()}
-    pictures = [_pixels(image, data.mean, data.std) for image in batch]
+    pictures = [figures.pixels(image, data.mean, data.std) for image in batch]
     model: Any = runs["sparse"].model
     rows, columns = model.patch_embed.grid_size
     return {
@@ -246,9 +244,3 @@ def _classify(run: Run, images: Tensor) -> list[str]:
     logits = run.model(images.to(run.trainer.device))
     # With --nb-classes there may be outputs that no class of the data uses.
     return [run.data.class_names[index] for index in logits[:, : run.data.num_classes].argmax(dim=1).tolist()]
-
-
-def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
-    """(C, H, W) normalised -> (H, W) or (H, W, 3) in [0, 1]."""
-    restored = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return restored.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy().astype(np.float32)

@@ -1,48 +1,46 @@
 """The training loop: one `Trainer` per run, resumable after any step."""
 
+import itertools
 import json
 import logging
 import math
-import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.data.mixup import Mixup
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # re-exported without __all__
-from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # re-exported without __all__
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import find_attention
 from . import DataError, TrainingError, UsageError
-from .checkpoint import first_line, random_state, replacing, set_random_state, write_checkpoint
-from .datasets import EpochOrder, ImageData
-from .options import TrainOptions
+from .checkpoint import random_state, replacing, set_random_state, write_checkpoint
+from .datasets import ImageData
+from .distributed import World
+from .events import Events
+from .interrupt import Interrupted, catch_interrupt
+from .loading import Loaders
+from .recipes import RunOptions
 from .resume import check_data, check_model, check_run
-from .timing import AttentionClock, synchronize
+from .schedule import learning_rate, set_learning_rate
+from .tasks import Task
+from .timing import AttentionClock, peak_memory, synchronize
 
 logger = logging.getLogger("sparse_mhsa")
 
 LAST, BEST, LOG = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt"
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the step under way was finished and saved."""
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Meter:
-    """Running sums of one epoch."""
+    """Running sums of one epoch, over all processes."""
 
     images: int = 0
     loss: float = 0.0
@@ -52,13 +50,15 @@ class Meter:
 
 
 class Trainer:
-    """Trains an image classifier and keeps its log and checkpoints.
+    """Trains a model and keeps its log and checkpoints.
 
     Args:
-        model: maps (B, C, H, W) images to (B, classes) logits; already on its device.
+        model: what ``task`` trains; already on its device.
         data: training and test images.
         options: the recipe.
-        attention: the attention configuration as YAML text, or ``None`` for a dense model.
+        task: the loss, the test and the optimiser.
+        attention: the attention configurations as YAML text, by field of the checkpoint.
+        world: the processes that train together.
         on_epoch: called with (model, epoch) before each epoch, for masks that change with it.
     """
 
@@ -66,42 +66,34 @@ class Trainer:
         self,
         model: nn.Module,
         data: ImageData,
-        options: TrainOptions,
-        attention: str | None = None,
+        options: RunOptions,
+        task: Task,
+        attention: dict[str, str | None] | None = None,
+        world: World | None = None,
         on_epoch: Callable[[nn.Module, int], object] | None = None,
     ) -> None:
-        self.model, self.data, self.options, self.attention = model, data, options, attention
+        self.model, self.data, self.options, self.task = model, data, options, task
+        self.attention = {"attention": None, "decoder_attention": None, **(attention or {})}
+        self.world = World(device=torch.device(options.device)) if world is None else world
         self.on_epoch = on_epoch
-        self.device = torch.device(options.device)
+        self.device = self.world.device
         train_size, _ = data.sizes
-        self.steps_per_epoch = train_size // options.batch_size
+        self.steps_per_epoch = train_size // options.images_per_step
         if self.steps_per_epoch == 0:
-            raise UsageError(f"--batch-size must be at most the {train_size} training images, got {options.batch_size}")
-        self.order = EpochOrder(train_size, options.seed)
-        # A generator of its own: starting a loader must not draw from the generator that dropout uses.
-        self.worker_seeds = torch.Generator()
-        self.train_loader = self._loader(data.train, sampler=self.order, drop_last=True, generator=self.worker_seeds)
-        self.test_loader = self._loader(data.test, generator=torch.Generator())
-        self.optimizer = create_optimizer_v2(
-            model,
-            "adamw",
-            lr=options.peak_lr,
-            weight_decay=options.weight_decay,
-            layer_decay=options.layer_decay,
-        )
-        warm_up = round(options.resolved_warmup_epochs * self.steps_per_epoch)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=max(1, options.epochs * self.steps_per_epoch - warm_up),
-            lr_min=options.min_lr,
-            warmup_t=warm_up,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        self.mixup = self._mixup()
-        self.epoch = self.step = 0
+            what = "--batch-size" if options.images_per_step == options.batch_size else "images per step (--batch-size "
+            what += "" if options.images_per_step == options.batch_size else "* --accum-iter * processes)"
+            raise UsageError(f"{what} must be at most the {train_size} training images, got {options.images_per_step}")
+        self.loaders = Loaders(data.train, data.test, options, self.world, shares_test=task.shares_test)
+        self.optimizer = task.optimizer(model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        self.ema = None if options.model_ema is None else ModelEmaV3(model, decay=options.model_ema)
+        self.parallel = model
+        if self.world.size > 1:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(model, device_ids=devices)
+        self.epoch, self.step = options.start_epoch, 0
         self.meter = Meter()
-        self.best_acc1: float | None = None
+        self.best_value: float | None = None
         self.best: Path | None = None
         """The checkpoint that reached it: in the output folder, or beside the checkpoint this run goes on from."""
         self.history: list[dict[str, Any]] = []
@@ -123,59 +115,67 @@ class Trainer:
         self.options.output_dir.mkdir(parents=True, exist_ok=True)
         clock = AttentionClock([site.module for site in find_attention(self.model)], self.device)
         try:
-            with catch_interrupt() as interrupted:
+            with ExitStack() as stack:
+                stack.callback(clock.close)
+                before = random_state()
+                events = stack.enter_context(Events(self.options.log_dir if self.world.is_first else None))
+                interrupted = stack.enter_context(catch_interrupt())
+                # What the writer imports may draw from Python's generator.
+                set_random_state(before, self.options.output_dir / LAST)
                 while self.epoch < self.options.epochs:
                     if self.on_epoch is not None:
                         self.on_epoch(self.model, self.epoch)
-                    for _ in self._train_steps(clock):
+                    for loss in self._train_steps(clock):
+                        events.step(self.epoch + self.step / self.steps_per_epoch, loss, self._rate(self.step - 1))
                         self._stop_if(interrupted)
-                    self._finish_epoch(self.evaluate(lambda: self._stop_if(interrupted)))
+                    self._finish_epoch(self.evaluate(lambda: self._stop_if(interrupted, alone=True)), events)
                     self._stop_if(interrupted, saved=True)
         except DataError as error:
-            if self.epoch == self.step == 0:
+            if (self.epoch == self.step == 0) or self.world.size > 1:
                 raise
             self.save(LAST)
             path = self.options.output_dir / LAST
             raise DataError(f"{error}; once that is mended, continue with --resume {path}") from error
-        finally:
-            clock.close()
 
     @torch.no_grad()
     def evaluate(self, after_batch: Callable[[], object] = lambda: None) -> dict[str, float]:
-        """Mean cross-entropy and top-1 and top-5 accuracy in percent over the test images."""
-        self.model.eval()
-        loss, top1, top5, images = 0.0, 0, 0, 0
-        for image, target in self._progress(self.test_loader, "test"):
-            image, target = image.to(self.device), target.to(self.device)
-            logits = self.model(image)
-            loss += F.cross_entropy(logits, target, reduction="sum").item()
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
-            top1 += int(hits[:, 0].sum())
-            top5 += int(hits.sum())
-            images += len(image)
-            after_batch()
-        if not math.isfinite(loss):
-            raise TrainingError(f"the test loss is {loss} after epoch {self.epoch}; lower --lr or use --clip-grad")
-        return {
-            "test_loss": loss / images,
-            "test_acc1": 100 * top1 / images,
-            "test_acc5": 100 * top5 / images,
-        }
+        """The task's test measures, and with ``--model-ema`` those of the averaged weights."""
+        results = self._test(self.model, after_batch)
+        if self.ema is not None:
+            averaged = self._test(self.ema.module, after_batch)
+            results |= {f"ema_{name}": value for name, value in averaged.items()}
+        for name, value in results.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"{name} is {value} after epoch {self.epoch}; lower --lr or use --clip-grad")
+        return results
+
+    def _test(self, model: nn.Module, after_batch: Callable[[], object]) -> dict[str, float]:
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for image, target in self.loaders.batches(self.loaders.test, "test"):
+                yield image.to(self.device), target.to(self.device)
+                after_batch()
+
+        model.eval()
+        with self.autocast():
+            return self.task.test(model, batches(), self.world)
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint holds; see `checkpoint`."""
         return {
+            "task": self.task.name,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "meter": asdict(self.meter),
-            "best_acc1": self.best_acc1,
+            "best": self.best_value,
             "history": self.history,
-            "rng": random_state(),
+            "rng": self.world.gather(random_state()),
             "args": self.options.as_dict(),
             "data": {"classes": list(self.data.class_names), "train_images": self.data.sizes[0]},
-            "attention": self.attention,
+            **self.attention,
         }
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
@@ -191,15 +191,17 @@ class Trainer:
         check_model(self, state, path)
         for warning in check_run(self, state, path):
             logger.warning("%s: the result will differ from an uninterrupted run", warning)
-        set_random_state(state["rng"], path)
+        set_random_state(state["rng"][self.world.rank], path, f"rng[{self.world.rank}]")
         self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.scaler.load_state_dict(state["scaler"])
         # The groups hold what this run's options say; the checkpoint has the moments.
         own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
         self.meter = Meter(**state["meter"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.scheduler.step_update(max(0, self.epoch * self.steps_per_epoch + self.step - 1))
-        self.best_acc1, self.history = state["best_acc1"], list(state["history"])
+        self.best_value, self.history = state["best"], list(state["history"])
         beside = path.with_name(BEST)
         self.best = beside if beside.is_file() else None
 
@@ -212,86 +214,125 @@ class Trainer:
         check_data(self, state, path)
         check_model(self, state, path)
         self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
 
-    def _train_steps(self, clock: AttentionClock) -> Iterator[None]:
-        """The steps of this epoch that are not done yet, yielding after each."""
-        self.model.train()
-        self.order.epoch, self.order.start = self.epoch, self.step * self.options.batch_size
-        self.worker_seeds.manual_seed(self.order.entropy())
+    def _train_steps(self, clock: AttentionClock) -> Iterator[float]:
+        """The steps of this epoch that are not done yet; yields the loss of each."""
+        self.parallel.train()
+        accumulated = self.options.accum_iter
+        self.loaders.begin(self.epoch, self.step * self.options.images_per_step)
         title = f"epoch {self.epoch + 1}/{self.options.epochs}"
-        progress = self._progress(self.train_loader, title, initial=self.step, total=self.steps_per_epoch)
-        for image, target in progress:
-            clock.lap()
-            start = time.perf_counter()
-            loss, correct = self._train_step(image.to(self.device), target.to(self.device))
-            synchronize(self.device)
-            self.meter.step_seconds.append(time.perf_counter() - start)
-            self.meter.attention_seconds.append(clock.lap())
-            self.meter.images += len(image)
-            self.meter.loss += loss * len(image)
-            self.meter.correct += correct
-            self.step += 1
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            yield
+        done = self.step * accumulated
+        total = self.steps_per_epoch * accumulated
+        with self.loaders.batches(self.loaders.train, title, initial=done, total=total) as progress:
+            batches = iter(progress)
+            while self.step < self.steps_per_epoch:
+                batch = list(itertools.islice(batches, accumulated))
+                clock.lap()
+                start = time.perf_counter()
+                loss, correct = self._train_step([(x.to(self.device), y.to(self.device)) for x, y in batch])
+                synchronize(self.device)
+                self.meter.step_seconds.append(time.perf_counter() - start)
+                self.meter.attention_seconds.append(clock.lap())
+                self.meter.images += self.options.images_per_step
+                self.meter.loss += loss * self.options.images_per_step
+                self.meter.correct += correct
+                self.step += 1
+                progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                yield loss
 
-    def _train_step(self, image: Tensor, target: Tensor) -> tuple[float, int]:
-        """One update; returns the loss and how many images were classified correctly."""
-        self.scheduler.step_update(self.epoch * self.steps_per_epoch + self.step)
-        # Mixup's targets are probabilities and already smoothed.
-        soft_target, smoothing = target, self.options.smoothing
-        if self.mixup is not None:
-            image, soft_target = self.mixup(image, target)
-            smoothing = 0.0
-        logits = self.model(image)
-        loss = F.cross_entropy(logits, soft_target, label_smoothing=smoothing)
-        value = loss.item()
+    def _train_step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+        """One update from the mean gradient of some batches.
+
+        Returns:
+            The mean loss, and how many images were classified correctly, over all processes.
+        """
+        set_learning_rate(self.optimizer, self._rate(self.step))
+        self.optimizer.zero_grad()
+        losses, correct = 0.0, 0
+        for place, (image, target) in enumerate(batches):
+            last = place == len(batches) - 1
+            with nullcontext() if last else self._without_sync():
+                with self.autocast():
+                    loss, hits = self.task.loss(self.parallel, image, target)
+                self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            losses, correct = losses + loss.item() / len(batches), correct + hits
+        total, correct_sum = self.world.sums([losses, correct])
+        value = total / self.world.size
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} in epoch {self.epoch}, step {self.step}; lower --lr or use --clip-grad"
             )
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         if self.options.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
-        self.optimizer.step()
-        return value, int((logits.argmax(dim=1) == target).sum())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return value, round(correct_sum)
 
-    def _finish_epoch(self, results: dict[str, float]) -> None:
-        meter = self.meter
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step of this epoch."""
+        options = self.options
+        return learning_rate(
+            self.epoch + step / self.steps_per_epoch,
+            peak=options.peak_lr,
+            least=options.min_lr,
+            warmup_epochs=options.resolved_warmup_epochs,
+            epochs=options.epochs,
+        )
+
+    def autocast(self) -> Any:  # noqa: ANN401
+        """The mixed precision of the run."""
+        dtype = AMP_DTYPES.get(self.options.amp)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _without_sync(self) -> Any:  # noqa: ANN401
+        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
+
+    def _finish_epoch(self, results: dict[str, float], events: Events | None = None) -> None:
+        meter, task = self.meter, self.task
+        classified = {"train_acc1": 100 * meter.correct / meter.images} if "test_acc1" in results else {}
         entry = {
             "epoch": self.epoch,
-            "train_lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "train_lr": self._rate(self.step - 1),
             "train_loss": meter.loss / meter.images,
-            "train_acc1": 100 * meter.correct / meter.images,
+            **classified,
             **results,
             "n_parameters": self.num_parameters,
             "step_time": statistics.median(meter.step_seconds),
             "attention_time": statistics.median(meter.attention_seconds),
             "train_time": sum(meter.step_seconds),
+            "peak_memory": peak_memory(self.device),
         }
         self.history.append(entry)
-        is_best = self.best_acc1 is None or entry["test_acc1"] > self.best_acc1
-        self.best_acc1 = entry["test_acc1"] if is_best else self.best_acc1
+        is_best = task.is_better(entry[task.best], self.best_value)
+        self.best_value = entry[task.best] if is_best else self.best_value
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter()
-        logger.info(
-            "epoch %d/%d: loss %.3f, train %.1f %%, test %.1f %%, best %.1f %%, step %.0f ms (%.0f attn)",
-            self.epoch,
-            self.options.epochs,
-            entry["train_loss"],
-            entry["train_acc1"],
-            entry["test_acc1"],
-            self.best_acc1,
-            1e3 * entry["step_time"],
-            1e3 * entry["attention_time"],
-        )
+        logger.info("%s", self._line(entry))
+        if events is not None:
+            events.epoch(self.epoch, entry)
         self.save(LAST, *([BEST] if is_best else []))
         if is_best:
             self.best = self.options.output_dir / BEST
 
+    def _line(self, entry: dict[str, Any]) -> str:
+        """One finished epoch in words."""
+        if "test_acc1" in entry:
+            shown = f"train {entry['train_acc1']:.1f} %, test {entry['test_acc1']:.1f} %, best {self.best_value:.1f} %"
+        else:
+            shown = f"test loss {entry['test_loss']:.4f}, best {self.best_value:.4f}"
+        times = f"step {1e3 * entry['step_time']:.0f} ms ({1e3 * entry['attention_time']:.0f} attn)"
+        return f"epoch {self.epoch}/{self.options.epochs}: loss {entry['train_loss']:.3f}, {shown}, {times}"
+
     def save(self, *names: str) -> None:
         """Write the log and the checkpoints of these names into the output folder."""
-        folder = self.options.output_dir
         state = self.state()
+        if not self.world.is_first:
+            return
+        folder = self.options.output_dir
         for name in names:
             write_checkpoint(folder / name, state)
         # Rewritten from the history, so that a resumed run neither repeats nor loses lines.
@@ -299,83 +340,13 @@ class Trainer:
         with replacing(folder / LOG) as file:
             file.write(lines.encode())
 
-    def _stop_if(self, interrupted: threading.Event, *, saved: bool = False) -> None:
-        if not interrupted.is_set():
+    def _stop_if(self, interrupted: threading.Event, *, saved: bool = False, alone: bool = False) -> None:
+        """Stop after Ctrl-C in any process; between the test batches (``alone``) only a single process stops."""
+        if alone and self.world.size > 1:
+            return
+        if not self.world.any(interrupted.is_set()):
             return
         if not saved:
             self.save(LAST)
         path = self.options.output_dir / LAST
         raise Interrupted(f"interrupted; continue with --resume {path}")
-
-    def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader[Any]:  # noqa: ANN401
-        return DataLoader(
-            dataset,
-            batch_size=self.options.batch_size,
-            num_workers=self.options.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_interrupts_to_parent,
-            **kwargs,
-        )
-
-    def _mixup(self) -> Mixup | None:
-        options = self.options
-        if options.mixup == 0 and options.cutmix == 0:
-            return None
-        return Mixup(  # type: ignore[no-untyped-call]
-            mixup_alpha=options.mixup,
-            cutmix_alpha=options.cutmix,
-            label_smoothing=options.smoothing,
-            num_classes=options.nb_classes or self.data.num_classes,
-        )
-
-    def _progress(self, loader: DataLoader[Any], title: str, **kwargs: Any) -> Any:  # noqa: ANN401
-        # For tqdm, None means: quiet unless the stream is a terminal.
-        disable = {"auto": None, "on": False, "off": True}[self.options.progress]
-        kwargs.setdefault("total", len(loader))
-        return tqdm(_batches(loader), desc=title, unit="step", leave=False, disable=disable, **kwargs)
-
-
-def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader, whose processes send their errors back with a traceback in the message.
-
-    Raises:
-        DataError: an image cannot be read.
-        TrainingError: a loader process ended.
-    """
-    try:
-        yield from loader
-    except DataError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise DataError(last.partition("DataError: ")[2] or last) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(f"a process of --num-workers ended: {first_line(error)}") from error
-
-
-@contextmanager
-def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event; a second one interrupts at once, as usual.
-
-    Outside the main thread, where Python delivers no signals, the event never comes.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _leave_interrupts_to_parent(_worker: int) -> None:
-    """A terminal sends Ctrl-C to loader processes too; they must live until the step is finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

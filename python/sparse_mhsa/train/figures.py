@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ..mask import Mask
@@ -46,7 +48,7 @@ def training_curves(runs: Mapping[str, Mapping[str, Any]]) -> str:
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(FRAME)
     accuracy.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def mask_grid(masks: Sequence["Mask"]) -> str:
@@ -130,6 +132,114 @@ def predictions(
     return _png(figure)
 
 
+def pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """A normalised image (C, H, W) as (H, W) or (H, W, 3) values in [0, 1]."""
+    restored = image.float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return restored.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy().astype(np.float32)
+
+
+def loss_curves(history: Sequence[Mapping[str, float]]) -> str:
+    """Training and test loss per epoch of one run."""
+    figure = Figure(figsize=(6, 3.1), layout="constrained")
+    axes = figure.subplots()
+    epochs = [entry["epoch"] + 1 for entry in history]
+    for name, title, colour in (("train_loss", "training", "dense"), ("test_loss", "test", "sparse")):
+        axes.plot(epochs, [entry[name] for entry in history], color=COLOURS[colour], linewidth=2, label=title)
+    axes.set_title("Loss", loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#e9ecf1")
+    axes.legend(frameon=False)
+    return svg(figure)
+
+
+def bars(values: Sequence[float], place: str, about: str) -> str:
+    """One bar per value.
+
+    Args:
+        values: numbers.
+        place: what the position of a bar means.
+        about: what its height means.
+    """
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(values)), values, color=COLOURS["sparse"])
+    axes.set_xticks(range(len(values)))
+    axes.set_xlabel(place)
+    axes.set_ylabel(about)
+    axes.axhline(0, color=FRAME, linewidth=0.8)
+    return svg(figure)
+
+
+def matrices(values: Mapping[str, Sequence[Sequence[float]]], columns: str, rows: str) -> str:
+    """Small matrices side by side on one colour scale, with their numbers.
+
+    Args:
+        values: by title.
+        columns: what a column is.
+        rows: what a row is.
+    """
+    arrays = {title: np.asarray(matrix) for title, matrix in values.items()}
+    across = min(4, len(arrays))
+    down = -(-len(arrays) // across)
+    figure = Figure(figsize=(2.8 * across, 2.7 * down), layout="constrained")
+    low = min(0.0, *(float(array.min()) for array in arrays.values()))
+    high = max(1e-9, *(float(array.max()) for array in arrays.values()))
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in grid[len(arrays) :]:
+        axes.set_axis_off()
+    for axes, (title, array) in zip(grid, arrays.items(), strict=False):
+        axes.imshow(array, vmin=low, vmax=high, cmap="viridis")
+        axes.set_title(title, fontsize=8, color=INK)
+        axes.set_xlabel(columns, fontsize=7)
+        axes.set_ylabel(rows, fontsize=7)
+        axes.tick_params(labelsize=6)
+        if array.size <= 64:
+            for row, column in np.ndindex(*array.shape):
+                axes.text(column, row, f"{array[row, column]:.2g}", ha="center", va="center", fontsize=6, color="white")
+    return _png(figure)
+
+
+def degree_histograms(records: Sequence[Mapping[str, Any]]) -> str:
+    """How many queries keep how many keys, one panel per layer and one line per head.
+
+    Args:
+        records: of `structure.mask_record`.
+    """
+    across = min(4, len(records))
+    down = -(-len(records) // across)
+    figure = Figure(figsize=(2.8 * across, 2.2 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
+    for axes in grid[len(records) :]:
+        axes.set_axis_off()
+    for axes, record in zip(grid, records, strict=False):
+        for head, pairs in enumerate(record["degrees"]):
+            keys, queries = zip(*pairs, strict=True)
+            axes.plot(keys, queries, marker=".", markersize=3, linewidth=0.8, label=f"head {head}")
+        axes.set_title(f"layer {record['layer']}", fontsize=8, color=INK)
+        axes.set_xlabel("keys of a query", fontsize=7)
+        axes.set_ylabel("queries", fontsize=7)
+        axes.set_xscale("log")
+        axes.tick_params(labelsize=6)
+    return _png(figure)
+
+
+def picture_rows(rows: Mapping[str, Sequence[NDArray[np.float32]]]) -> str:
+    """Rows of pictures, each with a name.
+
+    Args:
+        rows: by name: (H, W) or (H, W, 3) images, values in [0, 1], as many in every row.
+    """
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.1 * columns, 1.3 * len(rows)), layout="constrained")
+    for line, (name, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            _picture(axes, image)
+            _label(axes, "")
+        line[0].set_title(name, fontsize=8, color=INK, loc="left")
+    return _png(figure)
+
+
 def _picture(axes: Axes, image: NDArray[np.float32], shade: NDArray[np.bool_] | None = None) -> None:
     grey = image.ndim == 2
     # Inverted for grey images (dark strokes on white), so that what is hidden can be tinted.
@@ -155,7 +265,8 @@ def _png(figure: Figure) -> str:
     return f'<img alt="" src="data:image/png;base64,{data}">'
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as inline SVG, the same text for the same data."""
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparse_mhsa"}):
         figure.savefig(

@@ -2,22 +2,30 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..flops import AttentionCost, attention_cost
+from ..layer import set_epoch
 from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import ImageData, load_data
-from .options import FinetuneOptions, TrainOptions
+from .distributed import World, world_of
+from .recipes import FinetuneOptions, ImageOptions, PretrainOptions, RunOptions, TrainOptions, VideoOptions
 
 require_packages("timm", "torchvision", "tqdm")
 
+from .dry_run import plan  # noqa: E402
 from .engine import BEST, Trainer  # noqa: E402
 from .models import build_model, num_tokens  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
+from .tasks import Classification, TwoBranch  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -32,7 +40,7 @@ class Run:
         model: the trained model.
         trainer: what trained it, with its ``history``.
         attention: its attention configuration as YAML text, or ``None`` for dense attention.
-        results: test loss and accuracies of the model as it is now.
+        results: test loss and accuracies of the model as it is now; empty after a dry run.
     """
 
     options: TrainOptions
@@ -53,62 +61,131 @@ def finetune(options: FinetuneOptions) -> Run:
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
     check_device(options.device)
+    with world_of(options) as world:
+        options = replace(options, world_size=world.size, device=str(world.device))
+        with only_first_logs(world):
+            return _finetune(options, world)
+
+
+def _finetune(options: FinetuneOptions, world: World) -> Run:
     seed_everything(options.seed)
     # Read first: a bad checkpoint or configuration should not cost the time that data and model take.
     state = read_checkpoint(options.resume) if options.resume else None
-    attention = attention_text(options)
+    attention = attention_text(options.attn_cfg)
     if state is not None and options.resume is not None:
         attention = resolve_attention(state, options.resume, options.attn_cfg, attention)
     data = load_data(options)
     model = build_model(options, data)
     if attention is not None:
-        sparsify_model(model, attention, options)
-    trainer = Trainer(model, data, options, attention, on_epoch=_set_epoch if attention is not None else None)
+        sparsify_model(model, attention, options, include=r"^blocks\." if options.two_branch else None)
+    task = (TwoBranch if options.two_branch else Classification)(options, options.nb_classes or data.num_classes)
+    trainer = Trainer(
+        model, data, options, task, {"attention": attention}, world, set_epoch if attention is not None else None
+    )
     describe(trainer)
+    # Again, for packages that draw while they are imported; the same weights everywhere, other dropout in each process.
+    seed_everything(options.seed + world.rank)
+    results = run(trainer, options, state, image_costs(model))
+    return Run(options, data, model, trainer, attention, results)
+
+
+def run(
+    trainer: Trainer,
+    options: FinetuneOptions | PretrainOptions | VideoOptions,
+    state: dict[str, Any] | None,
+    costs: list[tuple[str, AttentionCost, int]],
+) -> dict[str, Any]:
+    """Continue from ``state``, train or evaluate, and say what came of it.
+
+    Args:
+        trainer: the run, ready to start.
+        options: its recipe.
+        state: of the checkpoint to go on from, or None.
+        costs: of attention, for a dry run: what it is, its cost, and how many such sequences an input has.
+
+    Returns:
+        The last results.
+
+    Raises:
+        UsageError: ``state`` is the checkpoint of another run.
+        TrainingError: the loss became infinite or NaN.
+        Interrupted: Ctrl-C was pressed.
+    """
+    only_evaluate = getattr(options, "eval", False)
     if state is not None and options.resume is not None:
-        if options.eval:
+        if only_evaluate:
             trainer.load_weights(state, options.resume)
         else:
             trainer.load_state(state, options.resume)
             logger.info("resuming %s at epoch %d, step %d", options.resume, trainer.epoch + 1, trainer.step)
-    if options.eval:
+    if options.dry_run:
+        for line in plan(trainer, costs):
+            logger.info("%s", line)
+        return {}
+    if only_evaluate:
         results = trainer.evaluate()
         logger.info("test %s", json.dumps(results))
+        return results
+    trainer.fit()
+    where = trainer.best or f"an earlier run's {BEST}, which is not beside {options.resume}"
+    if "test_acc1" in trainer.history[-1]:
+        logger.info("best test top-1 %.2f %% in %s", trainer.best_value, where)
     else:
-        trainer.fit()
-        results = trainer.history[-1]
-        where = trainer.best or f"an earlier run's {BEST}, which is not beside {options.resume}"
-        logger.info("best test top-1 %.2f %% in %s", trainer.best_acc1, where)
-    return Run(options, data, model, trainer, attention, results)
+        logger.info("best test loss %.4f in %s", trainer.best_value, where)
+    return trainer.history[-1]
 
 
-def attention_text(options: TrainOptions) -> str | None:
-    """The attention configuration, defaults filled in, as YAML text; ``None`` without ``--attn-cfg``."""
-    if options.attn_cfg is None:
+@contextmanager
+def only_first_logs(world: World) -> Iterator[None]:
+    """Let the other processes of a distributed run log warnings only."""
+    level = logger.level
+    if not world.is_first:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def attention_text(path: Path | None) -> str | None:
+    """The attention configuration of a file, defaults filled in, as YAML text; ``None`` without one."""
+    if path is None:
         return None
     from .. import load_config
 
-    return load_config(options.attn_cfg).to_yaml()
+    return load_config(path).to_yaml()
 
 
-def sparsify_model(model: nn.Module, attention: str, options: TrainOptions) -> None:
+def sparsify_model(
+    model: nn.Module,
+    attention: str,
+    options: RunOptions,
+    include: str | None = None,
+    flag: str = "--attn-cfg",
+    sample: Tensor | None = None,
+) -> None:
     """Swap the model's attention and prove that the sparse path is the one that runs."""
     from .. import ConfigError, load_config, sparsify
 
     try:
-        report = sparsify(model, load_config(attention), verify=True)
+        report = sparsify(model, load_config(attention), include=include, verify=True, sample=sample)
     except ConfigError:
         raise
     except ValueError as error:
-        raise UsageError(f"--attn-cfg '{options.attn_cfg}' and --model {options.model}: {error}") from error
+        raise UsageError(f"{flag} and --model {options.model_name}: {error}") from error
     logger.info("%s", report)
+
+
+def image_costs(model: nn.Module) -> list[tuple[str, AttentionCost, int]]:
+    """What attention costs for an image, of which every token reaches every layer."""
+    tokens = num_tokens(model)
+    return [(f"{tokens} tokens", attention_cost(model, tokens), 1)]
 
 
 def describe(trainer: Trainer) -> None:
     """Log what is about to be trained on what, and what its attention costs."""
-    from ..flops import attention_cost
-
     options, data = trainer.options, trainer.data
+    assert isinstance(options, ImageOptions)
     tokens = num_tokens(trainer.model)
     logger.info(
         "%s: %d training and %d test images, %d classes, %d x %d pixels",
@@ -128,9 +205,3 @@ def check_device(name: str) -> None:
         torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def _set_epoch(model: nn.Module, epoch: int) -> None:
-    from .. import set_epoch
-
-    set_epoch(model, epoch)

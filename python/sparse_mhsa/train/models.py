@@ -1,20 +1,26 @@
-"""Models by name: any of timm's, and a small Vision Transformer of our own, registered with timm."""
+"""Models by name: any of timm's, and a small Vision Transformer of our own, registered with timm; initial weights."""
 
+import argparse
 import difflib
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import UsageError, require_packages
+from .checkpoint import first_line
 from .datasets import ImageData
-from .options import TrainOptions
+from .recipes import ImageOptions, TrainOptions
 
 require_packages("timm", "torchvision")
 
 import timm  # noqa: E402
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn  # noqa: E402
+
+_LOGGER = logging.getLogger("sparse_mhsa")
 
 default_cfgs = generate_default_cfgs(
     {
@@ -57,7 +63,7 @@ def vit_micro(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:  # 
 
 
 def build_model(options: TrainOptions, data: ImageData) -> nn.Module:
-    """Create the model that ``options`` describe for the images of ``data``.
+    """Create the classifier that ``options`` describe for the images of ``data``.
 
     Returns:
         The model on its device, initialised from torch's generator or from ``options.finetune``.
@@ -66,6 +72,33 @@ def build_model(options: TrainOptions, data: ImageData) -> nn.Module:
         UsageError: timm has no such model, the model cannot be built for these images, or the initial weights
             do not fit.
     """
+    if options.two_branch:
+        from .mae import two_branch
+
+        model: nn.Module = two_branch(options, data)
+    else:
+        pool = "avg" if options.global_pool else "token" if options.cls_token else None
+        model = create(
+            options,
+            data,
+            num_classes=options.nb_classes or data.num_classes,
+            # The frozen layers of a linear probe always compute the same.
+            drop_path_rate=0.0 if options.linear_probe else options.drop_path,
+            **({} if pool is None else {"global_pool": pool}),
+        )
+    if options.finetune is not None:
+        load_initial_weights(model, options.finetune)
+    if options.linear_probe:
+        freeze_all_but_head(model)
+    return model.to(torch.device(options.device))
+
+
+def create(options: ImageOptions, data: ImageData, **kwargs: Any) -> VisionTransformer:  # noqa: ANN401
+    """A timm model for the images of ``data``, by the name ``options.model``.
+
+    Raises:
+        UsageError: timm has no such model, or it cannot be built for these images.
+    """
     if not timm.is_model(options.model):
         near = difflib.get_close_matches(options.model, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -73,28 +106,120 @@ def build_model(options: TrainOptions, data: ImageData) -> nn.Module:
     patch_size = options.patch_size or data.patch_size
     if patch_size is not None and data.input_size % patch_size:
         raise UsageError(f"--patch-size must divide the image side {data.input_size}, got {patch_size}")
-    if options.finetune is not None and not options.finetune.is_file():
-        raise UsageError(f"--finetune: no such file: '{options.finetune}'")
-    weights = {"file": str(options.finetune), "custom_load": False} if options.finetune else None
+    # Timm takes None for patch_size as the model's own only where it is not given at all.
+    sizes: dict[str, Any] = {"img_size": data.input_size, **({} if patch_size is None else {"patch_size": patch_size})}
     try:
-        model = timm.create_model(
-            options.model,
-            pretrained=weights is not None,
-            pretrained_cfg_overlay=weights,
-            num_classes=options.nb_classes or data.num_classes,
-            in_chans=data.in_chans,
-            img_size=data.input_size,
-            patch_size=patch_size,
-            drop_path_rate=options.drop_path,
-        )
+        model = timm.create_model(options.model, in_chans=data.in_chans, **sizes, **kwargs)
     except TypeError as error:  # it does not know img_size or patch_size
         raise UsageError(
             f"--model {options.model}: expected a Vision Transformer, whose image and patch size can be chosen: {error}"
         ) from error
     except (ValueError, AssertionError, RuntimeError) as error:
-        given = f" with --finetune '{options.finetune}'" if weights else ""
-        raise UsageError(f"--model {options.model}{given}: {error}") from error
-    return model.to(torch.device(options.device))
+        raise UsageError(f"--model {options.model}: {error}") from error
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"--model {options.model}: expected a Vision Transformer of timm, got {type(model).__name__}")
+    return model
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> None:
+    """Take over what fits from a checkpoint of ours, of timm, or of a public MAE.
+
+    Position embeddings and patch projections of other sizes are resized. A head for other classes is left out, and so
+    are a decoder that the model has not and the final norm where the model normalises the mean of the patches instead.
+
+    Args:
+        model: a Vision Transformer.
+        path: the file.
+
+    Raises:
+        UsageError: the file is missing or damaged, or a weight is missing, superfluous or of another shape.
+    """
+    assert isinstance(model, VisionTransformer)
+    given = checkpoint_filter_fn(dict(read_weights(path)), model)
+    own = model.state_dict()
+    decoder = ("decoder", "mask_token")
+    weights = {name: tensor for name, tensor in given.items() if name in own or not name.startswith(decoder)}
+    fresh = set()
+    for name in ("head.weight", "head.bias", "head.1.weight", "head.1.bias"):
+        if name in weights and (name not in own or own[name].shape != weights[name].shape):
+            del weights[name]
+    if "fc_norm.weight" in own and "fc_norm.weight" not in weights:
+        for name in ("norm.weight", "norm.bias"):
+            weights.pop(name, None)
+    for name in own.keys() - weights.keys():
+        if name.startswith(("head.", "fc_norm.", *decoder)):
+            fresh.add(name)
+    _take_over(model, weights, fresh, path)
+    if "head.weight" in fresh:
+        nn.init.trunc_normal_(model.get_parameter("head.weight"), std=2e-5)
+
+
+def load_state(model: nn.Module, path: Path, prefix: str = "") -> None:
+    """Take over a checkpoint of the very model, or of one with a head for other classes.
+
+    Args:
+        model: with a linear ``head``.
+        path: the file.
+        prefix: that its names may have and the model's have not.
+
+    Raises:
+        UsageError: the file is missing or damaged, or a weight is missing, superfluous or of another shape.
+    """
+    own = model.state_dict()
+    weights = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
+    fresh = {
+        name for name in ("head.weight", "head.bias") if name not in weights or weights[name].shape != own[name].shape
+    }
+    _take_over(model, {name: tensor for name, tensor in weights.items() if name not in fresh}, fresh, path)
+
+
+def _take_over(model: nn.Module, weights: dict[str, Tensor], fresh: set[str], path: Path) -> None:
+    """Load ``weights``, which must be all that the model has but ``fresh``."""
+    own = model.state_dict()
+    problems = [f"it has no {name}" for name in sorted(own.keys() - weights.keys() - fresh)]
+    problems += [f"it also has {name}" for name in sorted(weights.keys() - own.keys())]
+    problems += [
+        f"{name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+        for name, tensor in weights.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if problems:
+        raise UsageError(f"--finetune: '{path}' does not fit the model: {'; '.join(problems[:3])}")
+    model.load_state_dict(weights, strict=False)
+    kept = len(own) - len(fresh)
+    _LOGGER.info("%s: %d of %d tensors taken over, new: %s", path, kept, len(own), ", ".join(sorted(fresh)) or "none")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, under ``model``, ``state_dict`` or at the top; no code of the file is run.
+
+    Raises:
+        UsageError: the file is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise UsageError(f"--finetune: no such file: '{path}'")
+    try:
+        # Public MAE checkpoints keep the arguments of the run beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged part of the file leads to
+        raise UsageError(f"--finetune: '{path}' is not a readable checkpoint: {first_line(error)}") from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"--finetune: '{path}' holds no state dict")
+    return state
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """Make a linear probe as in MAE: frozen features, normalised per batch, and a new linear head."""
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    model.requires_grad_(False)
+    fresh = nn.Linear(head.in_features, head.out_features)
+    nn.init.trunc_normal_(fresh.weight, std=0.01)
+    nn.init.zeros_(fresh.bias)
+    model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6), fresh)
 
 
 def num_tokens(model: nn.Module) -> int:

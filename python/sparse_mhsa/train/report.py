@@ -31,6 +31,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .page import page
+
 SCHEMA = "sparse_mhsa-demo-1"
 
 Report = Mapping[str, Any]
@@ -49,9 +51,9 @@ def write_report(report: Report, figures: Mapping[str, str], folder: Path) -> Pa
         The path of the HTML page; it needs no other file and no network.
     """
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    page = folder / "report.html"
-    page.write_text(render(report, figures), encoding="utf-8")
-    return page
+    path = folder / "report.html"
+    path.write_text(render(report, figures), encoding="utf-8")
+    return path
 
 
 def render(report: Report, figures: Mapping[str, str]) -> str:
@@ -62,18 +64,7 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
         for value, about in _cards(report)
     )
     notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>" for name, text in _notes(report))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(title)}</h1>
-<p>{html.escape(_summary(report))}</p>
+    body = f"""<p>{html.escape(_summary(report))}</p>
 <section class="cards">{cards}</section>
 <h2>Numbers</h2>
 {_table(report)}
@@ -93,11 +84,8 @@ adds up over the layers.</p>
 <h2>How to read this</h2>
 <ul>{notes}</ul>
 <details><summary>Attention configuration, defaults filled in</summary>
-<pre>{html.escape(report["runs"]["sparse"]["attention_config"])}</pre></details>
-</main>
-</body>
-</html>
-"""
+<pre>{html.escape(report["runs"]["sparse"]["attention_config"])}</pre></details>"""
+    return page(title, body)
 
 
 def _summary(report: Report) -> str:
@@ -234,31 +222,3 @@ def _percent(share: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
-
-
-STYLE = """
-:root { --ink: #1d2433; --soft: #5b6475; --line: #e3e7ed; --accent: #0b7a75; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f7f9; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; background: #fff; min-height: 100vh; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
-p, li { color: var(--soft); max-width: 46rem; }
-li { margin: .35rem 0; }
-b, code { color: var(--ink); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem;
-  margin: 1.5rem 0; }
-.cards div { border: 1px solid var(--line); border-top: 3px solid var(--accent); border-radius: .4rem;
-  padding: .9rem 1rem; }
-.cards strong { display: block; font-size: 1.5rem; }
-.cards span { color: var(--soft); font-size: .88rem; line-height: 1.35; display: block; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child { text-align: left; font-weight: 400; color: var(--soft); }
-thead th { border-bottom: 2px solid var(--ink); }
-figure { margin: 0; overflow-x: auto; }
-figure svg, figure img { max-width: 100%; height: auto; }
-figure svg text { font-family: system-ui, sans-serif; }
-pre { background: #f5f7f9; padding: 1rem; border-radius: .4rem; overflow-x: auto; font-size: .85rem; }
-summary { cursor: pointer; margin-top: 1.5rem; color: var(--soft); }
-"""

@@ -14,23 +14,55 @@ from .options import flag_name
 if TYPE_CHECKING:
     from .engine import Trainer
 
-MUST_AGREE = ("model", "dataset", "batch_size", "seed", "layer_decay")
+MUST_AGREE = (
+    "model",
+    "dataset",
+    "batch_size",
+    "accum_iter",
+    "world_size",
+    "start_epoch",
+    "task",
+    "attention",
+    "mask_on",
+    "frames",
+    "stride",
+    "seed",
+    "layer_decay",
+    "amp",
+    "model_ema",
+    "two_branch",
+    "linear_probe",
+)
 """Options without which "the same step of the same run" has no meaning."""
 MAY_DIFFER = (
     "data_path",
+    "download",
     "attn_cfg",
+    "decoder_attn_cfg",
     "finetune",
     "device",
     "num_workers",
+    "pin_mem",
+    "no_pin_mem",
+    "dist",
+    "dist_url",
+    "dist_on_itp",
+    "dist_eval",
+    "local_rank",
+    "resplit",
     "output_dir",
+    "log_dir",
     "progress",
     "resume",
     "eval",
+    "dry_run",
 )
 """Options that do not change what is computed (``attn_cfg``: its content is compared, not its path)."""
 
 
-def resolve_attention(state: dict[str, Any], path: Path, attn_cfg: Path | None, given: str | None) -> str | None:
+def resolve_attention(
+    state: dict[str, Any], path: Path, attn_cfg: Path | None, given: str | None, field: str = "attention"
+) -> str | None:
     """The attention of a run that goes on from a checkpoint: the checkpoint's own.
 
     Args:
@@ -38,6 +70,7 @@ def resolve_attention(state: dict[str, Any], path: Path, attn_cfg: Path | None, 
         path: the checkpoint.
         attn_cfg: ``--attn-cfg``, which may repeat the checkpoint's configuration.
         given: the configuration in ``attn_cfg`` as YAML text with all defaults, or ``None``.
+        field: of the checkpoint: ``attention`` or ``decoder_attention``.
 
     Returns:
         YAML text with all defaults, or ``None`` for dense attention.
@@ -47,17 +80,18 @@ def resolve_attention(state: dict[str, Any], path: Path, attn_cfg: Path | None, 
     """
     from .. import AttentionConfig, ConfigError
 
-    if state["attention"] is None:
+    flag = "--attn-cfg" if field == "attention" else "--decoder-attn-cfg"
+    if state[field] is None:
         if given is not None:
-            raise UsageError(f"--resume: '{path}' was trained with dense attention, but --attn-cfg is '{attn_cfg}'")
+            raise UsageError(f"--resume: '{path}' was trained with dense attention, but {flag} is '{attn_cfg}'")
         return None
     try:
-        own = AttentionConfig.parse(state["attention"], source=f"{path}: attention")
+        own = AttentionConfig.parse(state[field], source=f"{path}: {field}")
     except ConfigError as error:
-        raise UsageError(f"--resume: '{path}' is damaged: attention: {error}") from error
+        raise UsageError(f"--resume: '{path}' is damaged: {field}: {error}") from error
     if given is not None and AttentionConfig.parse(given) != own:
         lines = difference(own.to_yaml(), given)
-        raise UsageError(f"--resume: '{path}' was trained with another attention than --attn-cfg '{attn_cfg}': {lines}")
+        raise UsageError(f"--resume: '{path}' was trained with another attention than {flag} '{attn_cfg}': {lines}")
     return own.to_yaml()
 
 
@@ -102,12 +136,19 @@ def check_run(trainer: "Trainer", state: dict[str, Any], path: Path) -> Iterator
             f"--epochs is {options.epochs}"
         )
     root["step"].integer(0, steps if state["epoch"] < options.epochs else 0)
-    images = state["step"] * options.batch_size
+    images = state["step"] * options.images_per_step
     root["meter"]["images"].integer(images, images)
     for name in ("step_seconds", "attention_seconds"):
         if len(seconds := state["meter"][name]) != state["step"]:
             root["meter"][name].reject(f"one duration for each of the {state['step']} steps done", len(seconds))
-    check_optimizer(root["optimizer"], trainer.optimizer, done=state["epoch"] * steps + state["step"])
+    if len(state["rng"]) != options.world_size:
+        root["rng"].reject(f"the generators of {options.world_size} processes", f"those of {len(state['rng'])}")
+    if options.amp == "fp16" and state["scaler"].keys() != trainer.scaler.state_dict().keys():
+        root["scaler"].reject(f"the keys {', '.join(trainer.scaler.state_dict())}", ", ".join(state["scaler"]))
+    for name in state["scaler"]:
+        root["scaler"][name].number(0)
+    done = (state["epoch"] - options.start_epoch) * steps + state["step"]
+    check_optimizer(root["optimizer"], trainer.optimizer, done)
 
 
 def check_data(trainer: "Trainer", state: dict[str, Any], path: Path) -> None:
@@ -124,21 +165,29 @@ def check_data(trainer: "Trainer", state: dict[str, Any], path: Path) -> None:
             if names
         ]
         raise UsageError(
-            f"--resume: '{path}' was trained on other classes than those of --dataset {trainer.options.dataset} "
+            f"--resume: '{path}' was trained on other classes than those of --dataset {trainer.options.data_name} "
             f"({len(before)} and {len(now)}; {'; '.join(odd) or 'another order'})"
         )
 
 
 def check_model(trainer: "Trainer", state: dict[str, Any], path: Path) -> None:
-    """The weights must be those of the model.
+    """The weights, and the averaged ones, must be those of the model.
 
     Raises:
         UsageError: names, shapes or dtypes differ, or a weight is not finite.
     """
-    own, weights = trainer.model.state_dict(), Field(path, "model", state["model"])
+    _check_weights(trainer, Field(path, "model", state["model"]), path)
+    if trainer.ema is not None:
+        if state["ema"] is None:
+            raise UsageError(f"--resume: '{path}' was written without --model-ema, this run has it")
+        _check_weights(trainer, Field(path, "ema", state["ema"]), path)
+
+
+def _check_weights(trainer: "Trainer", weights: Field, path: Path) -> None:
+    own = trainer.model.state_dict()
 
     def differ(what: str) -> UsageError:
-        return UsageError(f"--resume: '{path}' holds another model than {trainer.options.model}: {what}")
+        return UsageError(f"--resume: '{path}' holds another model than {trainer.options.model_name}: {what}")
 
     for name, tensor in own.items():
         if name not in weights.value:

@@ -1,6 +1,8 @@
 """Measuring time: attention inside a running model, and functions against each other."""
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,13 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock read next sees finished work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: allocated on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class AttentionClock:

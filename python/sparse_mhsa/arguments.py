@@ -1,0 +1,113 @@
+"""Building blocks of the command line: a parser, and options generated from a table."""
+
+import argparse
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, TypeVar
+
+from .train import UsageError
+from .train.options import Options as OptionTable
+from .train.options import flag_name
+
+Options = TypeVar("Options", bound=OptionTable)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad usage as a `UsageError`, so that every error leaves `main` through one door."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def add_command(commands: Any, name: str, run: Any, about: str, examples: tuple[str, ...] = ()) -> Parser:  # noqa: ANN401
+    """Add a command.
+
+    Args:
+        commands: what ``add_subparsers`` returned.
+        name: of the command.
+        run: called with the parsed arguments; returns the exit code.
+        about: a sentence.
+        examples: command lines for the end of the help text.
+
+    Returns:
+        The parser of the command.
+    """
+    added: Parser = commands.add_parser(
+        name,
+        help=about,
+        description=about,
+        allow_abbrev=False,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(run=run)
+    return added
+
+
+def add_options(parser: argparse.ArgumentParser, defaults: OptionTable) -> None:
+    """One command-line option per field of ``defaults``."""
+    kinds = typing.get_type_hints(type(defaults))
+    for item in fields(defaults):  # type: ignore[arg-type]  # option tables are dataclasses
+        kind, default = kinds[item.name], getattr(defaults, item.name)
+        about = item.metadata["about"].replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag_name(item.name), action="store_true", help=about)
+            continue
+        if typing.get_origin(kind) is types.UnionType:  # X | None
+            kind = typing.get_args(kind)[0]
+        count = None
+        if typing.get_origin(kind) is tuple:
+            kind, second = typing.get_args(kind)
+            count = "+" if second is Ellipsis else 2
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        parser.add_argument(
+            flag_name(item.name),
+            type=str if choices else kind,
+            choices=choices,
+            default=default,
+            nargs=count,
+            metavar=item.metadata["metavar"],
+            help=about if default in (None, ()) else f"{about} (default: {_shown(default)})",
+        )
+
+
+def _shown(default: Any) -> str:  # noqa: ANN401
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
+    """The options dataclass from what `add_options` had parsed."""
+    values = {item.name: getattr(parsed, item.name) for item in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def hyphenate(arguments: Sequence[str]) -> list[str]:
+    """Let ``--batch_size=8`` mean ``--batch-size=8``; values and what follows ``--`` stay as they are."""
+    result, options_end = [], False
+    for argument in arguments:
+        options_end = options_end or argument == "--"
+        if argument.startswith("--") and not options_end:
+            name, equals, value = argument.partition("=")
+            argument = name.replace("_", "-") + equals + value
+        result.append(argument)
+    return result
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    return _integer(text, 1)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value

@@ -1,0 +1,144 @@
+"""The accuracy table as Markdown, CSV and an HTML page with plots."""
+
+import csv
+import html
+import io
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..train.checkpoint import replacing
+from ..train.figures import INK, svg
+from ..train.page import write_page
+
+Row = Mapping[str, Any]
+
+
+def _number(value: float | None, text: str) -> str:
+    return "-" if value is None else text.format(value)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row["title"],
+    "parameter": lambda row: _number(row["value"], "{:g}"),
+    "top-1 %": lambda row: f"{statistics.mean(row['test_acc1']):.2f}",
+    "spread": lambda row: _number(spread(row["test_acc1"]), "{:.2f}"),
+    "seeds": lambda row: str(len(row["seeds"])),
+    "GMACs": lambda row: f"{row['gmacs']:.4g}",
+    "GFLOPs": lambda row: f"{row['gflops']:.4g}",
+    "of dense": lambda row: f"{row['gmacs'] / row['dense_gmacs']:.2%}",
+    "pruned": lambda row: _number(row["pruning_ratio"], "{:.2%}"),
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "train ms": lambda row: f"{row['train_ms']['median']:.1f}",
+    "inference ms": lambda row: f"{row['inference_ms']['median']:.1f}",
+    "peak MiB": lambda row: f"{statistics.mean(row['peak_memory']) / 2**20:.0f}",
+}
+"""Head of a column, and how a row fills it."""
+
+
+def spread(values: list[float]) -> float | None:
+    """Standard deviation over the seeds; None for a single one."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``accuracy.md``, ``accuracy.csv`` and ``accuracy.html``.
+
+    Returns:
+        The path of the page.
+    """
+    for name, text in (("accuracy.md", markdown(report)), ("accuracy.csv", comma_separated(report))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
+    return write_page(folder / "accuracy.html", "Accuracy at the same attention budget", _body(report))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table, what it means, and the command of every run."""
+    lines = ["# Accuracy at the same attention budget\n", _about(report) + "\n"]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in report["rows"]]
+    lines += ["", *(f"- {note}" for note in _notes(report)), "", "Commands of the runs:", ""]
+    lines += [f"- {row['title']}: `{command}`" for row in report["rows"] for command in row["commands"]]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(report: Mapping[str, Any]) -> str:
+    """One line per run, with unrounded numbers."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    each = ("seeds", "test_acc1", "test_acc5", "test_loss", "train_seconds", "peak_memory", "commands")
+    once = ("method", "value", "gmacs", "gflops", "dense_gmacs", "pruning_ratio", "parameters")
+    writer.writerow([*once, "train_ms", "inference_ms", *(name.removesuffix("s") for name in each)])
+    for row in report["rows"]:
+        shared = [row[name] for name in once] + [row[key]["median"] for key in ("train_ms", "inference_ms")]
+        writer.writerows([*shared, *(row[name][run] for name in each)] for run in range(len(row["seeds"])))
+    return buffer.getvalue()
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    data, environment, recipe = report["data"], report["environment"], report["recipe"]
+    seconds = sum(sum(row["train_seconds"]) for row in report["rows"])
+    runs = sum(len(row["seeds"]) for row in report["rows"])
+    return (
+        f"{recipe['model']} on {data['name']} ({data['train_images']:,} training and {data['test_images']:,} test "
+        f"images), {recipe['epochs']} epochs per run. {runs} runs, {seconds / 3600:.2f} hours of training steps "
+        f"in all, {report['jobs']} at a time, on {environment['machine']} with {environment['cores']} cores "
+        f"({environment['threads']} threads). Made {report['created']} by `{report['command']}`."
+    )
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    train = report["data"]["train_images"]
+    return [
+        "top-1: mean over the seeds after the last epoch; spread: standard deviation over the seeds.",
+        "GMACs and GFLOPs: the two products of attention in all layers for one image (a multiply-add counts as one, as "
+        "two), without projections; a method whose parameter is a whole number may miss the budget a little, one "
+        "without a parameter may miss it much.",
+        "pruned: share of patch-to-patch pairs left out; `-` for methods without pairs.",
+        f"train ms and inference ms: a batch of {report['recipe']['batch_size']}, all methods taking turns in one "
+        "process after training; forward and backward with loss, and forward alone.",
+        "peak MiB: largest resident memory of the training process (on a GPU: allocated there).",
+        f"Small models trained this briefly on {train:,} images favour whatever structure helps at the start; the "
+        "order of methods says little about large models trained to the end.",
+    ]
+
+
+def _body(report: Mapping[str, Any]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<{'th' if i == 0 else 'td'}>{html.escape(cell(row))}</{'th' if i == 0 else 'td'}>"
+            for i, cell in enumerate(COLUMNS.values())
+        )
+        + "</tr>"
+        for row in report["rows"]
+    )
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(report))
+    commands = "\n".join(command for row in report["rows"] for command in row["commands"])
+    return f"""<p>{html.escape(_about(report))}</p>
+<figure><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></figure>
+<h2>Accuracy against operations and against measured time</h2>
+<figure>{_plots(report)}</figure>
+<h2>How to read this</h2><ul>{notes}</ul>
+<details><summary>Commands of the runs</summary><pre>{html.escape(commands)}</pre></details>"""
+
+
+def _plots(report: Mapping[str, Any]) -> str:
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    abouts = ("attention GFLOPs per image", "training step, ms per batch")
+    for index, (one, about) in enumerate(zip(axes, abouts, strict=True)):
+        for row in report["rows"]:
+            place, mean = (row["gflops"], row["train_ms"]["median"])[index], statistics.mean(row["test_acc1"])
+            one.errorbar(place, mean, yerr=spread(row["test_acc1"]) or 0.0, fmt="o", capsize=2)
+            one.annotate(row["method"], (place, mean), (4, 3), textcoords="offset points", fontsize=6, color=INK)
+        one.set_xlabel(about)
+        one.grid(color="#e9ecf1")
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel("test top-1 (%)")
+    return svg(figure)

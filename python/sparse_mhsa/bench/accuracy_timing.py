@@ -1,0 +1,70 @@
+"""Training and inference time of the trained models of the accuracy table, taking turns in one process."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import sparsify
+from ..config import load_config
+from ..train.checkpoint import read_checkpoint
+from ..train.datasets import ImageData
+from ..train.models import build_model
+from ..train.recipes import FinetuneOptions
+from ..train.timing import compare
+from .accuracy_methods import Solved
+
+
+def measure(
+    recipe: FinetuneOptions, data: ImageData, solved: Sequence[Solved], checkpoints: Mapping[str, Path]
+) -> dict[str, dict[str, Any]]:
+    """Time every method's trained model on the same batch.
+
+    Args:
+        recipe: of the runs.
+        data: their images.
+        solved: the methods.
+        checkpoints: one trained model per method.
+
+    Returns:
+        By method: ``train_ms``, forward and backward of a batch, and ``inference_ms``, forward without gradients; each
+        with ``median``, ``lower_quartile`` and ``upper_quartile``.
+    """
+    device = torch.device(recipe.device)
+    models: dict[str, nn.Module] = {}
+    for method in solved:
+        model = build_model(recipe, data)
+        if method.config is not None:
+            sparsify(model, load_config(method.config))
+        model.load_state_dict(read_checkpoint(checkpoints[method.name])["model"])
+        models[method.name] = model
+    loader = torch.utils.data.DataLoader(data.test, batch_size=recipe.batch_size)
+    images, labels = (x.to(device) for x in next(iter(loader)))
+
+    def train(model: nn.Module) -> None:
+        loss = F.cross_entropy(model(images), labels)
+        torch.autograd.grad(loss, [parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    @torch.no_grad()
+    def infer(model: nn.Module) -> Tensor:
+        result: Tensor = model(images)
+        return result
+
+    results: dict[str, dict[str, Any]] = {name: {} for name in models}
+    passes: tuple[tuple[str, bool, Callable[[nn.Module], object]], ...] = (
+        ("train_ms", True, train),
+        ("inference_ms", False, infer),
+    )
+    for key, training, function in passes:
+        for model in models.values():
+            model.train(training)
+        timings = compare({name: partial(function, model) for name, model in models.items()}, device, repeats=5)
+        for name, timing in timings.items():
+            results[name][key] = {
+                part: 1e3 * getattr(timing, part) for part in ("median", "lower_quartile", "upper_quartile")
+            }
+    return results

@@ -1,0 +1,246 @@
+"""``sparse-mhsa bench latency``: attention alone and whole layers, and from where on sparse is faster."""
+
+import datetime
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import load_config
+from ..machine import environment
+from ..module import SparseMHSA
+from ..train import require_packages
+from .cases import Case
+from .limits import Bandwidth, peak_flops
+from .measure import Call, interleave, spread
+from .methods import METHODS, OURS, Attention, Method, Problem, UnsupportedError
+from .options import BenchOptions, LatencyOptions
+from .run import measure_case, torch_threads
+from .table import MARKS
+
+logger = logging.getLogger("sparse_mhsa")
+
+SCHEMA = "sparse_mhsa-latency-1"
+COMPARED = (OURS, "sdpa", "sdpa_masked", "flex", "reference_masked", "reference_gather")
+DIRECTIONS = {"forward": "forward", "step": "forward and backward"}
+
+
+class _Affordable(Method):
+    """A method that is left out where the sizes measured before say that a call would take too long."""
+
+    def __init__(self, method: Method, seconds: float) -> None:
+        self.method, self.seconds, self.known = method, seconds, dict[int, float]()
+        self.name, self.title, self.masked = method.name, method.title, method.masked
+        self.stepwise, self.backward, self.quick = method.stepwise, method.backward, method.quick
+
+    def memory(self, problem: Problem, *, backward: bool) -> int:
+        return self.method.memory(problem, backward=backward)
+
+    def prepare(self, problem: Problem) -> Attention:
+        tokens = problem.case.num_tokens
+        if self.known and self.name != OURS:
+            before = max(self.known)
+            expected = self.known[before] * (tokens / before) ** 2
+            if expected > self.seconds:
+                raise UnsupportedError(
+                    f"left out: a call would take about {expected:.0f} s, --limit is {self.seconds:g}"
+                )
+        return self.method.prepare(problem)
+
+
+def bench_latency(options: LatencyOptions, command: str, methods: Sequence[Method] = METHODS) -> Path:
+    """Measure, and write ``latency.json``, ``latency.md`` and ``latency.png`` into ``options.output_dir``.
+
+    Args:
+        options: sizes, mask and budget.
+        command: what the user typed; the files quote it.
+        methods: what there is to compare.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        ConfigError: the mask cannot be honoured.
+    """
+    require_packages("matplotlib")
+    config = load_config(options.attn_cfg)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    dtype = getattr(torch, options.dtype)
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "mask": config.mask,
+        "attention_config": config.to_yaml(),
+        "dtype": options.dtype,
+        "methods": {method.name: method.title for method in methods if method.name in COMPARED},
+        "rows": rows,
+    }
+    kernels = BenchOptions(repeat=options.repeat, budget=options.budget, memory=options.memory, dtypes=(options.dtype,))
+    with torch_threads(options.threads):
+        report["environment"] = environment()
+        peak, bandwidth = peak_flops(dtype), Bandwidth()
+        for batch in options.batches:
+            compared = [_Affordable(method, options.limit) for method in methods if method.name in COMPARED]
+            for tokens in sorted(options.tokens):
+                case = Case(f"{config.mask}-{tokens}x{batch}", config, tokens, batch)
+                for row in measure_case(case, dtype, compared, kernels, peak, bandwidth):
+                    rows.append({"kind": "attention", **row})
+                    logger.info("%s", _line(rows[-1], report))
+                    _remember(compared, row)
+                rows.extend(_layers(case, dtype, options))
+                _write(report, options.output_dir)  # what is measured survives a Ctrl-C
+    _plot(report, options.output_dir / "latency.png")
+    return options.output_dir / "latency.md"
+
+
+def _remember(compared: Sequence[_Affordable], row: dict[str, Any]) -> None:
+    for method in compared:
+        result = row["methods"][method.name]
+        if result["status"] == "ok":
+            seconds = result["seconds"]["median"]
+            method.known[row["tokens"]] = max(seconds, method.known.get(row["tokens"], 0.0))
+
+
+def _layers(case: Case, dtype: torch.dtype, options: LatencyOptions) -> list[dict[str, Any]]:
+    """The whole layer, projections included: torch's `MultiheadAttention` and ours with the same weights."""
+    width = case.num_heads * case.head_dim
+    dense = nn.MultiheadAttention(width, case.num_heads, batch_first=True, dtype=dtype)
+    layers = {OURS: SparseMHSA.from_dense(dense, case.config, layer=0)}
+    x = torch.randn(case.batch, case.num_tokens, width, dtype=dtype, requires_grad=True)
+    rows = []
+    square = 4 * case.batch * case.num_heads * case.num_tokens**2 * case.head_dim
+    affordable = square / 1e11 < options.limit  # at a hundred GFLOP/s
+    candidates: dict[str, nn.Module] = {**layers, **({"sdpa": dense} if affordable else {})}
+    for direction in DIRECTIONS:
+        call = _layer_forward if direction == "forward" else _layer_step
+        calls: dict[str, Call] = {name: partial(call, module, x) for name, module in candidates.items()}
+        seconds = interleave(calls, repeat=options.repeat, budget=options.budget)
+        results: dict[str, Any] = {
+            name: {"status": "ok", "seconds": asdict(spread(times))} for name, times in seconds.items()
+        }
+        if not affordable:
+            reason = f"left out: a call would take longer than --limit {options.limit:g} s"
+            results["sdpa"] = {"status": "unsupported", "reason": reason}
+        rows.append(
+            {
+                "kind": "layer",
+                "direction": direction,
+                "batch": case.batch,
+                "tokens": case.num_tokens,
+                "methods": results,
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def _layer_forward(module: Callable[..., tuple[Tensor, Tensor | None]], x: Tensor) -> object:
+    return module(x, x, x, need_weights=False)[0]
+
+
+def _layer_step(module: nn.Module, x: Tensor) -> object:
+    out = module(x, x, x, need_weights=False)[0]
+    return torch.autograd.grad(out, [x, *module.parameters()], torch.ones_like(out))
+
+
+def crossover(report: dict[str, Any], kind: str, direction: str, batch: int) -> int | None:
+    """The least number of tokens from which on sparse attention beat SDPA at every size measured with both."""
+    pairs = sorted(
+        (row["tokens"], *(row["methods"].get(name, {}).get("seconds", {}).get("median") for name in (OURS, "sdpa")))
+        for row in report["rows"]
+        if (row["kind"], row["direction"], row["batch"]) == (kind, direction, batch)
+    )
+    found = None
+    for tokens, ours, dense in pairs:
+        if ours is None or dense is None:
+            continue
+        found = (tokens if found is None else found) if ours < dense else None
+    return found
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    report["crossover"] = [
+        {"kind": kind, "direction": direction, "batch": batch, "tokens": crossover(report, kind, direction, batch)}
+        for kind in ("attention", "layer")
+        for direction in DIRECTIONS
+        for batch in sorted({row["batch"] for row in report["rows"]})
+    ]
+    (folder / "latency.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "latency.md").write_text(_markdown(report), encoding="utf-8")
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    machine, names = report["environment"], report["methods"]
+    lines = [
+        f"# Latency of `{report['mask']}`\n",
+        f"Made by `{report['command']}` on {report['created']}: {machine['machine']}, {machine['threads']} threads, "
+        f"load {machine['load_average']:.1f} at the start, torch {machine['torch']}, {report['dtype']}. Milliseconds, "
+        "medians; all methods of a row were compared with dense masked attention first and then took turns. "
+        "In brackets: peak "
+        "memory beyond inputs and outputs, in MiB. Whole layers: projections included.\n",
+        "| what | pass | B | N | " + " | ".join(names.values()) + " |",
+        "|" + "---|" * (4 + len(names)),
+    ]
+    lines += [_line(row, report) for row in report["rows"]]
+    lines += ["", "Sparse is faster than SDPA from N on, at every size measured:", ""]
+    lines += [
+        f"- {one['kind']}, {DIRECTIONS[one['direction']]}, batch {one['batch']}: {one['tokens'] or 'at none'}"
+        for one in report["crossover"]
+    ]
+    reasons = [
+        f"- {row['kind']}, {DIRECTIONS[row['direction']]}, B {row['batch']}, N {row['tokens']}, {names[name]}: "
+        f"{result['reason']}"
+        for row in report["rows"]
+        for name, result in row["methods"].items()
+        if result["status"] != "ok"
+    ]
+    return "\n".join([*lines, *(["", "Not measured:", "", *reasons] if reasons else [])]) + "\n"
+
+
+def _line(row: dict[str, Any], report: dict[str, Any]) -> str:
+    cells = [row["kind"], DIRECTIONS[row["direction"]], str(row["batch"]), str(row["tokens"])]
+    for name in report["methods"]:
+        result = row["methods"].get(name)
+        if result is None:
+            cells.append("")
+        elif result["status"] != "ok":
+            cells.append(MARKS[result["status"]])
+        else:
+            extra = result.get("extra_bytes")
+            shown = f"{1e3 * result['seconds']['median']:.3g}"
+            cells.append(shown if extra is None else f"{shown} [{extra / 2**20:.0f}]")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    batches = sorted({row["batch"] for row in report["rows"]})
+    figure = Figure(figsize=(5 * len(batches), 8), layout="constrained")
+    for line, direction in zip(figure.subplots(2, len(batches), squeeze=False), DIRECTIONS, strict=True):
+        for axes, batch in zip(line, batches, strict=True):
+            for name, title in report["methods"].items():
+                points = [
+                    (row["tokens"], 1e3 * row["methods"][name]["seconds"]["median"])
+                    for row in report["rows"]
+                    if (row["kind"], row["direction"], row["batch"]) == ("attention", direction, batch)
+                    and row["methods"][name]["status"] == "ok"
+                ]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=title)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("tokens")
+            axes.set_ylabel("ms")
+            axes.set_title(f"{DIRECTIONS[direction]}, batch {batch}", fontsize=9)
+            axes.grid(color="#e9ecf1")
+            axes.legend(fontsize=6)
+    figure.savefig(path, dpi=150)

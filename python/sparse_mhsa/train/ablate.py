@@ -1,0 +1,211 @@
+"""``sparse-mhsa ablate heads``: what a trained classifier loses without each of its heads."""
+
+import html
+import json
+import logging
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Site, find_attention
+from . import UsageError, require_packages
+from .checkpoint import read_checkpoint, replacing, seed_everything
+from .recipes import AblationOptions, FinetuneOptions
+
+require_packages("timm", "torchvision", "tqdm", "matplotlib")
+
+from ..config import load_config  # noqa: E402
+from ..mask import Mask  # noqa: E402
+from . import figures  # noqa: E402
+from .datasets import load_data  # noqa: E402
+from .distributed import World  # noqa: E402
+from .engine import Trainer  # noqa: E402
+from .finetune import check_device, sparsify_model  # noqa: E402
+from .models import build_model, num_tokens  # noqa: E402
+from .page import write_page  # noqa: E402
+from .structure import mask_record  # noqa: E402
+from .tasks import Classification, TwoBranch  # noqa: E402
+
+logger = logging.getLogger("sparse_mhsa")
+
+SCHEMA = "sparse_mhsa-ablation-1"
+
+
+def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
+    """Test a checkpoint without each head, and write ``heads.json`` and ``heads.html``.
+
+    A head is taken away by zeroing the columns of the output projection that belong to it, in all layers at once (and
+    with ``per_layer`` in each); the bias of the projection stays.
+
+    Returns:
+        The data of ``heads.json``.
+
+    Raises:
+        UsageError: the checkpoint or its data cannot be used.
+    """
+    check_device(options.device)
+    state = read_checkpoint(options.checkpoint)
+    recipe = recipe_of(state, options.checkpoint)
+    own: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "device": options.device,
+        "progress": options.progress,
+        "finetune": None,
+    }
+    recipe = replace(recipe, **own, data_path=options.data_path or recipe.data_path)
+    seed_everything(recipe.seed)
+    data = load_data(recipe)
+    model = build_model(recipe, data)
+    if state["attention"] is not None:
+        sparsify_model(model, state["attention"], recipe, include=r"^blocks\." if recipe.two_branch else None)
+    task = (TwoBranch if recipe.two_branch else Classification)(recipe, recipe.nb_classes or data.num_classes)
+    trainer = Trainer(
+        model, data, recipe, task, {"attention": state["attention"]}, World(device=torch.device(recipe.device))
+    )
+    trainer.load_weights(state, options.checkpoint)
+    sites = [site for site in find_attention(model) if not site.name.startswith("decoder")]
+    results = {
+        "schema": SCHEMA,
+        "command": command,
+        "checkpoint": str(options.checkpoint),
+        "attention": state["attention"],
+        **_accuracies(trainer, sites, per_layer=options.per_layer),
+        "masks": _masks(sites, num_tokens(model)),
+    }
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with replacing(options.output_dir / "heads.json") as file:
+        file.write((json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+    page = write_page(options.output_dir / "heads.html", "What each head is worth", _body(results))
+    logger.info("report: %s", page)
+    return results
+
+
+def recipe_of(state: Mapping[str, Any], path: Path) -> FinetuneOptions:
+    """The options of the run that wrote a checkpoint, as one process of its own.
+
+    Raises:
+        UsageError: the checkpoint's options are none.
+    """
+    kinds = typing.get_type_hints(FinetuneOptions)
+    values = {}
+    for item in fields(FinetuneOptions):
+        value = state["args"].get(item.name)
+        kind = kinds[item.name]
+        if typing.get_origin(kind) is UnionType:
+            kind = typing.get_args(kind)[0]
+        if value is None:
+            continue
+        if kind is Path:
+            value = Path(value)
+        elif typing.get_origin(kind) is tuple:
+            value = tuple(float(part) for part in str(value).split())
+        values[item.name] = value
+    alone = {"dist": False, "dist_eval": False, "world_size": 1, "local_rank": -1, "resume": None, "eval": False}
+    alone |= {"attn_cfg": None, "log_dir": None}
+    try:
+        return FinetuneOptions(**{**values, **alone})
+    except (TypeError, UsageError) as error:
+        raise UsageError(f"'{path}': args: {error}") from error
+
+
+@contextmanager
+def without_head(sites: list[Site], head: int) -> Iterator[None]:
+    """Zero what the output projections of some layers read of one head."""
+    saved: list[tuple[Tensor, slice, Tensor]] = []
+    try:
+        for site in sites:
+            weight = _output_projection(site.module)
+            _, width = site.adapter.heads(site.module)
+            columns = slice(head * width, (head + 1) * width)
+            saved.append((weight, columns, weight[:, columns].clone()))
+            weight[:, columns] = 0.0
+        yield
+    finally:
+        for weight, columns, before in saved:
+            weight[:, columns] = before
+
+
+def _output_projection(module: nn.Module) -> Tensor:
+    name = next(name for name in ("proj", "out_proj") if hasattr(module, name))
+    return module.get_parameter(f"{name}.weight").data
+
+
+def _accuracies(trainer: Trainer, sites: list[Site], *, per_layer: bool) -> dict[str, Any]:
+    whole = trainer.evaluate()["test_acc1"]
+    logger.info("with all heads: top-1 %.2f %%", whole)
+    heads = []
+    for head in range(sites[0].num_heads):
+        with without_head(sites, head):
+            accuracy = trainer.evaluate()["test_acc1"]
+        logger.info("without head %d: top-1 %.2f %%, drop %.2f", head, accuracy, whole - accuracy)
+        heads.append({"head": head, "test_acc1": accuracy, "drop": whole - accuracy})
+    results = {"test_acc1": whole, "heads": heads, "mean_drop": sum(one["drop"] for one in heads) / len(heads)}
+    if per_layer:
+        drops = []
+        for site in sites:
+            row = []
+            for head in range(site.num_heads):
+                with without_head([site], head):
+                    row.append(whole - trainer.evaluate()["test_acc1"])
+            drops.append(row)
+        results["drop_per_layer"] = drops
+    return results
+
+
+def _masks(sites: list[Site], tokens: int) -> list[dict[str, Any]]:
+    """What the masks look like; nothing for masks by content and backends, which have none to look at."""
+    records = []
+    for layer, site in enumerate(sites):
+        layer_mask = site.layer_mask
+        if layer_mask is None:
+            config = load_config({"mask": "none", "num_prefix_tokens": site.num_prefix_tokens})
+            records.append(mask_record(layer, Mask.from_config(config, tokens, site.num_heads)))
+        elif site.backend is None and not layer_mask.by_content:
+            records.append(mask_record(layer, layer_mask.at(tokens)))
+    return records
+
+
+def _body(results: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{one['head']}</th><td>{one['test_acc1']:.2f}</td><td>{one['drop']:+.2f}</td></tr>"
+        for one in results["heads"]
+    )
+    parts = [
+        f"<p>{html.escape(results['checkpoint'])}: top-1 {results['test_acc1']:.2f} % with all heads; a head taken "
+        f"from all layers costs {results['mean_drop']:.2f} points in the mean.</p>",
+        "<table><thead><tr><th>head</th><th>top-1 without it (%)</th><th>drop</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>",
+        f"<figure>{figures.bars([one['drop'] for one in results['heads']], 'head', 'drop of top-1 (points)')}</figure>",
+    ]
+    if "drop_per_layer" in results:
+        drops = results["drop_per_layer"]
+        parts.append("<h2>Drop per layer and head</h2>")
+        parts.append(f"<figure>{figures.matrices({'layers by heads': drops}, 'head', 'layer')}</figure>")
+    if results["masks"]:
+        overlaps = {f"layer {record['layer']}": record["overlap"] for record in results["masks"]}
+        parts += [
+            "<h2>Overlap of the heads</h2><p>Jaccard index: edges of both heads over edges of either.</p>",
+            f"<figure>{figures.matrices(overlaps, 'head', 'head')}</figure>",
+            "<h2>Keys per query</h2>",
+            f"<figure>{figures.degree_histograms(results['masks'])}</figure>",
+            "<h2>Layers until every token has met every other</h2><ul>",
+            *(
+                f"<li>layer {record['layer']} ({html.escape(record['mask'])}): {_hops(record['hops'])}; among patches "
+                f"alone: {_hops(record['hops_between_patches'])}</li>"
+                for record in results["masks"]
+            ),
+            "</ul>",
+        ]
+    parts.append(f"<p>Made by <code>{html.escape(results['command'])}</code>; the numbers are in heads.json.</p>")
+    return "\n".join(parts)
+
+
+def _hops(number: int | None) -> str:
+    return "never" if number is None else str(number)

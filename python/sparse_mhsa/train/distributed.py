@@ -1,0 +1,91 @@
+"""Several processes that train one model together, as `torchrun` starts them; one alone is the simplest case."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import UsageError
+from .recipes import RunOptions
+
+_OPEN_MPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """This process writes the files."""
+        return self.rank == 0
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Sum of every value over the processes, the same on each."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        result: list[float] = total.tolist()
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Whether some process says yes."""
+        return self.sums([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+        """The value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def world_of(options: RunOptions) -> Iterator[World]:
+    """The processes of a run, connected for as long as it lasts.
+
+    Raises:
+        UsageError: ``--dist`` without several processes, several processes without ``--dist``, or options that
+            contradict what started them.
+    """
+    names = _OPEN_MPI if options.dist_on_itp else {name: name for name in _OPEN_MPI}
+    started = {name: os.environ.get(variable) for name, variable in names.items()}
+    if not options.dist:
+        if int(started["WORLD_SIZE"] or 1) > 1:
+            raise UsageError(f"{names['WORLD_SIZE']} is {started['WORLD_SIZE']}, but --dist is not given")
+        yield World(device=torch.device(options.device))
+        return
+    if started["RANK"] is None or started["WORLD_SIZE"] is None:
+        how = "mpirun" if options.dist_on_itp else "torchrun --nproc-per-node N -m sparse_mhsa"
+        raise UsageError(f"--dist: {names['RANK']} is not set; start the processes with: {how} finetune --dist ...")
+    rank, size, local = int(started["RANK"]), int(started["WORLD_SIZE"]), int(started["LOCAL_RANK"] or 0)
+    for flag, given, actual in (
+        ("--world-size", options.world_size, size),
+        ("--local-rank", options.local_rank, local),
+    ):
+        if given not in (1, -1, actual):
+            raise UsageError(f"{flag} {given} contradicts the {actual} of what started this process")
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=options.dist_url, rank=rank, world_size=size)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,157 @@
+"""Images that come inside no package: CIFAR, Tiny-ImageNet, ImageNet and any folder, with timm's transforms."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from . import DataError, UsageError, require_packages
+from .checkpoint import first_line
+from .datasets import ImageData
+from .recipes import ImageOptions
+
+CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+"""Mean and standard deviation per channel of the training images."""
+
+_CIFAR_ARCHIVES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+def load_folder(options: ImageOptions) -> ImageData:
+    """Load the data set ``options.dataset`` from ``options.data_path``.
+
+    Raises:
+        UsageError: a package, a folder or an image is missing, or the folder holds something else.
+    """
+    require_packages("timm", "torchvision")
+    assert options.data_path is not None
+    root = options.data_path
+    if not root.is_dir() and not options.download:
+        raise UsageError(f"--data-path: no such folder: '{root}'")
+    load: dict[str, Callable[[Path, Transforms, ImageOptions], ImageData]] = {
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+        "tinyimagenet": _tiny_imagenet,
+        "imagenet": _image_folder,
+        "imagefolder": _image_folder,
+    }
+    return load[options.dataset](root, Transforms(options), options)
+
+
+class Transforms:
+    """What timm makes of an image: augmented to train on, resized and cropped to test.
+
+    Args:
+        options: the recipe; its model says the image size and the normalisation.
+    """
+
+    def __init__(self, options: ImageOptions) -> None:
+        import timm
+        from timm.data.transforms_factory import create_transform
+        from timm.models import PretrainedCfg
+
+        from . import models  # noqa: F401  (registers the built-in models with timm)
+
+        own = timm.get_pretrained_cfg(options.model) or PretrainedCfg()
+        self.size: int = options.input_size or own.input_size[-1]
+        self.mean, self.std = CIFAR_STATISTICS.get(options.dataset, (tuple(own.mean), tuple(own.std)))
+        shared: dict[str, Any] = {
+            "input_size": self.size,
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": "bicubic",
+        }
+        self.augment = create_transform(
+            **shared,
+            is_training=True,
+            auto_augment=getattr(options, "aa", None),
+            color_jitter=getattr(options, "color_jitter", None) or 0.0,
+            re_prob=0.0,  # random erasing works on batches: see `tasks`
+        )
+        # As in MAE: the shorter side is resized to size / 0.875, the centre is kept.
+        self.plain = create_transform(**shared, is_training=False, crop_pct=0.875)
+
+    def data(self, train: Dataset[Any], test: Dataset[Any], classes: tuple[str, ...]) -> ImageData:
+        """The data set made of these two halves."""
+        return ImageData(train, test, classes, 3, self.size, None, self.mean, self.std)
+
+
+def _cifar(root: Path, transforms: Transforms, options: ImageOptions) -> ImageData:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[options.dataset]
+    try:
+        train = kind(str(root), train=True, transform=transforms.augment, download=options.download)
+        test = kind(str(root), train=False, transform=transforms.plain, download=options.download)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(
+            f"--data-path '{root}': {options.dataset} needs the folder {_CIFAR_ARCHIVES[options.dataset]} of its "
+            f"archive there; unpack it, or give --download: {first_line(error)}"
+        ) from error
+    return transforms.data(train, test, tuple(train.classes))
+
+
+def _image_folder(root: Path, transforms: Transforms, options: ImageOptions) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
+    for folder in (root / "train", root / "val"):
+        if not folder.is_dir():
+            raise UsageError(f"--data-path: no such folder: '{folder}'")
+    try:
+        train = ImageFolder(str(root / "train"), transforms.augment, loader=_read_image)
+        test = ImageFolder(str(root / "val"), transforms.plain, loader=_read_image)
+    except FileNotFoundError as error:  # a class folder without images, or no class folder at all
+        raise UsageError(f"--data-path '{root}': {error}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UsageError(f"--data-path '{root}': classes that are not in both train/ and val/: {', '.join(odd)}")
+    if len(train.classes) < 2:
+        raise UsageError(f"--data-path '{root}': expected two classes or more, got {', '.join(train.classes)}")
+    return transforms.data(train, test, tuple(train.classes))
+
+
+def _tiny_imagenet(root: Path, transforms: Transforms, options: ImageOptions) -> ImageData:
+    """Either as published, with ``val/val_annotations.txt``, or sorted into class folders."""
+    from torchvision.datasets import ImageFolder
+
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        return _image_folder(root, transforms, options)
+    if not (root / "train").is_dir():
+        raise UsageError(f"--data-path: no such folder: '{root / 'train'}'")
+    train = ImageFolder(str(root / "train"), transforms.augment, loader=_read_image)
+    samples = []
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        label = rest.partition("\t")[0]
+        if label not in train.class_to_idx:
+            raise UsageError(f"{annotations}:{number}: expected an image and a class of train/, got {line!r:.80}")
+        samples.append((root / "val" / "images" / name, train.class_to_idx[label]))
+    return transforms.data(train, _Annotated(samples, transforms.plain), tuple(train.classes))
+
+
+class _Annotated(Dataset[Any]):
+    """Images with labels from a list."""
+
+    def __init__(self, samples: list[tuple[Path, int]], transform: Callable[[Any], Any]) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return self.transform(_read_image(str(path))), label
+
+
+def _read_image(path: str) -> Any:  # noqa: ANN401  (a PIL image)
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # the decoders raise whatever the damaged part of the file leads to
+        raise DataError(f"{path}: not a readable image: {first_line(error)}") from error

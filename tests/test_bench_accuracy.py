@@ -1,0 +1,185 @@
+"""The accuracy table: methods at the same budget, runs that are never done twice, and what it writes."""
+
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+import torch
+
+import sparse_mhsa as sm
+from sparse_mhsa.bench.accuracy_methods import METHODS, solve_methods
+from sparse_mhsa.cli import main
+from sparse_mhsa.flops import attention_cost
+from sparse_mhsa.train.datasets import digits
+from sparse_mhsa.train.models import build_model
+from sparse_mhsa.train.recipes import FinetuneOptions
+
+TOKENS = 65
+BUDGET = 0.0003
+"""A seventh of dense attention."""
+NO_PARAMETER = {"dense", "efficient", "fibottention-crossdiag"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(FinetuneOptions(dataset="digits"), digits())
+
+
+@pytest.fixture(scope="module")
+def solved(model):
+    return {method.name: method for method in solve_methods(model, TOKENS, METHODS, BUDGET)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_meets_the_budget_as_closely_as_its_parameter_allows(model, solved, name):
+    method = solved[name]
+    if name == "dense":
+        assert method.config is None
+        assert method.cost.sparse() == method.cost.dense()
+        return
+    again = sm.load_config(method.config)
+    sm.sparsify(model, again)
+    assert attention_cost(model, TOKENS).sparse() == method.cost.sparse()
+    sm.densify(model)
+    if name in NO_PARAMETER:
+        assert method.value is None
+        return
+    assert method.cost.sparse() == pytest.approx(BUDGET, rel=0.35)
+
+    # A neighbouring value is no closer.
+    document = json.loads(again.to_json())
+    if name == "linformer":
+        kwargs = document["backend_kwargs"]["projector"]
+        key, step = "r", 1
+    elif name == "efficient-local":
+        kwargs, key, step = document["backend_kwargs"], "block_size", 1
+    else:
+        kwargs, key = document["mask_kwargs"], METHODS[name].parameter
+        step = {"keep_ratio": 0.05, "kernel_size": 2}.get(key, 1)
+    for value in (method.value - step, method.value + step):
+        kwargs[key] = value
+        try:
+            sm.sparsify(model, document)
+        except ValueError:  # outside the range of the parameter
+            continue
+        other = attention_cost(model, TOKENS).sparse()
+        assert abs(other - BUDGET) >= abs(method.cost.sparse() - BUDGET) - 1e-12
+    sm.densify(model)
+
+
+def test_the_default_budget_is_that_of_the_published_method(model):
+    budgeted = {method.name: method for method in solve_methods(model, TOKENS, ["fibottention", "random"], None)}
+    assert budgeted["fibottention"].value is None
+    assert budgeted["random"].cost.sparse() == pytest.approx(budgeted["fibottention"].cost.sparse(), rel=0.2)
+    assert all(type(block.attn).__name__ == "Attention" for block in model.blocks)
+
+
+RECIPE = ["--dataset", "digits", "--patch-size", "4", "--epochs", "1", "--batch-size", "256", "--drop-path", "0"]
+
+
+def table(folder, *more, recipe=RECIPE, methods=("dense", "topk"), seeds=("0", "1")):
+    words = ["bench", "accuracy", "--methods", *methods, "--seeds", *seeds, "--output-dir", str(folder)]
+    return main([*words, "--budget", "0.000006", "--threads", "1", *more, "--", *recipe])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    assert table(folder, "--jobs", "2") == 0
+    return folder
+
+
+def test_every_row_has_its_numbers_and_the_commands_that_made_it(finished):
+    report = json.loads((finished / "accuracy.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["dense", "topk"]
+    for row in report["rows"]:
+        assert row["seeds"] == [0, 1]
+        for seed, accuracy, command in zip(row["seeds"], row["test_acc1"], row["commands"], strict=True):
+            folder = finished / row["method"] / f"seed-{seed}"
+            (entry,) = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+            assert entry["test_acc1"] == accuracy
+            assert command == (folder / "command.txt").read_text().strip()
+            assert f"--seed {seed}" in command
+        assert 0 < row["train_ms"]["lower_quartile"] <= row["train_ms"]["median"]
+        assert row["inference_ms"]["median"] > 0
+        assert row["gflops"] == pytest.approx(2 * row["gmacs"])
+        assert min(row["peak_memory"]) > 50 * 2**20
+    with (finished / "accuracy.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["method"], line["seed"]) for line in lines] == [
+        ("dense", "0"),
+        ("dense", "1"),
+        ("topk", "0"),
+        ("topk", "1"),
+    ]
+    text = (finished / "accuracy.md").read_text()
+    mean = sum(report["rows"][1]["test_acc1"]) / 2
+    assert f"| top-k by score | {report['rows'][1]['value']:g} | {mean:.2f} |" in text
+    page = (finished / "accuracy.html").read_text()
+    assert page.count("<svg") == 1
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_row_is_made_again_by_the_command_beside_it(finished, tmp_path):
+    report = json.loads((finished / "accuracy.json").read_text())
+    words = report["rows"][1]["commands"][0].split()
+    folder = words.index("--output-dir") + 1
+    words[folder] = str(tmp_path)
+    torch.set_num_threads(1)
+    assert main(words[1:]) == 0
+    again = json.loads((tmp_path / "log.txt").read_text())
+    assert again["test_acc1"] == report["rows"][1]["test_acc1"][0]
+
+
+def test_what_is_finished_is_not_done_again(finished, capsys):
+    before = (finished / "dense" / "seed-0" / "log.txt").stat().st_mtime_ns
+    assert table(finished) == 0
+    assert "4 runs, 4 of them finished before" in capsys.readouterr().out
+    assert (finished / "dense" / "seed-0" / "log.txt").stat().st_mtime_ns == before
+
+
+def test_a_folder_keeps_to_one_recipe_and_budget(finished, capsys):
+    assert table(finished, recipe=[*RECIPE, "--lr", "0.1"]) == 2
+    assert "holds runs of another recipe" in capsys.readouterr().err
+    assert table(finished, "--budget", "0.00001") == 2
+    assert "holds another configuration" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan(tmp_path, capsys):
+    assert table(tmp_path / "none", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "topk, k" in out
+    assert out.count("sparse-mhsa finetune --dataset digits") == 4
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "recipe", "message"),
+    [
+        (["--methods", "magic"], RECIPE, "--methods: there is no 'magic'; allowed: dense, random"),
+        (["--seeds", "1", "1"], RECIPE, "--seeds must be different, got 1 1"),
+        ([], ["--epochs", "0"], "--epochs must be at least 1"),
+        ([], ["--resume", "x.pth"], "--resume is set by bench accuracy itself"),
+        ([], ["--epoch", "3"], "unrecognized arguments: --epoch 3 (see sparse-mhsa finetune --help)"),
+    ],
+)
+def test_bad_usage_is_named(tmp_path, capsys, more, recipe, message):
+    assert table(tmp_path, *more, recipe=recipe) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
+    assert (
+        table(tmp_path, recipe=[*RECIPE, "--lr", "1e30", "--warmup-epochs", "0"], seeds=("0",), methods=("dense",)) == 1
+    )
+    err = capsys.readouterr().err
+    assert "1 of 1 runs failed" in err
+    assert "error: the loss is" in (tmp_path / "dense" / "seed-0" / "output.txt").read_text()

@@ -1,0 +1,138 @@
+"""Taking heads away, and what masks look like from the outside."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+import sparse_mhsa as sm
+from sparse_mhsa.cli import main
+from sparse_mhsa.train import UsageError
+from sparse_mhsa.train.ablate import ablate_heads, recipe_of
+from sparse_mhsa.train.checkpoint import read_checkpoint
+from sparse_mhsa.train.engine import LAST
+from sparse_mhsa.train.finetune import finetune
+from sparse_mhsa.train.recipes import AblationOptions
+from sparse_mhsa.train.structure import hops, mask_record
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from sparse_mhsa.train.recipes import FinetuneOptions
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "local.yaml").write_text("mask: local\nmask_kwargs: {window: 2}\nnum_prefix_tokens: 1\n")
+    run = finetune(
+        FinetuneOptions(
+            dataset="digits",
+            epochs=2,
+            batch_size=64,
+            lr=3e-3,
+            patch_size=2,
+            drop_path=0.0,
+            attn_cfg=folder / "local.yaml",
+            output_dir=folder,
+        )
+    )
+    return folder, run
+
+
+@pytest.fixture(scope="module")
+def ablated(trained):
+    folder, _ = trained
+    options = AblationOptions(checkpoint=folder / LAST, per_layer=True, output_dir=folder / "heads", progress="off")
+    return ablate_heads(options, "sparse-mhsa ablate heads")
+
+
+def test_a_head_is_worth_what_the_model_loses_when_its_output_is_zero(trained, ablated):
+    _, run = trained
+    assert ablated["test_acc1"] == run.results["test_acc1"]
+    head, handles = 2, []
+    for block in run.model.blocks:
+        width = block.attn.proj.in_features // 4
+
+        def silence(_, inputs, width=width):
+            (x,) = inputs
+            x = x.clone()
+            x[..., head * width : (head + 1) * width] = 0
+            return (x,)
+
+        handles.append(block.attn.proj.register_forward_pre_hook(silence))
+    expected = run.trainer.evaluate()["test_acc1"]
+    for handle in handles:
+        handle.remove()
+    assert ablated["heads"][head]["test_acc1"] == expected
+    assert ablated["heads"][head]["drop"] == ablated["test_acc1"] - expected
+    assert ablated["mean_drop"] == pytest.approx(np.mean([one["drop"] for one in ablated["heads"]]))
+    assert np.array(ablated["drop_per_layer"]).shape == (4, 4)
+    assert any(one["drop"] != 0 for one in ablated["heads"])
+
+
+def test_the_weights_come_back(trained, ablated):
+    folder, _ = trained
+    again = ablate_heads(AblationOptions(checkpoint=folder / LAST, output_dir=folder / "again", progress="off"), "x")
+    assert again["heads"] == ablated["heads"]
+
+
+def test_the_report_shows_drops_overlaps_degrees_and_hops(trained, ablated):
+    folder, _ = trained
+    written = json.loads((folder / "heads" / "heads.json").read_text())
+    assert written == json.loads(json.dumps(ablated))
+    page = (folder / "heads" / "heads.html").read_text()
+    assert page.count("<svg") == 1
+    assert page.count("<img") == 3
+    assert "layer 3 (local): 2; among patches alone: 8" in page
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "among_patches"),
+    [
+        ({"mask": "none", "num_prefix_tokens": 1}, 1, 1),
+        # 24 patches in a row, three steps a layer: 23 / 3.
+        ({"mask": "local", "mask_kwargs": {"window": 3}, "num_prefix_tokens": 1}, 2, 8),
+        ({"mask": "block", "mask_kwargs": {"block_size": 4}, "num_prefix_tokens": 1}, 2, None),
+        ({"mask": "block", "mask_kwargs": {"block_size": 4}}, None, None),
+        ({"mask": "local", "mask_kwargs": {"window": 30, "causal": True}, "num_prefix_tokens": 1}, 2, None),
+    ],
+    ids=str,
+)
+def test_hops_are_the_steps_of_the_slowest_message(config, expected, among_patches):
+    mask = sm.Mask.from_config(config, 25, 2)
+    assert hops(mask) == expected
+    assert hops(mask, patches_only=True) == among_patches
+    first = mask.num_prefix_tokens
+    reach = mask.to_dense().any(0)[first:, first:] | torch.eye(25 - first, dtype=torch.bool)
+    power, steps = reach.clone(), 1
+    while not power.all() and steps < 30:
+        power, steps = (power.float() @ reach.float()) > 0, steps + 1
+    assert among_patches == (steps if power.all() else None)
+
+
+def test_a_record_counts_edges_degrees_and_overlaps():
+    mask = sm.Mask.from_config({"mask": "fibottention"}, 50, 4)
+    record = mask_record(3, mask)
+    dense = mask.to_dense()
+    assert record["edges"] == dense.sum((1, 2)).tolist()
+    for head in range(4):
+        for keys, queries in record["degrees"][head]:
+            assert (dense[head].sum(1) == keys).sum() == queries
+    both, either = (dense[0] & dense[1]).sum(), (dense[0] | dense[1]).sum()
+    assert record["overlap"][0][1] == pytest.approx(float(both / either))
+
+
+def test_the_recipe_of_a_checkpoint_is_read_back(trained):
+    folder, run = trained
+    state = read_checkpoint(folder / LAST)
+    assert recipe_of(state, folder) == replace(run.options, attn_cfg=None)
+    state["args"]["epochs"] = -1
+    with pytest.raises(UsageError, match="args: --epochs must be at least 1, got -1"):
+        recipe_of(state, folder)
+
+
+def test_the_command_names_what_is_missing(capsys):
+    assert main(["ablate", "heads", "--checkpoint", "nowhere.pth"]) == 2
+    assert "no such file: 'nowhere.pth'" in capsys.readouterr().err

