@@ -235,7 +235,7 @@ impl<'a> Squares<'a> {
 }
 
 /// How many pairs of the panel kernel cost as much as one edge of the kernels that look at single edges.
-pub(super) const PAIRS_PER_EDGE: usize = 3;
+pub(super) const PAIRS_PER_EDGE: usize = 2;
 /// How many pairs of the panel kernel cost as much as six edges of the kernel for lines.
 pub(super) const PAIRS_PER_SIX_EDGES_OF_LINES: usize = 7;
 /// Tiles to judge an edge set by.
