@@ -480,7 +480,7 @@ def registered(monkeypatch):
 
 
 def test_a_function_becomes_a_backend(registered):
-    @registered("mean_of_values")
+    @registered("mean_of_values", replace=True)  # once for every engine
     def mean_of_values(q, k, v, *, key_mask=None, weight: float = 1.0):
         """Every query gets the mean of all values."""
         keep = torch.ones(v.shape[0], v.shape[2], dtype=torch.bool) if key_mask is None else key_mask

@@ -471,7 +471,7 @@ def test_padding_is_not_attended_to_and_padded_queries_do_not_count():
         ({"method": "nearest"}, "method: expected attention or magnitude, got 'nearest'"),
         ({"candidates": 0}, "candidates: expected at least 1, got 0"),
         ({"loader": []}, "loader: gave no batch"),
-        ({"loader": iter(batches())}, "loader: gave 12 samples at first, and then 0"),
+        ({"loader": lambda: iter(batches())}, "loader: gave 12 samples at first, and then 0"),
         ({"loader": [torch.randn(1, n, 24) for n in (5, 6)]}, "saw 5 and then 6"),
         ({"include": "nothing"}, "include: `nothing` matches none of the attention layers"),
         ({"include": r"layers\.[01]\."}, "model: expected one whole stack of attention layers"),
@@ -479,6 +479,7 @@ def test_padding_is_not_attended_to_and_padded_queries_do_not_count():
     ],
 )
 def test_what_cannot_be_collected_says_why(change, message):
+    change = {key: value() if callable(value) else value for key, value in change.items()}
     arguments = {"loader": batches(), "candidates": 3} | change
     with pytest.raises(ValueError, match=message):
         sm.collect_scores(encoder(), arguments.pop("loader"), **arguments)

@@ -180,8 +180,9 @@ MEMORY_SCRIPT = """
 import resource, torch, sparse_mhsa as sm
 tokens, heads, dim = {tokens}, {heads}, 64
 mask = sm.Mask.from_config({config!r}, num_tokens=tokens, num_heads=heads)
-small = sm.Mask.from_config({config!r}, num_tokens=64, num_heads=heads)
-q, k, v = (torch.randn(1, heads, 64, dim, requires_grad=True) for _ in range(3))
+# Enough to start every thread: the allocator reserves address space for each.
+small = sm.Mask.from_config({config!r}, num_tokens=2049, num_heads=heads)
+q, k, v = (torch.randn(1, heads, 2049, dim, requires_grad=True) for _ in range(3))
 sm.sparse_attention(q, k, v, small).sum().backward()
 q, k, v = (torch.randn(1, heads, tokens, dim).requires_grad_() for _ in range(3))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NAME = "flex"
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("sparse_mhsa", "FRAGMENT")  # type: ignore[no-untyped-call]
+# Kernels that may be compiled in one process, each for a shape and a dtype; more raise. PyTorch allows 8 by itself.
+_MOST_KERNELS = 256
 
 
 def attend(
@@ -99,7 +101,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, spec: str | None, key_mask: Tensor | 
     score_mod = None if key_mask is None else _without_keys(key_mask)
     grouped = k.shape[1] != q.shape[1]
     # Under a dispatch mode (a FLOP counter, for instance) torch.compile would leave FlexAttention uncompiled.
-    with _disable_current_modes():
+    with _disable_current_modes(), torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
         block_mask = None if spec is None else _block_mask(spec, q.shape[2], q.device)
         out: Tensor = _compiled()(q, k, v, score_mod, block_mask, scale=scale, enable_gqa=grouped)
     return out.contiguous()
@@ -116,7 +118,9 @@ def _compiled() -> Callable[..., Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def _block_mask(spec: str, num_tokens: int, device: torch.device) -> "BlockMask":
-    return to_block_mask(Edges.from_spec(spec, num_tokens), device=device)
+    # Tensors made in inference mode would be of another kind, for which another kernel is compiled.
+    with torch.inference_mode(False):
+        return to_block_mask(Edges.from_spec(spec, num_tokens), device=device)
 
 
 def forget_block_masks() -> None:
