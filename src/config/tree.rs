@@ -49,10 +49,10 @@ pub(super) fn locate(text: &str, path: &[String]) -> Option<(usize, usize)> {
             return Some(position);
         }
         // Parameters that are missing altogether: what needs them stands beside the place where they would.
-        if let Some(owner) = key.strip_suffix("_kwargs") {
-            if let Some(position) = find(&[parent, &[owner.to_owned()]].concat()) {
-                return Some(position);
-            }
+        if let Some(owner) = key.strip_suffix("_kwargs")
+            && let Some(position) = find(&[parent, &[owner.to_owned()]].concat())
+        {
+            return Some(position);
         }
         // A missing key: the mapping that lacks it is the best place to point at.
         path = parent;
