@@ -74,7 +74,7 @@ test-python: $(VENV)/.test-ready ## The Python suite
 	$(MATURIN)
 	pytest
 
-test-slow: $(VENV)/.test-ready ## What takes minutes: compiling with inductor
+test-slow: $(VENV)/.test-ready ## What takes minutes: compiling with inductor, the accuracy bench
 	$(MATURIN)
 	pytest -m slow
 

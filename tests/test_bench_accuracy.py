@@ -19,6 +19,8 @@ from sparse_mhsa.train.datasets import digits
 from sparse_mhsa.train.models import build_model
 from sparse_mhsa.train.recipes import FinetuneOptions
 
+pytestmark = pytest.mark.slow  # trains in many processes
+
 TOKENS = 65
 BUDGET = 0.0003
 """A seventh of dense attention."""
