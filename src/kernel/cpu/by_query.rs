@@ -299,8 +299,13 @@ impl<T: Element> Task<'_, T> {
             pack::<V, T>(&self.grad_out, rows.clone(), &mut tile.grad_out);
             for (slot, row) in rows.clone().enumerate() {
                 self.out.stage::<V>(row, out);
-                tile.deltas[slot] =
-                    dot::<V>(&tile.grad_out[slot * value_stride..(slot + 1) * value_stride], out);
+                // In the order of `multiply`: where a query gives one key all the weight, `dO . O` is the `dO . v` of it.
+                let grad_out = &tile.grad_out[slot * value_stride..slot * value_stride + value_dim];
+                let mut delta = V::splat(T::Acc::ZERO);
+                for (&grad, &out) in grad_out.iter().zip(&**out) {
+                    delta = V::splat(grad).mul_add(V::splat(out), delta);
+                }
+                tile.deltas[slot] = delta.largest();
                 self.delta.row_mut(self.first_row + row)[0] = tile.deltas[slot];
                 if let Some(background) = self.background {
                     background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;

@@ -247,14 +247,15 @@ impl<'a, T: Element> Task<'a, T> {
             V::outline::<T>(RowDots { x: self.grad_out.row(row), matrix: v, rows: keys.clone(), out: grads });
             let [most, rest] = shift::<T::Acc>(self.lse.at(row));
             let (scale, most, rest) = (V::splat(self.scale), V::splat(most), V::splat(rest));
-            let mut delta = V::splat(T::Acc::ZERO);
+            let (mut delta, mut total) = (V::splat(T::Acc::ZERO), V::splat(T::Acc::ZERO));
             for (weights, grads) in weights.chunks_mut(V::LANES).zip(grads.chunks(V::LANES)) {
                 let p = exp(load::<V>(weights) * scale - most - rest)
                     .first_or(weights.len(), V::splat(T::Acc::ZERO));
                 delta = p.mul_add(load::<V>(grads), delta);
+                total = total + p;
                 store(p, weights);
             }
-            let delta = V::splat(delta.sum());
+            let delta = mean::<V>(V::splat(delta.sum()), V::splat(total.sum()));
             for (weights, grads) in weights.chunks(V::LANES).zip(grads.chunks_mut(V::LANES)) {
                 store(load::<V>(weights) * (load::<V>(grads) - delta) * scale, grads);
             }
@@ -317,7 +318,8 @@ impl<'a, T: Element> Task<'a, T> {
 
 /// Turn the dots of a register of rows from `first` on into P, and `dO . v` into `scale * dS`; zero where a line has no edge.
 ///
-/// `delta = sum P (dO . v)` instead of the equal `dO . O`: where one key has all the weight, it is the `dO . v` of it to the last bit.
+/// `delta = sum P (dO . v) / sum P` instead of the equal `dO . O`: where one key has all the weight, it is the `dO . v` of it to the
+/// last bit. Sums of P are 1 but for the rounding of the log-sum-exp, which must not come between the two terms of a difference.
 #[inline(always)]
 unsafe fn differentiate<V: Vector>(
     lines: &[Line],
@@ -331,7 +333,7 @@ unsafe fn differentiate<V: Vector>(
     unsafe {
         let (zero, scale) = (V::splat(V::Lane::ZERO), V::splat(scale));
         let rows = first..first + V::LANES;
-        let mut delta = zero;
+        let (mut delta, mut total) = (zero, zero);
         for (index, line) in lines.iter().enumerate() {
             let (weight, grad) = (weights.add(index * BLOCK), grads.add(index * BLOCK));
             let mut p = exp(V::load(weight) * scale - most - rest);
@@ -342,13 +344,22 @@ unsafe fn differentiate<V: Vector>(
                 dp.store(grad);
             }
             delta = p.mul_add(dp, delta);
+            total = total + p;
             p.store(weight);
         }
+        let delta = mean::<V>(delta, total);
         for index in 0..lines.len() {
             let (weight, grad) = (weights.add(index * BLOCK), grads.add(index * BLOCK));
             (V::load(weight) * (V::load(grad) - delta) * scale).store(grad);
         }
     }
+}
+
+/// `sum / total` for totals that are 1 but for rounding, or 0 like their sum: `1 / (1 + e) = 1 - e` to the last bit.
+#[inline(always)]
+unsafe fn mean<V: Vector>(sum: V, total: V) -> V {
+    // SAFETY: the caller's promise that the instructions of `V` are available.
+    unsafe { sum * (V::splat(V::Lane::from_f64(2.0)) - total) }
 }
 
 /// Up to a register of numbers, zeros in the other lanes.
