@@ -27,7 +27,7 @@ from ..train import UsageError
 from .gate import FACTOR, FLOOR, WrongResultError
 from .measure import interleave, paired_ratio, spread
 from .options import BenchOptions
-from .run import torch_threads
+from .run import exit_code, torch_threads
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -114,15 +114,7 @@ def bench_decode(options: BenchOptions, command: str, cases: Sequence[DecodeCase
                 logger.info("%s", _line(row))
                 _write(report, options.output_dir)
     logger.info("written: %s", options.output_dir / "decode.md")
-    wrong = [
-        f"{row['case']} {row['dtype']} {name}: {result['reason']}"
-        for row in report["rows"]
-        for name, result in row["methods"].items()
-        if result["status"] == "failed"
-    ]
-    for line in wrong:
-        logger.error("FAILED %s", line)
-    return 1 if wrong else 0
+    return exit_code(report)
 
 
 def measure(case: DecodeCase, dtype: torch.dtype, options: BenchOptions) -> dict[str, Any]:

@@ -84,15 +84,19 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
     if options.plots:
         plot(report, options.output_dir)
     logger.info("written: %s", options.output_dir / "kernels.md")
-    wrong = [
-        f"{row['case']} {row['dtype']} {row['direction']} {name}: {result['reason']}"
-        for row in report["rows"]
-        for name, result in row["methods"].items()
-        if result["status"] == "failed"
-    ]
-    for line in wrong:
-        logger.error("FAILED %s", line)
-    return 1 if wrong else 0
+    return exit_code(report)
+
+
+def exit_code(report: dict[str, Any]) -> int:
+    """1 if a method of some row failed, 0 otherwise; what failed is logged."""
+    failed = 0
+    for row in report["rows"]:
+        for name, result in row["methods"].items():
+            if result["status"] == "failed":
+                where = " ".join(row[key] for key in ("case", "dtype", "direction") if key in row)
+                logger.error("FAILED %s %s: %s", where, name, result["reason"])
+                failed = 1
+    return failed
 
 
 def write(report: dict[str, Any], folder: Path) -> None:

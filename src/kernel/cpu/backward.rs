@@ -17,6 +17,14 @@ pub(super) struct Saved<'a, T: Element> {
     pub lse: View<'a, f64, 3>,
 }
 
+/// Where gradients go.
+#[derive(Clone, Copy)]
+pub(super) struct Outputs<'a, T> {
+    pub dq: &'a Output<'a, T>,
+    pub dk: &'a Output<'a, T>,
+    pub dv: &'a Output<'a, T>,
+}
+
 impl<'a, T: Element> Saved<'a, T> {
     pub(super) fn grad_out(&self, batch: usize, head: usize) -> Matrix<'a, T> {
         Matrix::of(&self.grad_out, batch, head)
@@ -66,8 +74,9 @@ pub(in crate::kernel) fn backward<T: Element>(
     let saved = Saved { grad_out, out, lse };
     let queries = sizes.batch * sizes.heads * sizes.queries;
 
-    panel::backward(&call, &saved, panel::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
-    lines::backward(&call, &saved, lines::Outputs { dq: &dq, dk: &dk, dv: &dv }, run)?;
+    let outputs = Outputs { dq: &dq, dk: &dk, dv: &dv };
+    panel::backward(&call, &saved, outputs, run)?;
+    lines::backward(&call, &saved, outputs, run)?;
     if call.all_regular() {
         return Ok(());
     }

@@ -11,7 +11,7 @@ use super::sums::Sums;
 use super::{BLOCK, STRIP, bits, blocks, most_lines, near, rows_per_block};
 use crate::error::Result;
 use crate::kernel::Run;
-use crate::kernel::cpu::backward::{Saved, shift};
+use crate::kernel::cpu::backward::{Outputs, Saved, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
@@ -24,14 +24,6 @@ use crate::plan::lines::{Line, Lines};
 
 /// Bytes of P and dS that are kept even if it is those of more heads than there are threads.
 const KEPT_BYTES: usize = 1 << 20;
-
-/// Where gradients go.
-#[derive(Clone, Copy)]
-pub(in crate::kernel::cpu) struct Outputs<'a, T> {
-    pub dq: &'a Output<'a, T>,
-    pub dk: &'a Output<'a, T>,
-    pub dv: &'a Output<'a, T>,
-}
 
 /// Write the gradients of the heads in `call.lines`.
 pub(in crate::kernel::cpu) fn backward<T: Element>(

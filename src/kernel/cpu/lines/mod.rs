@@ -10,7 +10,7 @@ mod dots;
 mod forward;
 mod sums;
 
-pub(super) use backward::{Outputs, backward};
+pub(super) use backward::backward;
 pub(super) use forward::forward;
 
 use std::ops::Range;

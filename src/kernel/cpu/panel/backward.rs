@@ -11,7 +11,7 @@ use super::packed::{Keys, Order, Panels, add_wild, set_bits};
 use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
-use crate::kernel::cpu::backward::{Saved, shift};
+use crate::kernel::cpu::backward::{Outputs, Saved, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
@@ -19,7 +19,6 @@ use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::exp2;
-use crate::kernel::view::Output;
 use crate::plan::panels::{PANEL, Square, Squares};
 
 /// Queries per task that writes dq alone.
@@ -30,14 +29,6 @@ const PANELS: usize = 8;
 const TASKS: usize = 64;
 /// Multiplications above which one head is too long a task to be interrupted in time.
 const TOO_LONG: usize = 1 << 33;
-
-/// Where gradients go.
-#[derive(Clone, Copy)]
-pub(in crate::kernel::cpu) struct Outputs<'a, T> {
-    pub dq: &'a Output<'a, T>,
-    pub dk: &'a Output<'a, T>,
-    pub dv: &'a Output<'a, T>,
-}
 
 /// Write the gradients of the heads in `call.panels`.
 pub(in crate::kernel::cpu) fn backward<T: Element>(

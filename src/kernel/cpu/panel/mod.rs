@@ -10,7 +10,7 @@ mod forward;
 mod micro;
 mod packed;
 
-pub(super) use backward::{Outputs, backward};
+pub(super) use backward::backward;
 pub(super) use forward::forward;
 
 use super::lines;
