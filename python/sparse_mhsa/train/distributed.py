@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import UsageError
 from .recipes import RunOptions
@@ -89,3 +91,18 @@ def world_of(options: RunOptions) -> Iterator[World]:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def averaged(model: nn.Module, world: World) -> Iterator[nn.Module]:
+    """``model`` with its gradients averaged over the processes, for as long as the block lasts."""
+    if world.size == 1:
+        yield model
+        return
+    parallel = DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+    try:
+        yield parallel
+    finally:
+        # Before the processes part: the last owner of their connection joins its threads, and this one would hold the
+        # GIL while a thread waits for it.
+        del parallel.reducer, parallel.logger

@@ -22,7 +22,7 @@ from ..adapters import find_attention
 from . import DataError, TrainingError, UsageError
 from .checkpoint import random_state, replacing, set_random_state, write_checkpoint
 from .datasets import ImageData
-from .distributed import World
+from .distributed import World, averaged
 from .events import Events
 from .interrupt import Interrupted, catch_interrupt
 from .loading import Loaders
@@ -88,9 +88,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.ema = None if options.model_ema is None else ModelEmaV3(model, decay=options.model_ema)
         self.parallel = model
-        if self.world.size > 1:
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, device_ids=devices)
+        """The model, while it trains with gradients averaged over the processes."""
         self.epoch, self.step = options.start_epoch, 0
         self.meter = Meter()
         self.best_value: float | None = None
@@ -120,6 +118,8 @@ class Trainer:
                 before = random_state()
                 events = stack.enter_context(Events(self.options.log_dir if self.world.is_first else None))
                 interrupted = stack.enter_context(catch_interrupt())
+                stack.callback(setattr, self, "parallel", self.model)
+                self.parallel = stack.enter_context(averaged(self.model, self.world))
                 # What the writer imports may draw from Python's generator.
                 set_random_state(before, self.options.output_dir / LAST)
                 while self.epoch < self.options.epochs:
