@@ -19,6 +19,9 @@ const WORTH_A_THREAD: usize = 1 << 20;
 /// Multiplications per task, about: short enough to balance and to be interrupted, long enough not to count.
 const PER_TASK: usize = 1 << 19;
 
+/// Bytes of tensors that caches do not keep from one operator to the next.
+const MORE_THAN_CACHES: usize = 8 << 20;
+
 /// A problem whose arguments fit together.
 #[derive(Debug)]
 pub(super) struct Call<'a, T: Element> {
@@ -97,6 +100,13 @@ impl<'a, T: Element> Call<'a, T> {
 
     pub(super) fn has_background(&self) -> bool {
         self.background_keys.is_some()
+    }
+
+    /// Whether q, k, v and the output are more than caches keep from one operator to the next.
+    pub(super) fn exceeds_caches(&self) -> bool {
+        let Sizes { batch, heads, kv_heads, queries, keys, dim, value_dim } = self.sizes;
+        let rows = heads * queries + kv_heads * keys;
+        batch * rows * (dim + value_dim) * size_of::<T>() > MORE_THAN_CACHES
     }
 
     /// Edges of all heads, taking the first batch element for all: an estimate of the work where their edges differ.

@@ -269,7 +269,7 @@ impl F64x8 {
 
 /// Moves that take a mask: masked lanes are not touched.
 macro_rules! masked {
-    ($register:ident, $type:ident, $mask:ident; $load:ident, $load_first:ident, $store:ident, $store_first:ident) => {
+    ($register:ident, $type:ident, $mask:ident; $load:ident, $load_first:ident, $store:ident, $store_first:ident, $stream:ident) => {
         impl Memory<$type> for $register {
             #[inline(always)]
             unsafe fn load(from: *const $type) -> Self {
@@ -291,6 +291,18 @@ macro_rules! masked {
             }
 
             #[inline(always)]
+            unsafe fn store_past_caches(self, to: *mut $type) {
+                // SAFETY: the caller's promise; the instruction wants a whole line.
+                unsafe {
+                    if to.addr().is_multiple_of(size_of::<Self>()) {
+                        $stream(to, self.0)
+                    } else {
+                        $store(to, self.0)
+                    }
+                }
+            }
+
+            #[inline(always)]
             unsafe fn store_first(self, to: *mut $type, count: usize) {
                 debug_assert!(count < <$register as Vector>::LANES);
                 // SAFETY: the mask has `count` bits.
@@ -300,8 +312,8 @@ macro_rules! masked {
     };
 }
 
-masked!(F32x16, f32, __mmask16; _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_storeu_ps, _mm512_mask_storeu_ps);
-masked!(F64x8, f64, __mmask8; _mm512_loadu_pd, _mm512_maskz_loadu_pd, _mm512_storeu_pd, _mm512_mask_storeu_pd);
+masked!(F32x16, f32, __mmask16; _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_storeu_ps, _mm512_mask_storeu_ps, _mm512_stream_ps);
+masked!(F64x8, f64, __mmask8; _mm512_loadu_pd, _mm512_maskz_loadu_pd, _mm512_storeu_pd, _mm512_mask_storeu_pd, _mm512_stream_pd);
 
 /// The 16-bit formats move sixteen at a time.
 macro_rules! half {

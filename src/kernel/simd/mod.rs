@@ -22,6 +22,31 @@ use crate::error::{Error, Result, unknown_name};
 /// The most lanes of any register.
 pub const MAX_LANES: usize = 16;
 
+/// Bytes of a cache line.
+pub const LINE: usize = 64;
+
+/// Ask for the cache line of `address`, which need not exist, to be brought to the second cache.
+#[inline(always)]
+pub fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every machine of this architecture has the instruction, and it never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+/// Order what was stored past the caches before whatever is stored later.
+#[inline(always)]
+pub fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every machine of this architecture has the instruction.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// A register of `LANES` numbers, in groups of four.
 ///
 /// A value proves that the instructions exist: whatever makes one is unsafe, whatever uses one is not.
@@ -141,6 +166,16 @@ pub trait Memory<T>: Copy {
     /// # Safety
     /// `LANES` elements can be written at `to`.
     unsafe fn store(self, to: *mut T);
+
+    /// [`Self::store`], past the caches where that is possible.
+    ///
+    /// # Safety
+    /// As there; [`fence`] comes before another thread reads.
+    #[inline(always)]
+    unsafe fn store_past_caches(self, to: *mut T) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(to) }
+    }
 
     /// The first `count < LANES` lanes to `to`, rounded to `T`.
     ///

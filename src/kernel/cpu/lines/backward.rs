@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::dense::{RowDots, RowSum};
 use super::dots::Dots;
 use super::sums::Sums;
@@ -17,7 +18,7 @@ use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
 use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
-use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
+use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector, fence};
 use crate::kernel::softmax::exp;
 use crate::kernel::view::Output;
 use crate::plan::lines::{Line, Lines};
@@ -36,7 +37,7 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     let most = most_lines(units.iter().map(|&unit| call.lines_of(unit)));
     let (by_query, pool) = call.tasks(sizes.heads, sizes.queries, 3, run);
     let (by_key, _) = call.tasks(sizes.heads, sizes.keys, 2, run);
-    let isa = run.isa;
+    let (isa, past_caches) = (run.isa, call.exceeds_caches());
     let mut left = &units[..];
     let mut kept = Buffer::zeros(0);
     while !left.is_empty() {
@@ -61,11 +62,17 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
                     let (place, part) = (index / tasks.per_head(), index % tasks.per_head());
                     let unit = group[place];
                     let (batch, head) = (unit / sizes.heads, unit % sizes.heads);
+                    let next = group.get(place + 1).filter(|_| past_caches && !keys).map(|next| {
+                        let (batch, head) = (next / sizes.heads, next % sizes.heads);
+                        (call.head(batch, head), saved.grad_out(batch, head))
+                    });
                     let lines = call.lines_of(unit);
                     let task = Task {
                         lines,
                         tensors: call.head(batch, head),
                         grad_out: saved.grad_out(batch, head),
+                        next,
+                        past_caches,
                         lse: saved.lse(batch, head),
                         scale: call.scale,
                         unit,
@@ -101,6 +108,10 @@ struct Task<'a, T: Element> {
     lines: &'a Lines,
     tensors: Head<'a, T>,
     grad_out: Matrix<'a, T>,
+    /// The tensors of the head after this one, if they have to come from memory.
+    next: Option<(Head<'a, T>, Matrix<'a, T>)>,
+    /// Whether gradients go past the caches.
+    past_caches: bool,
     lse: Column<'a, f64>,
     scale: T::Acc,
     /// Number of the head.
@@ -168,6 +179,9 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 }
             }
         }
+        if self.past_caches {
+            fence();
+        }
     }
 }
 
@@ -181,7 +195,19 @@ impl<'a, T: Element> Task<'a, T> {
         // SAFETY: the rows and the columns of their lines are those of this head; a block's lines have BLOCK numbers each; the numbers
         // of a query's edges belong to the task that has the query.
         unsafe {
-            V::outline::<T>(Dots { rows: q, matrix: k, lines, block: rows.clone(), begun, out: weights });
+            let next = self.next.as_ref();
+            let ahead = &mut Ahead::new(next.map(|(Head { q, k, .. }, _)| [q, k]), &rows);
+            V::outline::<T>(Dots {
+                rows: q,
+                matrix: k,
+                lines,
+                block: rows.clone(),
+                begun,
+                out: weights,
+                ahead,
+            });
+            ahead.finish();
+            let ahead = &mut Ahead::new(next.map(|(Head { v, .. }, grad_out)| [v, grad_out]), &rows);
             V::outline::<T>(Dots {
                 rows: &self.grad_out,
                 matrix: v,
@@ -189,7 +215,9 @@ impl<'a, T: Element> Task<'a, T> {
                 block: rows.clone(),
                 begun,
                 out: grads,
+                ahead,
             });
+            ahead.finish();
             for row in rows.clone() {
                 let place = row - rows.start;
                 [shifts[0][place], shifts[1][place]] = shift(self.lse.at(row));
@@ -217,6 +245,7 @@ impl<'a, T: Element> Task<'a, T> {
                 factors: None,
                 to: self.outputs.dq,
                 first: self.unit * q.rows(),
+                past_caches: self.past_caches,
                 active,
             });
         }
@@ -281,7 +310,17 @@ impl<'a, T: Element> Task<'a, T> {
                 [(grads, &self.tensors.q, self.outputs.dk), (weights, &self.grad_out, self.outputs.dv)]
             {
                 let block = rows.clone();
-                V::outline::<T>(Sums { weights, matrix, lines, block, factors: None, to, first, active });
+                V::outline::<T>(Sums {
+                    weights,
+                    matrix,
+                    lines,
+                    block,
+                    factors: None,
+                    to,
+                    first,
+                    past_caches: self.past_caches,
+                    active,
+                });
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::dense::{RowDots, RowSum};
 use super::dots::Dots;
 use super::sums::Sums;
@@ -14,7 +15,7 @@ use crate::kernel::cpu::matrix::padded;
 use crate::kernel::cpu::row::{scale, write_scaled};
 use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
-use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
+use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector, fence};
 use crate::kernel::softmax::{Running, exp, log_sum_exp};
 use crate::kernel::view::Output;
 use crate::plan::lines::{Line, Lines};
@@ -34,7 +35,7 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 2, run);
     let per_head = tasks.per_head();
     let most = most_lines(units.iter().map(|&unit| lines(unit)));
-    let isa = run.isa;
+    let (isa, past_caches) = (run.isa, call.exceeds_caches());
     pool.run(
         units.len() * per_head,
         || Scratch::new(call, most),
@@ -43,6 +44,11 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
             let task = Task {
                 lines: lines(unit),
                 tensors: call.head(unit / sizes.heads, unit % sizes.heads),
+                next: units
+                    .get(index / per_head + 1)
+                    .filter(|_| past_caches)
+                    .map(|next| call.head(next / sizes.heads, next % sizes.heads)),
+                past_caches,
                 scale: call.scale,
                 first_row: unit * sizes.queries,
                 rows: tasks.rows(index % per_head),
@@ -61,6 +67,10 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
 struct Task<'a, T: Element> {
     lines: &'a Lines,
     tensors: Head<'a, T>,
+    /// The head after this one, if it has to come from memory.
+    next: Option<Head<'a, T>>,
+    /// Whether the output goes past the caches.
+    past_caches: bool,
     scale: T::Acc,
     /// Where the head's first query lies in the outputs.
     first_row: usize,
@@ -111,6 +121,9 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
             // SAFETY: the caller's promise.
             unsafe { self.block::<V>(rows) };
         }
+        if self.past_caches {
+            fence();
+        }
     }
 }
 
@@ -122,7 +135,18 @@ impl<T: Element> Task<'_, T> {
         near(&self.lines.by_query, &rows, lines);
         // SAFETY: the rows and the columns of their lines are those of this head; a block's lines have BLOCK numbers each.
         unsafe {
-            V::outline::<T>(Dots { rows: q, matrix: k, lines, block: rows.clone(), begun, out: weights });
+            let next = self.next.as_ref().map(|Head { q, k, v, .. }| [q, k, v]);
+            let ahead = &mut Ahead::new(next, &rows);
+            V::outline::<T>(Dots {
+                rows: q,
+                matrix: k,
+                lines,
+                block: rows.clone(),
+                begun,
+                out: weights,
+                ahead,
+            });
+            ahead.finish();
             for first in rows.clone().step_by(V::LANES) {
                 let place = first - rows.start;
                 let (most, total) = softmax::<V>(lines, first, self.scale, weights.as_mut_ptr().add(place));
@@ -150,6 +174,7 @@ impl<T: Element> Task<'_, T> {
                 factors: Some(factors),
                 to: self.out,
                 first: self.first_row,
+                past_caches: self.past_caches,
                 active,
             });
         }

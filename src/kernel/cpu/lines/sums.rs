@@ -24,6 +24,10 @@ pub(super) struct Sums<'a, T: Element> {
     pub to: &'a Output<'a, T>,
     /// Where the head's first row is in `to`.
     pub first: usize,
+    /// Whether `to` is too large to stay in the caches: then it goes past them, and [`fence`] comes before another thread reads.
+    ///
+    /// [`fence`]: crate::kernel::simd::fence
+    pub past_caches: bool,
     /// Room for a list of lines.
     pub active: &'a mut Vec<Line>,
 }
@@ -136,6 +140,8 @@ impl<T: Element> Sums<'_, T> {
                     let total = totals[slot][i] * factor;
                     if PART {
                         <V as Memory<T>>::store_first(total, to, rest);
+                    } else if self.past_caches {
+                        <V as Memory<T>>::store_past_caches(total, to.add(i * V::LANES));
                     } else {
                         <V as Memory<T>>::store(total, to.add(i * V::LANES));
                     }
