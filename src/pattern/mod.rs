@@ -18,6 +18,7 @@ mod segments;
 mod shares;
 pub mod user;
 
+use std::cell::Cell;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -376,11 +377,30 @@ fn by_content(name: &str) -> Result<HeadEdges> {
     )))
 }
 
+thread_local! {
+    static TRIED_OUT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Do `work` without [`warn_clamped`]: for masks that are only tried out, at sizes or with values that nobody asked for.
+pub fn tried_out<T>(work: impl FnOnce() -> T) -> T {
+    struct Restored(bool);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            TRIED_OUT.set(self.0);
+        }
+    }
+    let _restored = Restored(TRIED_OUT.replace(true));
+    work()
+}
+
 /// Log, once per process and message, that a parameter was clamped as the reference system does.
 pub(crate) fn warn_clamped(message: String) {
     use std::collections::HashSet;
     use std::sync::Mutex;
     static SEEN: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    if TRIED_OUT.get() {
+        return;
+    }
     // A busy or poisoned lock only costs a repeated warning.
     let fresh = SEEN.try_lock().map_or(true, |mut seen| {
         let seen = seen.get_or_insert_with(HashSet::new);
