@@ -27,7 +27,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
-use choice::Choice;
+use choice::{Choice, OfHead};
 use edges::EdgeSet;
 use grid::{Grid, TokenOrder};
 
@@ -179,11 +179,11 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         None
     }
 
-    /// With [`Self::choice`]: how many keys each head chooses in this layer, where heads differ; at most as many as the choice says.
+    /// With [`Self::choice`]: how much each head chooses in this layer, where heads differ; at most as much as the choice says.
     ///
     /// # Errors
     /// [`Error::Config`] when there is not one number per head.
-    fn keys_per_head(&self, _context: &Context) -> Result<Option<Vec<usize>>> {
+    fn choice_per_head(&self, _context: &Context) -> Result<Option<Vec<OfHead>>> {
         Ok(None)
     }
 
@@ -235,11 +235,11 @@ pub trait AnyPattern: Debug + Send + Sync {
     fn choice(&self, _epoch: u64) -> Option<Choice> {
         None
     }
-    /// [`Pattern::keys_per_head`].
+    /// [`Pattern::choice_per_head`].
     ///
     /// # Errors
-    /// See [`Pattern::keys_per_head`].
-    fn keys_per_head(&self, _context: &Context) -> Result<Option<Vec<usize>>> {
+    /// See [`Pattern::choice_per_head`].
+    fn choice_per_head(&self, _context: &Context) -> Result<Option<Vec<OfHead>>> {
         Ok(None)
     }
     /// [`Pattern::edges`].
@@ -289,8 +289,8 @@ impl<P: Pattern> AnyPattern for P {
     fn choice(&self, epoch: u64) -> Option<Choice> {
         Pattern::choice(self, epoch)
     }
-    fn keys_per_head(&self, context: &Context) -> Result<Option<Vec<usize>>> {
-        Pattern::keys_per_head(self, context)
+    fn choice_per_head(&self, context: &Context) -> Result<Option<Vec<OfHead>>> {
+        Pattern::choice_per_head(self, context)
     }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         Pattern::edges(self, context)
