@@ -17,9 +17,9 @@ const MAX_TOTAL: u64 = 1 << 52;
 pub fn allocate(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -> Result<Vec<u64>> {
     check(total, weights, minimum, maximum)?;
     let quotas = quotas(total, weights, minimum, maximum);
-    let mut shares: Vec<u64> = quotas.iter().map(|quota| quota.floor() as u64).collect();
+    let mut shares: Vec<u64> = quotas.iter().map(|quota| quota.whole as u64).collect();
     let mut order: Vec<usize> = (0..shares.len()).collect();
-    let fraction = |unit: usize| quotas[unit] - quotas[unit].floor();
+    let fraction = |unit: usize| quotas[unit].fraction;
     let by_weight = |a: usize, b: usize| weights[b].total_cmp(&weights[a]);
     order.sort_by(|&a, &b| fraction(b).total_cmp(&fraction(a)).then(by_weight(a, b)).then(a.cmp(&b)));
     let mut missing = total as i128 - shares.iter().map(|&share| i128::from(share)).sum::<i128>();
@@ -70,39 +70,64 @@ fn check(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -> Resul
     }
     let sum = |bounds: &[u64]| bounds.iter().map(|&bound| u128::from(bound)).sum::<u128>();
     let (least, most) = (sum(minimum), sum(maximum).min(u128::from(MAX_TOTAL)));
-    if u128::from(total) < least || u128::from(total) > most {
+    let units = weights.len();
+    if u128::from(total) < least {
         return fail(format!(
-            "total: expected {least} to {most} (the sums of minimum and maximum over {} units), got {total}",
-            weights.len()
+            "total: expected at least {least}, the sum of minimum over {units} units, got {total}"
+        ));
+    }
+    if u128::from(total) > most {
+        return fail(format!(
+            "total: expected at most {most}, the sum of maximum over {units} units, got {total}"
         ));
     }
     Ok(())
 }
 
+/// A share before rounding.
+#[derive(Clone, Copy)]
+struct Quota {
+    whole: f64,
+    fraction: f64,
+}
+
+impl Quota {
+    /// `product / divisor`, cut by the remainder, which double precision has exactly: so equal fractions of whole weights are equal.
+    fn of(product: f64, divisor: f64) -> Self {
+        let remainder = product % divisor;
+        Self { whole: ((product - remainder) / divisor).round(), fraction: remainder / divisor }
+    }
+
+    fn value(self) -> f64 {
+        self.whole + self.fraction
+    }
+}
+
 /// Shares before rounding. A round fixes the units whose bound the common level breaks, on the side where more is broken, as a
 /// solver of two-sided bounds must; every round fixes at least one.
-fn quotas(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -> Vec<f64> {
+fn quotas(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -> Vec<Quota> {
     let units = weights.len();
-    let mut quotas: Vec<Option<f64>> = vec![None; units];
+    let mut quotas: Vec<Option<Quota>> = vec![None; units];
     // By a power of two, so that whole weights keep exact quotas. Weights so small that the sum would lose them count as zero.
     let largest = weights.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
     let scale = f64::from_bits(largest.to_bits() & !((1 << (f64::MANTISSA_DIGITS - 1)) - 1));
     let weights: Vec<f64> = weights.iter().map(|weight| weight / scale).collect();
     loop {
         let free: Vec<usize> = (0..units).filter(|&unit| quotas[unit].is_none()).collect();
-        let fixed: f64 = quotas.iter().flatten().sum();
+        let fixed: f64 = quotas.iter().flatten().map(|quota| quota.value()).sum();
         let rest = total as f64 - fixed;
         let sum: f64 = free.iter().map(|&unit| weights[unit]).sum();
-        let wanted = |unit: usize| {
-            if sum > 0.0 { rest * weights[unit] / sum } else { rest / free.len() as f64 }
+        let quota = |unit: usize| {
+            if sum > 0.0 { Quota::of(rest * weights[unit], sum) } else { Quota::of(rest, free.len() as f64) }
         };
+        let wanted = |unit: usize| quota(unit).value();
         let below = |unit: usize| (minimum[unit] as f64 - wanted(unit)).max(0.0);
         let above = |unit: usize| (wanted(unit) - maximum[unit] as f64).max(0.0);
         let lacking: f64 = free.iter().map(|&unit| below(unit)).sum();
         let excess: f64 = free.iter().map(|&unit| above(unit)).sum();
         if lacking == 0.0 && excess == 0.0 {
             for &unit in &free {
-                quotas[unit] = Some(wanted(unit));
+                quotas[unit] = Some(quota(unit));
             }
             return quotas.into_iter().flatten().collect();
         }
@@ -112,7 +137,7 @@ fn quotas(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -> Vec<
             free.iter().filter(|&&unit| above(unit) > 0.0).map(|&unit| (unit, maximum[unit] as f64)).collect()
         };
         for (unit, bound) in broken {
-            quotas[unit] = Some(bound);
+            quotas[unit] = Some(Quota { whole: bound, fraction: 0.0 });
         }
     }
 }
@@ -135,6 +160,11 @@ mod tests {
         // Largest remainder: quotas 4.2, 1.4, 1.4, the first of the equal fractions takes the seventh.
         assert_eq!(bounded(7, &[3.0, 1.0, 1.0], 0, 7).unwrap(), [4, 2, 1]);
         assert_eq!(bounded(6, &[1.0, 2.0, 3.0], 0, 6).unwrap(), [1, 2, 3]);
+        // Quotas 16 1/3, 8 3/11, 12 1/11, 12 1/11, 11 29/33 and 9 1/3: of the equal thirds the larger weight's is first.
+        assert_eq!(
+            bounded(70, &[77.0, 39.0, 57.0, 57.0, 56.0, 44.0], 0, 70).unwrap(),
+            [17, 8, 12, 12, 12, 9]
+        );
     }
 
     #[test]
@@ -150,8 +180,11 @@ mod tests {
     #[test]
     fn what_cannot_be_split_is_an_error_that_says_why() {
         let message = |result: Result<Vec<u64>>| result.unwrap_err().to_string();
-        assert!(message(bounded(3, &[1.0, 1.0], 2, 9)).contains("total: expected 4 to 18"));
-        assert!(message(bounded(19, &[1.0, 1.0], 2, 9)).contains("got 19"));
+        assert!(
+            message(bounded(3, &[1.0, 1.0], 2, 9))
+                .contains("total: expected at least 4, the sum of minimum over 2 units")
+        );
+        assert!(message(bounded(19, &[1.0, 1.0], 2, 9)).contains("total: expected at most 18"));
         assert!(
             message(bounded(4, &[1.0, -1.0], 0, 9))
                 .contains("weights: expected finite numbers of at least 0, got -1")

@@ -82,8 +82,9 @@ def test_more_weight_for_all_changes_nothing(weights, total):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((3, [1, 1], 2), ValueError, "total: expected 4 to 6 .*got 3"),
-        ((9, [1, 1], 0, 4), ValueError, "total: expected 0 to 8 .*got 9"),
+        ((3, [1, 1], 2), ValueError, "total: expected at least 4, the sum of minimum over 2 units, got 3"),
+        ((3, [1, 1], 5), ValueError, "total: expected at least 10, the sum of minimum over 2 units, got 3"),
+        ((9, [1, 1], 0, 4), ValueError, "total: expected at most 8, the sum of maximum over 2 units, got 9"),
         ((-1, [1]), ValueError, "total: expected at least 0, got -1"),
         ((3.5, [1]), TypeError, "integer"),
         ((3, [1, -1]), ValueError, "weights: expected finite numbers of at least 0, got -1"),

@@ -1,5 +1,7 @@
 """What can never work is refused when a layer is built or a model is swapped, not in the first forward pass."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,9 @@ NEVER = [
     ({"mask": "neighborhood", "mask_kwargs": {"kernel_size": 5}, "grid": [3, 3]}, "kernel_size"),
     ({"mask": "axial"}, "grid"),
 ]
+
+UNSEEN = itertools.count(1001)
+"""Numbers of keys that no test has used: a warning comes once."""
 
 
 @pytest.mark.parametrize(("config", "key"), NEVER, ids=[f"{config['mask']}-{key}" for config, key in NEVER])
@@ -34,6 +39,15 @@ def test_what_only_some_numbers_of_tokens_allow_waits_for_them():
     assert layer(x, x, x, need_weights=False)[0].shape == x.shape
     with pytest.raises(sm.ConfigError, match="vertical"):
         layer(x[:, :50], x[:, :50], x[:, :50], need_weights=False)
+
+
+def test_only_the_number_of_tokens_that_is_used_is_warned_of(caplog):
+    k = next(UNSEEN)
+    config = {"mask": "random", "mask_kwargs": {"k": k}}
+    sm.SparseMHSA(16, 4, config=config)
+    assert caplog.text == ""
+    sm.Mask.from_config(config, 43, 4)
+    assert [record.message for record in caplog.records] == [f"random: k {k} acts as 43 for 43 tokens"]
 
 
 def test_a_mask_by_content_is_no_part_of_another():

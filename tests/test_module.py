@@ -396,6 +396,23 @@ class TestSparsity:
         with pytest.raises(ValueError, match="masked_logits"):
             pair(config=config, batch_first=True, add_zero_attn=True)[1](x, x, x)
 
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+    def test_zero_logits_let_nothing_through_that_another_mask_drops(self, dtype):
+        """Pairs that the pattern drops keep weight, which a causal mask or additive padding cannot take from them."""
+        _, sparse = pair(config={**FIBOTTENTION, "masked_logits": "zero"}, batch_first=True)
+        x = rand(2, 9, 12)
+        future = torch.ones(9, 9, dtype=torch.bool).triu(1)
+        padding = torch.arange(9).expand(2, 9) > 6
+        if dtype != torch.bool:
+            future, padding = (torch.zeros(m.shape, dtype=dtype).masked_fill(m, -torch.inf) for m in (future, padding))
+        with pytest.raises(ValueError, match="attn_mask: expected none with `masked_logits: zero`"):
+            sparse(x, x, x, attn_mask=future)
+        if dtype == torch.bool:
+            sparse(x, x, x, key_padding_mask=padding)
+        else:
+            with pytest.raises(ValueError, match="attn_mask: expected none with `masked_logits: zero`"):
+                sparse(x, x, x, key_padding_mask=padding)
+
     def test_square_masks_refuse_cross_attention(self):
         _, sparse = pair(config=LOCAL, batch_first=True)
         with pytest.raises(ValueError, match="`local` is square, but query has 5 tokens and key has 7"):

@@ -71,6 +71,16 @@ def test_no_other_value_comes_closer(name, target):
     assert by_ratio.parameter == REGISTERED[name]["budget_keys"][0]
 
 
+@pytest.mark.parametrize("summary", [None, 1])
+@pytest.mark.parametrize("target", [0.02, 0.3, 0.6, 0.9])
+def test_a_value_that_stands_for_a_default_does_not_mislead(summary, target):
+    """Blocks of 0 patches mean blocks of 128, or all 49 there are; blocks of 1 keep more than larger ones."""
+    config = {"mask": "sparse", "mask_kwargs": {"pattern": "fixed", "fixed_c": summary}, "num_prefix_tokens": 1}
+    values = every_value("sparse", config, {"num_tokens": TOKENS, "num_heads": HEADS})
+    solution = sm.solve_budget(config, TOKENS, HEADS, density=target)
+    assert abs(solution.density - target) <= min(abs(density - target) for _, density, _ in values) + 1e-12
+
+
 @pytest.mark.parametrize("target", [0.021, 0.06, 0.3, 1.0])
 def test_pruning_meets_a_target_to_the_pair(target):
     for ratio in ("keep_ratio", "pruning_ratio"):
@@ -154,6 +164,11 @@ def test_long_sequences_are_solved_without_a_matrix():
     for config in ({"mask": "local"}, {"mask": "pruning"}, {"mask": "topk"}):
         solution = sm.solve_budget(config, 100_000, 2, density=1e-3)
         assert solution.density == pytest.approx(1e-3, rel=0.03)
+
+
+def test_values_that_are_only_tried_are_not_warned_of(caplog):
+    sm.solve_budget({"mask": "sparse", "mask_kwargs": {"pattern": "local"}}, 41, HEADS, 0.99)
+    assert caplog.text == ""
 
 
 def test_the_callers_generator_is_left_alone():

@@ -67,6 +67,25 @@ def all_heads(q, k, **options):
     )
 
 
+def test_heads_and_layers_may_have_budgets_of_their_own():
+    q, k = numbers(2, 4, 40, 8), numbers(2, 2, 40, 8, seed=1)
+    columns, distances = sm.budget.allocate(24, [[1, 2, 3, 4], [4, 4, 1, 1]], minimum=1).tolist(), [0, 1, 2, 3]
+    kwargs = {"num_vertical": columns, "num_slash": distances, "causal": True}
+    config = {"mask": "vertical_slash", "mask_kwargs": kwargs}
+    for layer in (0, 1):
+        masks = sm.choose_masks(config, q, k, layer=layer)
+        for sample, head in itertools.product(range(2), range(4)):
+            expected = by_definition(q[sample, head], k[sample, head // 2], columns[layer][head], distances[head])
+            assert torch.equal(masks[sample].to_dense()[head], expected)
+    for kwargs, key in [
+        ({"num_vertical": [1, 2]}, "num_vertical: expected one value for each of the 4 heads, got 2"),
+        ({"num_slash": [[1, 2, 3, 4]]}, "num_slash: has lists for 1 layers, but this is layer 1"),
+        ({"num_slash": [1, 2, 3, -4]}, "num_slash: expected 0 to 4294967295, got -4"),
+    ]:
+        with pytest.raises(sm.ConfigError, match=f"mask_kwargs.{key}"):
+            sm.choose_masks(config | {"mask_kwargs": {"causal": True} | kwargs}, q, k, layer=1)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 9, 40, 70, 131])
 @pytest.mark.parametrize(
     "options",

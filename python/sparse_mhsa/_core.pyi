@@ -121,7 +121,8 @@ class Edges:
     """The edges of every head of one mask. Memory grows with the segments that describe them, never with N x N."""
 
     @staticmethod
-    def from_spec(spec: str, num_tokens: int) -> Edges: ...
+    def from_spec(spec: str, num_tokens: int, *, tried_out: bool = False) -> Edges:
+        """The edges of a mask; ``tried_out`` without warnings of clamped parameters."""
     @staticmethod
     def from_csr(row_ptr: NDArray[np.int64], col: NDArray[np.int64]) -> Edges:
         """From contiguous ``row_ptr`` (H, N + 1) with absolute offsets into ``col`` (nnz,), ascending within a row."""

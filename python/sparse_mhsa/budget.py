@@ -43,11 +43,11 @@ def allocate(
     """
     wanted = np.asarray(weights, dtype=np.float64)
     total = operator.index(total)
-    bounds = {"minimum": minimum, "maximum": total if maximum is None else maximum}
     if total < 0:
         raise ValueError(f"total: expected at least 0, got {total}")
-    of_units = [_counts(name, bound, wanted.shape) for name, bound in bounds.items()]
-    shares = _core.allocate(total, wanted.ravel().tolist(), *of_units)
+    least = _counts("minimum", minimum, wanted.shape)
+    most = [max(total, unit) for unit in least] if maximum is None else _counts("maximum", maximum, wanted.shape)
+    shares = _core.allocate(total, wanted.ravel().tolist(), least, most)
     return np.array(shares, dtype=np.int64).reshape(wanted.shape)
 
 

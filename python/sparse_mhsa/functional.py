@@ -99,7 +99,8 @@ def sparse_attention(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: an argument has a wrong shape, device or value, or the mask is for other sizes.
+        ValueError: an argument has a wrong shape, device or value, the mask is for other sizes, or there is an
+            ``attn_mask`` beside ``masked_logits: zero``.
         RuntimeError: a row is empty and the mask's configuration says ``on_empty_row: error``.
     """
     check_qkv(q, k, v)
@@ -160,11 +161,17 @@ def attend(
         out (B, H, N, Dv) and lse (B, H, N).
 
     Raises:
-        ValueError: ``dropout_p`` is no probability, or the mask cannot be applied to N queries and S keys.
+        ValueError: ``dropout_p`` is no probability, the mask cannot be applied to N queries and S keys, or there is a
+            ``bias`` beside ``masked_logits: zero``.
         RuntimeError: a row is empty and ``on_empty_row`` is ``error``.
     """
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    if bias is not None and layer_mask.masked_logits == "zero":
+        raise ValueError(
+            "attn_mask: expected none with `masked_logits: zero`, which gives pairs that the pattern drops a weight "
+            "that no mask could take away; padding can be given as a bool key_padding_mask"
+        )
     whole = layer_mask.is_dense and edges is None
     if edges is None:
         check_square(layer_mask, q.shape[2], k.shape[2])

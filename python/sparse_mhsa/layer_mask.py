@@ -101,7 +101,7 @@ class LayerMask:
 
     def _why_not(self, num_tokens: int) -> ValueError | None:
         try:
-            Edges.from_spec(self.spec, num_tokens)
+            Edges.from_spec(self.spec, num_tokens, tried_out=True)
         except ValueError as error:
             return error
         return None

@@ -175,7 +175,7 @@ class _Place:
         if by_content:
             all_edges, between = zip(*_core.expected_edges(spec, self.num_tokens), strict=True)
             return math.fsum(all_edges), math.fsum(between)
-        edges = Edges.from_spec(spec, self.num_tokens)
+        edges = Edges.from_spec(spec, self.num_tokens, tried_out=True)
         return sum(edges.nnz()), sum(edges.nnz_patches())
 
 
@@ -288,9 +288,11 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
 def _closest(cost: Callable[[int], float | None], count: int, target: float) -> int | None:
     """The index whose cost is closest to ``target``, or None if all costs are equal.
 
-    Costs are None from some index on. As long as they rise, nothing far above the target is looked at.
+    Costs are None from some index on. As long as they rise, nothing far above the target is looked at. The first value
+    stands apart from that order: it may be a 0 that means a default.
     """
     looked: dict[int, float] = {}
+    candidates: Sequence[int]
     for index in _doubling(count):
         found = cost(index)
         if found is None:
@@ -298,16 +300,16 @@ def _closest(cost: Callable[[int], float | None], count: int, target: float) -> 
             looked[count - 1] = _known(cost, count - 1)
             break
         looked[index] = found
-        if _rises(looked) and max(target, looked[0]) <= found > looked[0]:
+        if _rises(looked) and max(target, looked.get(1, math.inf)) <= found > looked[1]:
             break
     if len(set(looked.values())) == 1:
         return None
     if _rises(looked):
-        candidates = _around(cost, max(looked) + 1, target, rising=True)
+        candidates = [0, 1, *_around(cost, max(looked) + 1, target, rising=True)]
     else:
         looked |= {index: _known(cost, index) for index in (round((count - 1) * i / 16) for i in range(17))}
         if _rises({-index: found for index, found in looked.items()}):
-            candidates = _around(cost, count, target, rising=False)
+            candidates = [0, 1, *_around(cost, count, target, rising=False)]
         else:
             stride = -(-count // _EVERY_VALUE)
             near = min(range(0, count, stride), key=lambda index: abs(_known(cost, index) - target))
@@ -322,7 +324,8 @@ def _known(cost: Callable[[int], float | None], index: int) -> float:
 
 
 def _rises(looked: Mapping[int, float]) -> bool:
-    costs = [looked[index] for index in sorted(looked)]
+    """Whether costs never fall, those of the first value aside."""
+    costs = [looked[index] for index in sorted(looked) if index != 0]
     return all(a <= b for a, b in itertools.pairwise(costs))
 
 

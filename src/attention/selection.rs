@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{
     Attention, Element, Gradients, MaskedLogits, NO_KEY, Real, Run, Selection, View, View2, View4, best,
 };
-use crate::pattern::choice::{Choice, Importance, Pool};
+use crate::pattern::choice::{Choice, Importance, OfHead, Pool};
 use crate::pattern::edges::EdgeSet;
 use crate::pattern::warn_clamped;
 use crate::plan::Plan;
@@ -47,8 +47,8 @@ pub struct EdgeLists {
 #[derive(Debug, Clone)]
 pub struct Rule {
     choice: Choice,
-    /// Keys that each head chooses, where heads differ.
-    per_head: Option<Vec<usize>>,
+    /// What each head chooses, where heads differ.
+    per_head: Option<Vec<OfHead>>,
     /// Leading tokens that are not chosen from (blocks and importance) but may be dense.
     prefix: usize,
     /// Leading tokens kept by every query.
@@ -67,7 +67,8 @@ impl Rule {
         let prefix = spec.num_prefix_tokens as usize;
         let dense = if spec.prefix_dense && pattern.keeps_prefix_dense() { prefix } else { 0 };
         let Some(choice) = pattern.choice(spec.epoch) else { return Ok(None) };
-        let per_head = pattern.keys_per_head(&spec.context(0)).map_err(|error| error.below("mask_kwargs"))?;
+        let per_head =
+            pattern.choice_per_head(&spec.context(0)).map_err(|error| error.below("mask_kwargs"))?;
         let patches = spec.grid.as_ref().map(|grid| grid.iter().product());
         Ok(Some(Rule { choice, per_head, prefix, dense, patches }))
     }
@@ -170,8 +171,9 @@ impl Rule {
             }
             Choice::VerticalSlash { columns, distances, last_queries, nearest } => {
                 let content = content.after(self.prefix);
+                let of_heads = self.of_heads(heads, OfHead { keys: columns, distances })?;
                 for Slashes { columns, distances } in
-                    estimate(&content, [columns, distances], last_queries, nearest, run)?
+                    estimate(&content, &of_heads, last_queries, nearest, run)?
                 {
                     self.append(&mut lists, false, self.dense, queries, |row, out| {
                         let Some(patch) = row.checked_sub(self.prefix) else { return };
@@ -220,22 +222,29 @@ impl Rule {
             selection.choose(&mut chosen, run)?;
             Ok((keep, chosen))
         };
-        let Some(per_head) = &self.per_head else {
+        if self.per_head.is_none() {
             return Ok(vec![choose(Selection { q, k, key_mask, bias, scale, keep: most, causal })?]);
-        };
-        if per_head.len() != heads {
-            return Err(Error::Shape(format!(
-                "q: the mask describes {} heads, but the tensor has {heads}",
-                per_head.len()
-            )));
         }
+        let of_heads = self.of_heads(heads, OfHead { keys: most, distances: 0 })?;
         let kv_heads = k.shape()[1];
-        let of_head = |(head, &keep): (usize, &usize)| {
+        let of_head = |(head, of_head): (usize, OfHead)| {
             let bias = bias.map(|bias| bias.only(1, head));
             let (q, k) = (q.only(1, head), k.only(1, head * kv_heads / heads));
-            choose(Selection { q, k, key_mask, bias, scale, keep: keep.min(queries), causal })
+            choose(Selection { q, k, key_mask, bias, scale, keep: of_head.keys.min(queries), causal })
         };
-        per_head.iter().enumerate().map(of_head).collect()
+        of_heads.into_iter().enumerate().map(of_head).collect()
+    }
+
+    /// What each of `heads` heads chooses; `shared` where they do not differ.
+    fn of_heads(&self, heads: usize, shared: OfHead) -> Result<Vec<OfHead>> {
+        let Some(per_head) = &self.per_head else { return Ok(vec![shared; heads]) };
+        if per_head.len() == heads {
+            return Ok(per_head.clone());
+        }
+        Err(Error::Shape(format!(
+            "q: the mask describes {} heads, but the tensor has {heads}",
+            per_head.len()
+        )))
     }
 
     /// Add the rows of one head: what `fill` appends, and the dense prefix.

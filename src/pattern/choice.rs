@@ -49,6 +49,15 @@ pub enum Choice {
     },
 }
 
+/// What one head chooses, where heads differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OfHead {
+    /// Keys, or key columns.
+    pub keys: usize,
+    /// Distances, of a choice that has them.
+    pub distances: usize,
+}
+
 /// How the vectors of a block become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

@@ -18,6 +18,7 @@ mod segments;
 mod shares;
 pub mod user;
 
+use std::cell::Cell;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
-use choice::Choice;
+use choice::{Choice, OfHead};
 use edges::EdgeSet;
 use grid::{Grid, TokenOrder};
 
@@ -178,11 +179,11 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         None
     }
 
-    /// With [`Self::choice`]: how many keys each head chooses in this layer, where heads differ; at most as many as the choice says.
+    /// With [`Self::choice`]: how much each head chooses in this layer, where heads differ; at most as much as the choice says.
     ///
     /// # Errors
     /// [`Error::Config`] when there is not one number per head.
-    fn keys_per_head(&self, _context: &Context) -> Result<Option<Vec<usize>>> {
+    fn choice_per_head(&self, _context: &Context) -> Result<Option<Vec<OfHead>>> {
         Ok(None)
     }
 
@@ -234,11 +235,11 @@ pub trait AnyPattern: Debug + Send + Sync {
     fn choice(&self, _epoch: u64) -> Option<Choice> {
         None
     }
-    /// [`Pattern::keys_per_head`].
+    /// [`Pattern::choice_per_head`].
     ///
     /// # Errors
-    /// See [`Pattern::keys_per_head`].
-    fn keys_per_head(&self, _context: &Context) -> Result<Option<Vec<usize>>> {
+    /// See [`Pattern::choice_per_head`].
+    fn choice_per_head(&self, _context: &Context) -> Result<Option<Vec<OfHead>>> {
         Ok(None)
     }
     /// [`Pattern::edges`].
@@ -288,8 +289,8 @@ impl<P: Pattern> AnyPattern for P {
     fn choice(&self, epoch: u64) -> Option<Choice> {
         Pattern::choice(self, epoch)
     }
-    fn keys_per_head(&self, context: &Context) -> Result<Option<Vec<usize>>> {
-        Pattern::keys_per_head(self, context)
+    fn choice_per_head(&self, context: &Context) -> Result<Option<Vec<OfHead>>> {
+        Pattern::choice_per_head(self, context)
     }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         Pattern::edges(self, context)
@@ -376,11 +377,30 @@ fn by_content(name: &str) -> Result<HeadEdges> {
     )))
 }
 
+thread_local! {
+    static TRIED_OUT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Do `work` without [`warn_clamped`]: for masks that are only tried out, at sizes or with values that nobody asked for.
+pub fn tried_out<T>(work: impl FnOnce() -> T) -> T {
+    struct Restored(bool);
+    impl Drop for Restored {
+        fn drop(&mut self) {
+            TRIED_OUT.set(self.0);
+        }
+    }
+    let _restored = Restored(TRIED_OUT.replace(true));
+    work()
+}
+
 /// Log, once per process and message, that a parameter was clamped as the reference system does.
 pub(crate) fn warn_clamped(message: String) {
     use std::collections::HashSet;
     use std::sync::Mutex;
     static SEEN: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    if TRIED_OUT.get() {
+        return;
+    }
     // A busy or poisoned lock only costs a repeated warning.
     let fresh = SEEN.try_lock().map_or(true, |mut seen| {
         let seen = seen.get_or_insert_with(HashSet::new);

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::choice::Choice;
+use super::choice::{Choice, OfHead};
 use super::registry::check_range;
 use super::shares::Shares;
 use super::{Context, Domain, HeadEdges, Pattern, by_content};
@@ -142,12 +142,12 @@ impl Pattern for TopK {
         })
     }
 
-    fn keys_per_head(&self, context: &Context) -> Result<Option<Vec<usize>>> {
+    fn choice_per_head(&self, context: &Context) -> Result<Option<Vec<OfHead>>> {
         if self.k_schedule.is_some() || matches!(self.k, Shares::All(_)) {
             return Ok(None);
         }
         let keys = self.k.of_layer("k", context)?;
-        Ok(Some(keys.into_iter().map(|k| k as usize).collect()))
+        Ok(Some(keys.into_iter().map(|k| OfHead { keys: k as usize, distances: 0 }).collect()))
     }
 
     fn keeps_prefix_dense(&self) -> bool {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::choice::Choice;
+use super::choice::{Choice, OfHead};
 use super::edges::EdgeSet;
 use super::registry::check_range;
+use super::shares::Shares;
 use super::{Context, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
 
@@ -33,12 +34,20 @@ pub struct VerticalSlash {
     window: Option<i64>,
     /// Only j <= i; by default for estimated columns and distances, which are never anything else, and not for lists.
     causal: Option<bool>,
-    /// How many key patches to estimate, in place of lists.
-    #[schemars(range(min = 0, max = MOST))]
-    num_vertical: Option<i64>,
-    /// How many distances to estimate, in place of lists.
-    #[schemars(range(min = 0, max = MOST))]
-    num_slash: Option<i64>,
+    /// How many key patches to estimate, in place of lists: one number, a list by head, or a list by layer of lists by head.
+    #[schemars(extend(
+        "minimum" = 0,
+        "maximum" = MOST,
+        "items" = { "minimum": 0, "maximum": MOST, "items": { "minimum": 0, "maximum": MOST } }
+    ))]
+    num_vertical: Option<Shares<i64>>,
+    /// How many distances to estimate, in place of lists; likewise.
+    #[schemars(extend(
+        "minimum" = 0,
+        "maximum" = MOST,
+        "items" = { "minimum": 0, "maximum": MOST, "items": { "minimum": 0, "maximum": MOST } }
+    ))]
+    num_slash: Option<Shares<i64>>,
     /// Queries whose attention the estimate looks at.
     #[schemars(range(min = 1, max = MOST))]
     last_queries: i64,
@@ -62,6 +71,18 @@ impl Default for VerticalSlash {
 const MOST: i64 = u32::MAX as i64;
 
 impl VerticalSlash {
+    /// `num_vertical` and `num_slash`, with their names.
+    fn counts(&self) -> [(&'static str, &Shares<i64>); 2] {
+        const NONE: &Shares<i64> = &Shares::All(0);
+        [("num_vertical", &self.num_vertical), ("num_slash", &self.num_slash)]
+            .map(|(key, count)| (key, count.as_ref().unwrap_or(NONE)))
+    }
+
+    /// The most that a head chooses.
+    fn most(&self) -> [usize; 2] {
+        self.counts().map(|(_, count)| count.values().max().unwrap_or_default() as usize)
+    }
+
     fn is_estimated(&self) -> bool {
         self.num_vertical.is_some() || self.num_slash.is_some()
     }
@@ -89,11 +110,11 @@ impl VerticalSlash {
                 "expected true with num_vertical or num_slash, because the estimate is one of causal attention; got false",
             ));
         }
-        let (vertical, slash) = (self.num_vertical.unwrap_or(0), self.num_slash.unwrap_or(0));
-        check_range("num_vertical", vertical, 0..=MOST)?;
-        check_range("num_slash", slash, 0..=MOST)?;
+        for (key, count) in self.counts() {
+            count.values().try_for_each(|count| check_range(key, count, 0..=MOST))?;
+        }
         check_range("last_queries", self.last_queries, 1..=MOST)?;
-        if vertical == 0 && slash == 0 {
+        if self.most() == [0, 0] {
             return Err(Error::config("num_vertical", "expected at least 1 here or in num_slash, got 0"));
         }
         Ok(())
@@ -126,12 +147,28 @@ impl Pattern for VerticalSlash {
     }
 
     fn choice(&self, _epoch: u64) -> Option<Choice> {
+        let [columns, distances] = self.most();
         self.is_estimated().then(|| Choice::VerticalSlash {
-            columns: self.num_vertical.unwrap_or(0) as usize,
-            distances: self.num_slash.unwrap_or(0) as usize,
+            columns,
+            distances,
             last_queries: self.last_queries as usize,
             nearest: self.window.map_or(0, |window| (window as usize).saturating_add(1)),
         })
+    }
+
+    fn uses_layer(&self) -> bool {
+        self.counts().iter().any(|(_, count)| count.by_layer())
+    }
+
+    fn choice_per_head(&self, context: &Context) -> Result<Option<Vec<OfHead>>> {
+        if self.counts().iter().all(|(_, count)| matches!(count, Shares::All(_))) {
+            return Ok(None);
+        }
+        let [columns, distances] = self.counts().map(|(key, count)| count.of_layer(key, context));
+        let (columns, distances) = (columns?, distances?);
+        let at = |counts: &[i64], head: usize| counts[if counts.len() == 1 { 0 } else { head }] as usize;
+        let of_head = |head| OfHead { keys: at(&columns, head), distances: at(&distances, head) };
+        Ok(Some((0..context.num_heads).map(of_head).collect()))
     }
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {

@@ -18,10 +18,10 @@ use super::enter::enter;
 use crate::attention::edge_lists;
 use crate::config::{MaskEdges, Spec};
 use crate::error::{Error, Result};
-use crate::pattern::HeadEdges;
 use crate::pattern::algebra::Operation;
 use crate::pattern::edges::EdgeSet;
 use crate::pattern::image;
+use crate::pattern::{self, HeadEdges};
 use crate::plan::Plan;
 
 /// The edges of every head of one mask.
@@ -62,8 +62,10 @@ fn operation(name: &str) -> PyResult<Operation> {
 #[pymethods]
 impl PyEdges {
     #[staticmethod]
-    fn from_spec(py: Python<'_>, spec: &str, num_tokens: usize) -> PyResult<Self> {
-        enter(py, |_| Spec::from_text(spec)?.edges(num_tokens)).map(Self)
+    #[pyo3(signature = (spec, num_tokens, *, tried_out = false))]
+    fn from_spec(py: Python<'_>, spec: &str, num_tokens: usize, tried_out: bool) -> PyResult<Self> {
+        let edges = || Spec::from_text(spec)?.edges(num_tokens);
+        enter(py, |_| if tried_out { pattern::tried_out(edges) } else { edges() }).map(Self)
     }
 
     #[staticmethod]

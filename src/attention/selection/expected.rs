@@ -2,7 +2,7 @@
 
 use super::Rule;
 use crate::error::{Error, Result};
-use crate::pattern::choice::Choice;
+use crate::pattern::choice::{Choice, OfHead};
 
 impl Rule {
     /// For every head, the edges and the patch-to-patch edges that are kept in the mean if all keys a query may choose are equally
@@ -19,7 +19,7 @@ impl Rule {
         }
         let of_head = |head: usize| match self.choice {
             Choice::TopK { keep, causal, symmetric, dense_rows } => {
-                let keep = self.per_head.as_ref().map_or(keep, |keys| keys[head]);
+                let keep = self.per_head.as_ref().map_or(keep, |heads| heads[head].keys);
                 let dense_rows = if dense_rows { self.dense } else { 0 };
                 self.top_keys_expected(num_tokens, keep, causal, symmetric, dense_rows)
             }
@@ -36,6 +36,9 @@ impl Rule {
                 (between + self.around(num_tokens), between)
             }
             Choice::VerticalSlash { columns, distances, nearest, .. } => {
+                let shared = OfHead { keys: columns, distances };
+                let OfHead { keys: columns, distances } =
+                    self.per_head.as_ref().map_or(shared, |heads| heads[head]);
                 let patches = num_tokens - self.prefix;
                 let share = |of: usize| of.min(patches) as f64 / patches as f64;
                 let dropped = (1.0 - share(columns)) * (1.0 - share(distances));
