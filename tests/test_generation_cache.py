@@ -368,6 +368,14 @@ class TestRefused:
         with pytest.raises(ValueError, match="model: LlamaForCausalLM has layers of chunked_attention, which"):
             sm.generation_cache(model, CachePolicy("full"))
 
+    def test_a_model_that_caches_something_else(self, monkeypatch):
+        model = swapped(decoder())
+        cache = sm.generation_cache(model, CachePolicy("full"))
+        update = cache.update
+        monkeypatch.setattr(cache, "update", lambda key, value, layer, **_: (update(key, value, layer)[0] * 2, value))
+        with pytest.raises(RuntimeError, match=r"mul was called on them: .* something else, such as compressed"):
+            generated(model, prompts(), cache=cache)
+
     def test_layers_that_share_keys_and_values(self, monkeypatch):
         model = swapped(decoder())
         cache = sm.generation_cache(model, CachePolicy("full"))

@@ -73,9 +73,10 @@ class JoiningTokens(Tensor):
     ) -> NoReturn:
         """Refuse every operation."""
         raise RuntimeError(
-            "cache: its keys and values are for the attention function of sparse_mhsa alone, and the model uses "
-            f"another one ({getattr(func, '__name__', func)} was called); call sparse_mhsa.sparsify(model, config, "
-            "include=...), with names of the layers that generate"
+            "cache: its keys and values are for the attention function of sparse_mhsa alone, and "
+            f"{getattr(func, '__name__', func)} was called on them: by another attention function, then call "
+            "sparse_mhsa.sparsify(model, config, include=...) with names of the layers that generate; or by a model "
+            "that caches something else, such as compressed keys, which this cache cannot serve"
         )
 
 
