@@ -64,6 +64,7 @@ class Head:
     name: str
     capacity: int | None
     options: dict
+    window: int | None = None
     tokens: list = field(default_factory=list)
     seen: int = 0
 
@@ -77,14 +78,16 @@ class Head:
         self.seen += 1
         if self.name in BY_AGE:
             self.forget()
+        newest = self.tokens[-1].position
+        seen = [token for token in self.tokens if self.window is None or newest - token.position <= self.window]
         outs, lses = [], []
         for query in queries:
-            scores = np.array([scale * float(query @ token.key) for token in self.tokens])
+            scores = np.array([scale * float(query @ token.key) for token in seen])
             lse = math.log(np.exp(scores - scores.max()).sum()) + scores.max()
             weights = np.exp(scores - lse)
-            outs.append(sum(weight * token.value for weight, token in zip(weights, self.tokens, strict=True)))
+            outs.append(sum(weight * token.value for weight, token in zip(weights, seen, strict=True)))
             lses.append(lse)
-            for weight, token in zip(weights, self.tokens, strict=True):
+            for weight, token in zip(weights, seen, strict=True):
                 token.score += float(weight)
         if self.name not in BY_AGE:
             self.forget()
@@ -94,8 +97,8 @@ class Head:
 class CacheOracle:
     """All samples and heads of one layer."""
 
-    def __init__(self, name, capacities, batch, **options):
-        self.heads = [[Head(name, capacity, options) for capacity in capacities] for _ in range(batch)]
+    def __init__(self, name, capacities, batch, window=None, **options):
+        self.heads = [[Head(name, capacity, options, window) for capacity in capacities] for _ in range(batch)]
 
     def attend(self, q, k, v, real=None, scale=None):
         """(B, H, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv) to (B, H, N, Dv) and (B, H, N)."""

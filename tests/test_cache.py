@@ -109,6 +109,23 @@ def test_heads_have_capacities_of_their_own_and_padding_does_not_join(name, opti
     assert torch.equal(cache.lengths, torch.minimum(real.sum(1)[:, None], bounded))
 
 
+@pytest.mark.parametrize("window", [0, 3, 5, 30])
+@pytest.mark.parametrize("sizes", [[1] * 20, [20], [7, 1, 1, 5, 6]], ids=str)
+@pytest.mark.parametrize(("name", "options"), POLICIES.items(), ids=str)
+def test_a_window_hides_what_is_kept_further_back(name, options, sizes, window):
+    q, k, v = tensors()
+    cache, oracle = layer(name, 6, **options), CacheOracle(name, [6, 6], 2, window, **options)
+    start = 0
+    for size in sizes:
+        part = [x[:, :, start : start + size] for x in (q, k, v)]
+        out, lse = cache.attend_with_lse(*part, window=window)
+        expected_out, expected_lse = oracle.attend(*(x.numpy() for x in part))
+        assert torch.allclose(out, torch.from_numpy(expected_out), atol=1e-12, rtol=0)
+        assert torch.allclose(lse, torch.from_numpy(expected_lse), atol=1e-12, rtol=0)
+        assert_holds(cache, oracle)
+        start += size
+
+
 @pytest.mark.parametrize("prompt", [1, 2, 9, 13, 40])
 @pytest.mark.parametrize(
     ("name", "options"), [v for v in VARIANTS if v[0] in ("full", "sliding_window", "attention_sinks")]
@@ -603,6 +620,8 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing():
         ((q[:, :, :3], k, v), {}, ValueError, "query and key: expected as many tokens, got 3 and 20"),
         ((q, k, v), {"token_mask": torch.ones(2, 3) > 0}, ValueError, r"token_mask: expected shape \(B, N\) = "),
         ((q, k, v), {"token_mask": torch.ones(2, 20)}, TypeError, "token_mask: expected torch.bool, got torch.float32"),
+        ((q, k, v), {"window": -1}, ValueError, "window: expected at least 0, got -1"),
+        ((q, k, v), {"window": 0.5}, TypeError, "window: expected a whole number, got 0.5"),
         ((q, k, v.clone().requires_grad_()), {}, RuntimeError, "decoding has no gradient"),
     ]  # fmt: skip
     for tokens, options, error, message in wrong:

@@ -13,6 +13,7 @@ check_torch()
 from . import budget, masks  # noqa: E402
 from ._core import AttentionConfig, ConfigError, __version__  # noqa: E402
 from .adapters import Report, SparseTimmAttention, densify, sparsify  # noqa: E402
+from .adapters.transformers import generation_cache  # noqa: E402
 from .backends import Backend, register_backend  # noqa: E402
 from .cache import KVCache  # noqa: E402
 from .cache_policy import CachePolicy  # noqa: E402
@@ -57,6 +58,7 @@ __all__ = [
     "decode_attention",
     "densify",
     "engine",
+    "generation_cache",
     "load_config",
     "masks",
     "patch_sdpa",

@@ -334,10 +334,11 @@ def cache_step(
     sinks: int,
     recent: int,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out`` (B, H, N, Dv) and ``lse`` (B, H, N) of tokens that join a cache one after the other; empty without q.
 
     ``keys`` (B, S, D), ``values`` (B, S, Dv), ``positions`` (B, S) int64, ``worths`` (B, S, or 0 where ``worth`` is
     ``recency``) in accumulator precision and ``lengths`` (B, Hkv) int64 change in place; all are contiguous. Head h
-    owns slots ``starts[h]`` to ``starts[h + 1]``.
+    owns slots ``starts[h]`` to ``starts[h + 1]``. Entries more than ``window`` tokens back are not seen.
     """

@@ -75,9 +75,10 @@ class KVCache:
         *,
         token_mask: Tensor | None = None,
         scale: float | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """`LayerCache.attend` of one layer."""
-        return self.layers[layer].attend(q, k, v, token_mask=token_mask, scale=scale)
+        return self.layers[layer].attend(q, k, v, token_mask=token_mask, scale=scale, window=window)
 
     def update(self, layer: int, k: Tensor, v: Tensor, *, token_mask: Tensor | None = None) -> CacheUpdate:
         """`LayerCache.update` of one layer."""

@@ -96,7 +96,14 @@ class Slots:
         return (self.seen[:, None] + token_mask.cumsum(1) - 1).masked_fill(~token_mask, -1)
 
     def join(
-        self, policy: CachePolicy, q: Tensor | None, k: Tensor, v: Tensor, token_mask: Tensor | None, scale: float
+        self,
+        policy: CachePolicy,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        token_mask: Tensor | None,
+        scale: float,
+        window: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Let tokens join one after the other; output and lse of their queries, if there are any."""
         tokens = k.shape[2]
@@ -125,6 +132,7 @@ class Slots:
             policy.safe_first,
             policy.safe_last,
             scale,
+            window,
         )
         self.seen = self.seen + new  # not in place: it may have been made in inference mode
         self.appended += tokens

@@ -135,7 +135,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "cache_step(Tensor? q, Tensor k, Tensor v, Tensor token_positions, Tensor(a!) keys, Tensor(b!) values,"
     " Tensor(c!) positions, Tensor(d!) worths, Tensor(e!) lengths, Tensor starts, Tensor capacities, str worth,"
-    " int sinks, int recent, float scale) -> (Tensor out, Tensor lse)",
+    " int sinks, int recent, float scale, int? window=None) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.impl("decode", _core.decode, "CPU")  # type: ignore[no-untyped-call]

@@ -95,7 +95,14 @@ class LayerCache:
         self._interrupted = False
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, token_mask: Tensor | None = None, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Let new tokens join and attend.
 
@@ -108,6 +115,8 @@ class LayerCache:
             v: (B, Hkv, N, Dv) their values.
             token_mask: (B, N) bool, False for padding, which neither joins nor attends; positions count real tokens.
             scale: factor of the scores; default 1 / sqrt(D).
+            window: queries see none of what is kept that is more than so many tokens back: the half width of a causal
+                mask ``local``.
 
         Returns:
             (B, H, N, Dv); 0 for padding.
@@ -117,25 +126,33 @@ class LayerCache:
             ValueError: an argument has a wrong shape, device or value, or differs from what the cache holds.
             RuntimeError: a gradient is asked for, or an earlier step was interrupted.
         """
-        return self.attend_with_lse(q, k, v, token_mask=token_mask, scale=scale)[0]
+        return self.attend_with_lse(q, k, v, token_mask=token_mask, scale=scale, window=window)[0]
 
     def attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, *, token_mask: Tensor | None = None, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`attend`, and the log of the sum of the exponentials (B, H, N) in float64; -inf for padding."""
         check_qkv(q, k, v)
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"query and key: expected as many tokens, got {q.shape[2]} and {k.shape[2]}")
         self._check(k, v, token_mask, q)
+        window = None if window is None else whole_number(window, "window", 0)
         q, k, v = autocast(q, k, v)
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         slots = self._slots_for(k, v)
-        if token_mask is None and self._has_mask(slots, q.shape[2]):
-            mask = self._mask_of_first_tokens(q.shape[1], slots, q.shape[2])
+        if token_mask is None and self._has_mask(slots, q.shape[2], window):
+            mask = self._mask_of_first_tokens(q.shape[1], slots, q.shape[2], window)
             result = ops.attention(q, k, v, mask.source(q.shape[2]), scale=scale)
             self._join(slots, None, k, v, None, scale)
             return result
-        return self._join(slots, q, k, v, token_mask, scale)
+        return self._join(slots, q, k, v, token_mask, scale, window)
 
     def update(self, k: Tensor, v: Tensor, *, token_mask: Tensor | None = None) -> CacheUpdate:
         """Let new tokens join, and return the keys and values that they attend to, for attention by other means.
@@ -191,23 +208,27 @@ class LayerCache:
             mask = mask & ((j < sinks) | (i - j < window))
         return None if bool(mask.all()) else mask
 
-    def _has_mask(self, slots: Slots, tokens: int) -> bool:
+    def _has_mask(self, slots: Slots, tokens: int, window: int | None) -> bool:
         """Whether the next tokens are the first, and see what a static mask says."""
+        # Sinks are columns, which a window cuts short.
+        cut = window is not None and window < tokens - 1 and self.policy.safe_first > 0
         return (
-            slots.appended == 0
+            not cut
+            and slots.appended == 0
             and tokens > 1
             and self.policy.worth == "recency"
             and self.policy.safe_first <= MOST_COLUMNS
         )
 
-    def _mask_of_first_tokens(self, num_heads: int, slots: Slots, tokens: int) -> LayerMask:
+    def _mask_of_first_tokens(self, num_heads: int, slots: Slots, tokens: int, window: int | None) -> LayerMask:
         """Which keys the tokens of an empty cache see, where it forgets by age."""
         sinks = self.policy.safe_first
+        most = tokens if window is None else min(tokens, window + 1)
         parts = []
         for capacity in slots.capacities.tolist():
             kwargs = {
                 "vertical": list(range(min(sinks, tokens))),
-                "window": min(capacity - sinks, tokens) - 1,
+                "window": min(capacity - sinks, most) - 1,
                 "causal": True,
             }
             parts.append({"mask": "vertical_slash", "mask_kwargs": kwargs})
@@ -218,10 +239,17 @@ class LayerCache:
         return LayerMask(load_config({"mask": "per_head", "mask_kwargs": {"masks": masks}}), num_heads)
 
     def _join(
-        self, slots: Slots, q: Tensor | None, k: Tensor, v: Tensor, token_mask: Tensor | None, scale: float
+        self,
+        slots: Slots,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        token_mask: Tensor | None,
+        scale: float,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         try:
-            return slots.join(self.policy, q, k, v, token_mask, scale)
+            return slots.join(self.policy, q, k, v, token_mask, scale, window)
         except (TypeError, ValueError, OverflowError):  # found before anything was written
             raise
         except BaseException:
@@ -249,6 +277,11 @@ class LayerCache:
             self._slots = Slots.empty(self.policy, k, v, capacities)
         self._slots.check_like(k, v)
         return self._slots
+
+    @property
+    def capacity(self) -> int | tuple[int, ...] | None:
+        """Most entries per head: one number, one per head of k, or None for no bound."""
+        return self._capacity
 
     @property
     def lengths(self) -> Tensor:

@@ -129,6 +129,8 @@ pub struct Step<'a, T: Element> {
     pub sinks: i64,
     /// The last tokens that are never forgotten.
     pub recent: i64,
+    /// A query does not see entries that came more than so many tokens before it, whatever the cache keeps.
+    pub window: Option<i64>,
     /// Factor on q . k
     pub scale: f64,
 }
@@ -167,6 +169,7 @@ impl<T: Element> Step<'_, T> {
         in_range("capacities", self.capacities, 1, i64::MAX as usize)?;
         in_range("sinks", &[self.sinks], 0, i64::MAX as usize)?;
         in_range("recent", &[self.recent], 0, i64::MAX as usize)?;
+        in_range("window", self.window.as_slice(), 0, i64::MAX as usize)?;
         len("starts", slots.starts.len(), kv_heads + 1)?;
         let room = slots.positions.len().checked_div(batch).unwrap_or(0);
         len("positions", slots.positions.len(), batch * room)?;

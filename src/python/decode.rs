@@ -100,7 +100,8 @@ impl DecodeCall<'_> {
 /// `out` and `lse` of tokens that join a cache, which changes in place.
 #[pyfunction]
 #[pyo3(signature = (
-    q, k, v, token_positions, keys, values, positions, worths, lengths, starts, capacities, worth, sinks, recent, scale
+    q, k, v, token_positions, keys, values, positions, worths, lengths, starts, capacities, worth, sinks, recent, scale,
+    window=None
 ))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn cache_step(
@@ -120,6 +121,7 @@ pub(super) fn cache_step(
     sinks: i64,
     recent: i64,
     scale: f64,
+    window: Option<i64>,
 ) -> PyResult<(PyTensor, PyTensor)> {
     let named = Worth::named(worth)
         .ok_or_else(|| to_python(py, Error::Value(unknown_name("worth", worth, &Worth::NAMES))))?;
@@ -139,6 +141,7 @@ pub(super) fn cache_step(
         sinks,
         recent,
         scale,
+        window,
     };
     by_dtype!(py, call)
 }
@@ -159,6 +162,7 @@ struct StepCall<'a> {
     sinks: i64,
     recent: i64,
     scale: f64,
+    window: Option<i64>,
 }
 
 impl<'a> StepCall<'a> {
@@ -189,6 +193,7 @@ impl<'a> StepCall<'a> {
                 worth: self.worth,
                 sinks: self.sinks,
                 recent: self.recent,
+                window: self.window,
                 scale: self.scale,
             };
             step.run(self.slots::<T>()?, out_elements, lse_elements, &Run { pool, isa, interrupt })

@@ -13,13 +13,16 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cache import KVCache
+from ..cache_policy import CachePolicy
 from ..layer import SparseLayer
+from ..layer_cache import Capacity
 from ..layer_mask import LayerMask
 from ..mask import Mask
 from .mixing import mixed_class
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .report import Report
+    from .transformers_cache import GenerationCache
 
 
 def register() -> None:
@@ -65,6 +69,41 @@ def restore(model: nn.Module) -> "Report":
         raise ValueError(f"model: the configuration of {type(model).__name__} has no `{IMPLEMENTATION}`; use sparsify")
     layers = {f"^{re.escape(name)}$": config for name, config in saved.items()}
     return sparsify(model, "mask: none", include=list(layers), overrides=layers)
+
+
+def generation_cache(
+    model: nn.Module, policy: CachePolicy, *, capacity: Capacity | Sequence[Sequence[int]] | None = None
+) -> "GenerationCache":
+    """A cache for ``generate`` of a swapped decoder of transformers, that forgets by a policy.
+
+    Keys are kept as they were rotated, at the positions their tokens had. While nothing has been forgotten, the model
+    generates what it would with ``use_cache=False``. A causal window (the mask ``local``, or the model's own
+    ``sliding_window``) hides what is kept further back. Beams are reordered; tokens cannot be taken back, which
+    assisted generation would need. Inference only, on the CPU.
+
+    Example:
+        >>> sm.sparsify(model, "mask: none", include="self_attn")
+        >>> cache = sm.generation_cache(model, sm.CachePolicy("attention_sinks", capacity=512))
+        >>> model.generate(ids, past_key_values=cache)  # newer releases of transformers say cache=cache
+
+    Args:
+        model: a decoder whose layers `sparsify` swapped, with the mask ``none`` or ``local``.
+        policy: what is forgotten.
+        capacity: most entries per head: one number, one per layer, or one per layer and head of k; default is that of
+            the policy.
+
+    Returns:
+        A `transformers.Cache` for one batch at a time; ``cache.reset()`` before the next, ``cache.kv`` is the
+        `KVCache` with what is kept.
+
+    Raises:
+        ValueError: the model was not swapped, a mask has no meaning for a cache, or the capacities do not fit.
+    """
+    from .transformers_cache import GenerationCache, check_model
+
+    # Only layers that know their place in a cache take one.
+    layers = [m for m in model.modules() if isinstance(m, SparseInterfaceLayer) and hasattr(m, "layer_idx")]
+    return GenerationCache(KVCache(policy, check_model(model, layers), capacity=capacity))
 
 
 @register_adapter

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .verify import looking
 
 if TYPE_CHECKING:
     from ..backends import Backend
+    from .transformers_cache import GenerationLayer
 
 IMPLEMENTATION = "sparse_mhsa"
 """Our name in both interfaces, and in the configuration that is saved."""
@@ -38,6 +40,46 @@ class SparseInterfaceLayer(Mixed, SparseLayer):
         return self._mask_repr()
 
 
+class JoiningTokens(Tensor):
+    """New keys or values on their way from a `GenerationCache` to `attention_forward`, which alone may use them.
+
+    To any other attention function they would be all there is.
+    """
+
+    cache_layer: "GenerationLayer"
+    _tokens: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Tensor, cache_layer: "GenerationLayer") -> "JoiningTokens":
+        """Mark (B, Hkv, N, D) keys or values as new ones of a layer."""
+        joining = tokens.as_subclass(cls)
+        joining._tokens, joining.cache_layer = tokens, cache_layer
+        return joining
+
+    def hand_over(self) -> Tensor:
+        """What they are; once, because they join once."""
+        if self._tokens is None:
+            raise RuntimeError("cache: a layer uses the keys and values of another layer, which have joined already")
+        tokens, self._tokens = self._tokens, None
+        return tokens
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> NoReturn:
+        """Refuse every operation."""
+        raise RuntimeError(
+            "cache: its keys and values are for the attention function of sparse_mhsa alone, and "
+            f"{getattr(func, '__name__', func)} was called on them: by another attention function, then call "
+            "sparse_mhsa.sparsify(model, config, include=...) with names of the layers that generate; or by a model "
+            "that caches something else, such as compressed keys, which this cache cannot serve"
+        )
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -49,6 +91,7 @@ def attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     embeddings: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls for ``attn_implementation="sparse_mhsa"``.
@@ -56,14 +99,15 @@ def attention_forward(
     Args:
         module: the attention layer, which knows its mask.
         query: (B, H, N, D).
-        key: (B, Hkv, S, D).
-        value: (B, Hkv, S, D).
+        key: (B, Hkv, S, D), or the new ones that a `GenerationCache` hands on.
+        value: likewise.
         attention_mask: broadcastable to (B, H, N, S); bool (True = keep) or floating (added); None for all.
         dropout: probability that a weight is dropped.
         scaling: factor of the scores; the configured ``scale`` wins.
         is_causal: without ``attention_mask``, queries keep no later keys; default is the attribute of ``module``.
         position_bias: added to the scores, broadcastable to (B, H, N, S).
         embeddings: (B, S, C) input of the layer, for masks that choose keys by its norms; transformers passes none.
+        sliding_window: keys that the model itself lets a query see; ``attention_mask`` says so too, but to a cache.
         **kwargs: what else the model passes on; ``output_attentions`` asks for the weights.
 
     Returns:
@@ -77,13 +121,28 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: {type(module).__name__} asks for it, and sparse_mhsa cannot honour it")
     layer_mask, backend = _mechanism(module, query.shape[1])
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if isinstance(key, JoiningTokens) and isinstance(value, JoiningTokens):
+        for name, asked in (
+            ("is_causal", not causal),
+            ("position_bias", position_bias is not None),
+            ("dropout", dropout > 0.0),
+            ("output_attentions", _wants_weights(module, kwargs)),
+        ):
+            if asked:
+                raise ValueError(f"{name}: {type(module).__name__} asks for it, which a generation cache cannot honour")
+        scale = scaling if layer_mask.scale is None else layer_mask.scale
+        out = key.cache_layer.attend(
+            module, query, key.hand_over(), value.hand_over(), attention_mask, scale, sliding_window
+        )
+        return out.transpose(1, 2).contiguous(), None
     check_qkv(query, key, value)
     if query.shape[2] != key.shape[2] and not layer_mask.is_dense:
         raise ValueError(
             f"key: expected as many keys as queries for the mask `{layer_mask.name}`, got {query.shape[2]} queries and "
-            f"{key.shape[2]} keys in {type(module).__name__}; generation needs use_cache=False"
+            f"{key.shape[2]} keys in {type(module).__name__}; generation needs sparse_mhsa.generation_cache(model, "
+            "policy) or use_cache=False"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key_mask, bias = _masks(attention_mask, query, key)
     # A mask that is causal itself needs no (N, S) array that says so.
     if causal and attention_mask is None and query.shape[2] > 1 and not layer_mask.is_causal:

@@ -71,6 +71,16 @@ pub(super) struct Visible<'a, T> {
     pub values: Matrix<'a, T>,
     /// The first so many of their rows.
     pub len: usize,
+    /// The positions of these rows, and the first position that is seen; all rows are without.
+    pub since: Option<(&'a [i64], i64)>,
+}
+
+impl<T> Visible<'_, T> {
+    /// The rows of a piece that are seen, ascending.
+    fn rows(&self, piece: usize) -> impl Iterator<Item = usize> {
+        let rows = piece * PIECE..self.len.min((piece + 1) * PIECE);
+        rows.filter(|&row| self.since.is_none_or(|(positions, first)| positions[row] >= first))
+    }
 }
 
 /// Where keys are, and what happens around the attention of a token.
@@ -110,6 +120,7 @@ impl<T: Element> Cache<T> for Given<'_, T> {
             keys: Matrix::of(&self.k, unit / kv_heads, unit % kv_heads),
             values: Matrix::of(&self.v, unit / kv_heads, unit % kv_heads),
             len: if self.problem.causal { length.saturating_sub(behind) } else { length },
+            since: None,
         })
     }
 
@@ -378,10 +389,8 @@ impl<T: Element, C: Cache<T>> Kernel<T> for Piece<'_, T, C> {
         let Piece { task, piece, scratch } = self;
         let Some(visible) = task.visible else { return };
         let queries = task.queries;
-        let start = piece * PIECE;
-        let end = visible.len.min(start + PIECE);
         scratch.columns.clear();
-        scratch.columns.extend(start as u32..end as u32);
+        scratch.columns.extend(visible.rows(piece).map(|row| row as u32));
         let columns = scratch.columns.as_slice();
         for slot in 0..queries.group() {
             let heads = queries.q.shape()[1];
@@ -430,10 +439,9 @@ impl<T: Element, C: Cache<T>> Kernel<T> for Finish<'_, T, C> {
                     let share = part(piece).share(&whole);
                     let index = task.part(piece, slot);
                     add_scaled::<V>(parts.sums.row_mut(index), share, &mut scratch.sum);
-                    if let Some(received) = &mut received {
-                        let received = &mut received[piece * PIECE..len.min((piece + 1) * PIECE)];
-                        for (sum, &weight) in received.iter_mut().zip(parts.weights.row_mut(index).iter()) {
-                            *sum += weight * (share * factor);
+                    if let (Some(received), Some(visible)) = (&mut received, task.visible) {
+                        for (row, &weight) in visible.rows(piece).zip(parts.weights.row_mut(index).iter()) {
+                            received[row] += weight * (share * factor);
                         }
                     }
                 }

@@ -169,7 +169,11 @@ impl<T: Element> Cache<T> for Kept<'_, T> {
             }
             let (first, len) = (self.first_slot(unit), *length as usize);
             let (keys, values) = (self.keys.view(first..first + len), self.values.view(first..first + len));
-            Some(Visible { keys: Matrix::of(&keys, 0, 0), values: Matrix::of(&values, 0, 0), len })
+            let since = self
+                .step
+                .window
+                .map(|window| (self.positions.read_rows(first..first + len), newest.saturating_sub(window)));
+            Some(Visible { keys: Matrix::of(&keys, 0, 0), values: Matrix::of(&values, 0, 0), len, since })
         }
     }
 

@@ -174,6 +174,7 @@ struct Session<T> {
     worth: Worth,
     sinks: i64,
     recent: i64,
+    window: Option<i64>,
     calls: Vec<usize>,
 }
 
@@ -214,6 +215,7 @@ impl<T: Element> Session<T> {
             worth: Worth::ALL[random.below(4)],
             sinks: sinks as i64,
             recent: recent as i64,
+            window: random.chance(0.5).then(|| random.below(20) as i64),
             calls,
         }
     }
@@ -254,6 +256,7 @@ impl<T: Element> Session<T> {
                 worth: self.worth,
                 sinks: self.sinks,
                 recent: self.recent,
+                window: self.window,
                 scale: 0.7,
             }
             .run(
@@ -338,12 +341,15 @@ impl<T: Element> Session<T> {
                 if self.worth == Worth::Recency {
                     trim(&mut entries);
                 }
+                let is_hidden =
+                    |entry: &Entry| self.window.is_some_and(|window| newest - entry.position > window);
+                let hidden = entries.partition_point(is_hidden);
                 for head in unit * group..(unit + 1) * group {
                     let row = head * n + token;
-                    let (row_out, weights, row_lse) = attend(&q[row * d..][..d], &entries, 0.7, e);
+                    let (row_out, weights, row_lse) = attend(&q[row * d..][..d], &entries[hidden..], 0.7, e);
                     out[row * e..][..e].copy_from_slice(&row_out);
                     lse[row] = row_lse;
-                    for (entry, weight) in entries.iter_mut().zip(weights) {
+                    for (entry, weight) in entries[hidden..].iter_mut().zip(weights) {
                         entry.attention += weight;
                     }
                 }
@@ -402,6 +408,7 @@ fn shared_pieces_and_whole_heads_forget_alike() {
         worth: Worth::Attention,
         sinks: 2,
         recent: 5,
+        window: Some(2500),
         // One token at a time at the end, which is when threads share pieces.
         calls: [vec![2690], vec![1; 300], vec![10]].concat(),
     };
@@ -431,6 +438,7 @@ fn nan_is_kept_so_that_it_shows() {
         worth: Worth::LowNorm,
         sinks: 0,
         recent: 0,
+        window: None,
         scale: 1.0,
     };
     let mut lengths = [0];
@@ -463,6 +471,7 @@ fn what_does_not_fit_is_named_before_anything_is_written() {
         worth: Worth::Attention,
         sinks: 0,
         recent: 0,
+        window: None,
         calls: vec![3],
     };
     let fails = |change: Spoil, expected: &str| {
@@ -476,6 +485,7 @@ fn what_does_not_fit_is_named_before_anything_is_written() {
             worth: session.worth,
             sinks: 0,
             recent: 0,
+            window: None,
             scale: 1.0,
         };
         let (mut lengths, mut starts) = ([0, 0], [0, 3, 6]);
@@ -505,6 +515,7 @@ fn what_does_not_fit_is_named_before_anything_is_written() {
     fails(&|step, _, _| step.positions = &[0, 1], "token_positions: expected 3 elements");
     fails(&|step, _, _| step.sinks = -1, "sinks: expected 0 to ");
     fails(&|step, _, _| step.recent = -1, "recent: expected 0 to ");
+    fails(&|step, _, _| step.window = Some(-1), "window: expected 0 to ");
     fails(&|step, _, _| step.v = other, "v: expected shape [1, 2, 3, 4], got [1, 1, 4, 4]");
     fails(&|step, _, _| step.q = Some(other), "k: expected a number of heads that divides the 1 of q");
     fails(&|step, _, _| step.worth = Worth::Recency, "worths: expected 0 elements");
