@@ -37,7 +37,7 @@ TINY = {
     "importance": Case("importance-40", {"mask": "importance", "mask_kwargs": {"k": 5}}, 40, num_heads=3, head_dim=8),
     "estimated": Case(
         "vertical_slash-90",
-        {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 4, "num_slash": 4, "window": 1}, **ONE_PREFIX},
+        {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 4, "num_slash": 4, "window": 1, "causal": True}, **ONE_PREFIX},
         90,
         num_heads=3,
         head_dim=8,

@@ -170,7 +170,7 @@ BY_CONTENT = {
     "topk": {"k": 3},
     "block_topk": {"k": 2, "block_size": 4},
     "importance": {"k": 4},
-    "vertical_slash": {"num_vertical": 3, "num_slash": 3, "last_queries": 8},
+    "vertical_slash": {"num_vertical": 3, "num_slash": 3, "last_queries": 8, "causal": True},
 }
 
 
