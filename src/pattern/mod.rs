@@ -376,7 +376,7 @@ fn by_content(name: &str) -> Result<HeadEdges> {
     )))
 }
 
-/// Log, once per process and message, that a parameter was clamped as the reference system does.
+/// Log, once per process and message, that a parameter acts as another value.
 pub(crate) fn warn_clamped(message: String) {
     use std::collections::HashSet;
     use std::sync::Mutex;
