@@ -126,7 +126,6 @@ def vertical_slash(
             best(sums[None], keep or 0, True)[0].nonzero()[0]
             for sums, keep in ((weights.sum(0), num_vertical), (past, num_slash))
         )
-        causal = True
     kept = np.isin(j, list(vertical)) | np.isin(abs(i - j), list(slash))
     if window is not None:
         kept = kept | (abs(i - j) <= window)
@@ -529,9 +528,9 @@ VARIANTS = {
     "vertical_slash": [
         {"vertical": [0], "slash": [3], "window": 1},
         {"vertical": [4, 1], "slash": [0, 8], "causal": True},
-        {"num_vertical": 2, "num_slash": 3, "window": 1},
-        {"num_slash": 4, "last_queries": 3},
-        {"num_vertical": 10**9, "last_queries": 1},
+        {"num_vertical": 2, "num_slash": 3, "window": 1, "causal": True},
+        {"num_slash": 4, "last_queries": 3, "causal": True},
+        {"num_vertical": 10**9, "last_queries": 1, "causal": True},
         {"slash": [5, 5, 10**12]},
         {"window": 0},
     ],

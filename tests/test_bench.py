@@ -25,6 +25,13 @@ ONE_PREFIX = {"num_prefix_tokens": 1}
 TINY = {
     "fibottention": Case("fibottention-26", {"mask": "fibottention"}, 26, 2, num_heads=3, head_dim=8),
     "local": Case("local-20", {"mask": "local", "mask_kwargs": {"window": 2}}, 20, num_heads=2, head_dim=8),
+    "pruning": Case(
+        "pruning-30",
+        {"mask": "pruning", "mask_kwargs": {"keep_ratio": 0.2, "method": "random", "seed": 0}, **ONE_PREFIX},
+        30,
+        num_heads=3,
+        head_dim=8,
+    ),
     "none": Case("none-9", {"mask": "none"}, 9, num_heads=2, head_dim=8),
     "topk": Case("topk-40", {"mask": "topk", "mask_kwargs": {"k": 5}}, 40, num_heads=3, head_dim=8),
     "blocks": Case(
@@ -37,7 +44,11 @@ TINY = {
     "importance": Case("importance-40", {"mask": "importance", "mask_kwargs": {"k": 5}}, 40, num_heads=3, head_dim=8),
     "estimated": Case(
         "vertical_slash-90",
-        {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 4, "num_slash": 4, "window": 1}, **ONE_PREFIX},
+        {
+            "mask": "vertical_slash",
+            "mask_kwargs": {"num_vertical": 4, "num_slash": 4, "window": 1, "causal": True},
+            **ONE_PREFIX,
+        },
         90,
         num_heads=3,
         head_dim=8,
@@ -276,7 +287,8 @@ def test_the_full_table_has_the_sizes_of_the_targets_and_every_registered_mask()
         assert name in names
     assert any(name.startswith("longformer-1025") for name in names)
     for name in ("topk-1025", "block_topk-1025", "importance-1025", "vertical_slash_estimated-1025", "neighborhood-197",
-                 "neighborhood_k7-1025", "efficient-1025", "efficient_local-1025", "linformer-197x8"):  # fmt: skip
+                 "neighborhood_k7-1025", "pruning-1025", "pruning_drawn-1025", "efficient-1025",
+                 "efficient_local-1025", "linformer-197x8"):  # fmt: skip
         assert name in names
     assert {case.name for case in all_cases() if case.quick} == {
         "fibottention-197x8", "fibottention-1025", "local_w64-1024", "none-197x8"

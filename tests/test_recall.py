@@ -31,7 +31,7 @@ CONFIGS = {
     "block_topk": {"mask": "block_topk", "mask_kwargs": {"k": 2, "block_size": 4}},
     "causal": {"mask": "block_topk", "mask_kwargs": {"k": 2, "block_size": 4, "causal": True}},
     "prefix": {"mask": "block_topk", "mask_kwargs": {"k": 1, "block_size": 4}, "num_prefix_tokens": 3},
-    "estimated": {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 4, "num_slash": 4}},
+    "estimated": {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 4, "num_slash": 4, "causal": True}},
     "importance": {"mask": "importance", "mask_kwargs": {"k": 5}},
 }
 

@@ -166,11 +166,26 @@ def test_fixed_importance_does_not_depend_on_the_input():
     assert listed[..., [1, 7]].all()
 
 
+TOO_MANY = {
+    "topk": ({"k": 21}, "topk: k 21 is more than the 20 tokens and acts as 20"),
+    "block_topk": ({"k": 6, "block_size": 4}, "block_topk: k 6 is more than the 5 blocks and acts as 5"),
+    "importance": ({"k": 22}, "importance: k 22 is more than the 20 patches and acts as 20"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+def test_a_k_of_more_than_there_is_keeps_everything_and_says_so(name, caplog):
+    kwargs, warning = TOO_MANY[name]
+    q, k = whole_numbers(1, HEADS, 20, 3), whole_numbers(1, HEADS, 20, 3, seed=1)
+    assert chosen(q, k, layer_mask(name, prefix=0, **kwargs)).all()
+    assert warning in caplog.messages
+
+
 BY_CONTENT = {
     "topk": {"k": 3},
     "block_topk": {"k": 2, "block_size": 4},
     "importance": {"k": 4},
-    "vertical_slash": {"num_vertical": 3, "num_slash": 3, "last_queries": 8},
+    "vertical_slash": {"num_vertical": 3, "num_slash": 3, "last_queries": 8, "causal": True},
 }
 
 

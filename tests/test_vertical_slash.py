@@ -18,9 +18,8 @@ def numbers(*shape, seed=0):
 
 
 def layer_mask(heads=HEADS, prefix=None, **mask_kwargs):
-    return LayerMask(
-        sm.load_config({"mask": "vertical_slash", "mask_kwargs": mask_kwargs}), heads, num_prefix_tokens=prefix
-    )
+    config = {"mask": "vertical_slash", "mask_kwargs": {"causal": True, **mask_kwargs}}
+    return LayerMask(sm.load_config(config), heads, num_prefix_tokens=prefix)
 
 
 def chosen(q, k, mask, **options):
@@ -153,7 +152,7 @@ def test_an_additive_mask_is_part_of_the_scores():
 
 def test_a_module_with_padding_attends_over_the_estimate_and_learns_through_its_edges():
     options = {"num_vertical": 3, "num_slash": 3, "last_queries": 8}
-    config = {"mask": "vertical_slash", "mask_kwargs": options}
+    config = {"mask": "vertical_slash", "mask_kwargs": {"causal": True, **options}}
     module = sm.SparseMHSA(12, HEADS, batch_first=True, dtype=torch.float64, config=config)
     x, grad_out = numbers(BATCH, 24, 12).requires_grad_(), numbers(BATCH, 24, 12, seed=1)
     keep = torch.arange(24) < torch.tensor([[24], [15]])
@@ -180,13 +179,14 @@ def test_a_timm_model_takes_the_shipped_configuration():
 
 def test_what_was_estimated_is_a_mask_to_look_at():
     q, k = numbers(BATCH, HEADS, 40, 5), numbers(BATCH, HEADS, 40, 5, seed=1)
-    config = {"mask": "vertical_slash", "mask_kwargs": {"num_vertical": 3, "num_slash": 4, "window": 0}}
+    mask_kwargs = {"num_vertical": 3, "num_slash": 4, "window": 0, "causal": True}
+    config = {"mask": "vertical_slash", "mask_kwargs": mask_kwargs}
     masks = torch.stack([mask.to_dense() for mask in sm.choose_masks(config, q, k)])
     assert torch.equal(masks, all_heads(q, k, num_vertical=3, num_slash=4, window=0))
 
 
 def test_both_faces_of_the_mask_round_trip_and_are_causal_as_they_say():
-    estimated = sm.load_config({"mask": "vertical_slash", "mask_kwargs": {"num_slash": 2}})
+    estimated = sm.load_config({"mask": "vertical_slash", "mask_kwargs": {"num_slash": 2, "causal": True}})
     assert estimated.by_content
     assert "causal: true" in estimated.to_yaml()
     assert sm.load_config(estimated.to_yaml()) == estimated

@@ -124,12 +124,7 @@ impl Rule {
         }
         match self.choice {
             Choice::TopK { keep, causal, symmetric, dense_rows } => {
-                if keep > queries {
-                    warn_clamped(format!(
-                        "topk: k {keep} is more than the {queries} tokens and acts as {queries}"
-                    ));
-                }
-                let chosen = self.top_keys(content, keep.min(queries), causal, run)?;
+                let chosen = self.top_keys(content, at_most(keep, queries, "topk", "tokens"), causal, run)?;
                 let dense_rows = if dense_rows { self.dense } else { 0 };
                 for unit in 0..batch * heads {
                     // One list for all heads, or one per head.
@@ -150,7 +145,7 @@ impl Rule {
                 let patches = queries - self.prefix;
                 let blocks = Blocks::new(&content, block_size, pool)?;
                 let count = blocks.count;
-                let keep = keep.min(count);
+                let keep = at_most(keep, count, "block_topk", "blocks");
                 let mut chosen = vec![NO_KEY; batch * heads * count * keep];
                 blocks.choose(&mut chosen, keep, causal, run)?;
                 for unit in 0..batch * heads {
@@ -188,6 +183,7 @@ impl Rule {
             }
             Choice::Keys { keep, by } => {
                 let content = content.after(self.prefix);
+                let keep = at_most(keep, queries - self.prefix, "importance", "patches");
                 for (batch, head) in (0..batch).flat_map(|batch| (0..heads).map(move |head| (batch, head))) {
                     let scores = key_scores(&content, by, batch, head, run)?;
                     let allowed = |key: usize| content.key_mask.is_none_or(|mask| mask.at([batch, key]) != 0);
@@ -287,6 +283,14 @@ impl<T: Element> Content<'_, T> {
             scale: self.scale,
         }
     }
+}
+
+/// `keep`, or all `there` are, and then a warning: the mask keeps everything.
+fn at_most(keep: usize, there: usize, mask: &str, what: &str) -> usize {
+    if keep > there {
+        warn_clamped(format!("{mask}: k {keep} is more than the {there} {what} and acts as {there}"));
+    }
+    keep.min(there)
 }
 
 fn rows_of(chosen: &[u32], queries: usize, keep: usize) -> Vec<Vec<u32>> {

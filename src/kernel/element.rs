@@ -64,10 +64,19 @@ pub trait Real:
     fn round(self) -> Self;
     /// `2^self` for a whole number whose power is a normal number.
     fn power_of_two(self) -> Self;
+    /// A number and a key as one whole number.
+    type Place: Copy + Ord + Debug + Send;
+    /// Lower for the higher number. Zeros of either sign are equal, and NaN is before all: what is attended to may be NaN, and then
+    /// must show.
+    fn place(self) -> Self::Place;
+    /// A place among those of the same number: the lower key comes first.
+    fn with_key(place: Self::Place, key: u32) -> Self::Place;
+    /// A number equal to that of a place, and its key.
+    fn placed(place: Self::Place) -> (Self, u32);
 }
 
 macro_rules! real {
-    ($type:ident, $exp:expr, $scalar:ty, $avx2:ty, $avx512:ty) => {
+    ($type:ident, $bits:ident, $place:ident, $exp:expr, $scalar:ty, $avx2:ty, $avx512:ty) => {
         impl Element for $type {
             type Acc = $type;
             const NAME: &'static str = stringify!($type);
@@ -120,12 +129,33 @@ macro_rules! real {
                 let exponent = (self + MAGIC).to_bits() << ($type::MANTISSA_DIGITS - 1);
                 <$type>::from_bits(exponent.wrapping_add((1.0 as $type).to_bits()))
             }
+            type Place = $place;
+            #[inline(always)]
+            fn place(self) -> $place {
+                // Adding zero makes -0 positive. The bits of negative numbers are lower for the higher one as they are.
+                let bits = (self + 0.0).to_bits();
+                let negative = (0 as $bits).wrapping_sub(bits >> ($bits::BITS - 1));
+                let order = bits ^ (!negative >> 1);
+                let order = order * $bits::from(!self.is_nan());
+                <$place>::from(order) << u32::BITS
+            }
+            #[inline(always)]
+            fn with_key(place: $place, key: u32) -> $place {
+                place | <$place>::from(key)
+            }
+            #[inline(always)]
+            fn placed(place: $place) -> (Self, u32) {
+                let order = (place >> u32::BITS) as $bits;
+                let negative = (0 as $bits).wrapping_sub(order >> ($bits::BITS - 1));
+                let bits = order ^ (!negative >> 1);
+                (<$type>::from_bits(bits), place as u32)
+            }
         }
     };
 }
 
-real!(f32, Exp::F32, scalar::Portable<f32, 4>, avx2::F32x8, avx512::F32x16);
-real!(f64, Exp::F64, scalar::Portable<f64, 4>, avx2::F64x4, avx512::F64x8);
+real!(f32, u32, u64, Exp::F32, scalar::Portable<f32, 4>, avx2::F32x8, avx512::F32x16);
+real!(f64, u64, u128, Exp::F64, scalar::Portable<f64, 4>, avx2::F64x4, avx512::F64x8);
 
 macro_rules! half {
     ($type:ident) => {

@@ -84,7 +84,5 @@ pub fn best<R: Real>(scores: &[R], keep: usize, allowed: impl Fn(usize) -> bool)
 /// The higher score first, NaN before all: what is attended to may be NaN, and then must show.
 #[inline(always)]
 pub(super) fn by_score<R: Real>(a: R, b: R) -> Ordering {
-    #[expect(clippy::eq_op, reason = "only NaN differs from itself")]
-    let (a_is_nan, b_is_nan) = (a != a, b != b);
-    b_is_nan.cmp(&a_is_nan).then(b.partial_cmp(&a).unwrap_or(Ordering::Equal))
+    a.place().cmp(&b.place())
 }

@@ -11,7 +11,8 @@ use super::registry::check_range;
 use super::{Context, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
 
-/// Every query keeps the k most important keys of its head; of equal importance the lower index.
+/// Every query keeps the k most important keys of its head; of equal importance the lower index. Where a score is measured, a k of
+/// more patches than there are keeps all of them, with a warning; `first` and `list` name patches, which must exist.
 ///
 /// Importance is the L2 norm of the key (`key_norm`), the L2 norm of the token's embedding, the input of the layer
 /// (`embedding_norm`), or the attention that the key would receive from all queries without a mask (`attention`). `first` keeps

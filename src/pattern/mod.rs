@@ -393,7 +393,7 @@ pub fn tried_out<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Log, once per process and message, that a parameter was clamped as the reference system does.
+/// Log, once per process and message, that a parameter acts as another value.
 pub(crate) fn warn_clamped(message: String) {
     use std::collections::HashSet;
     use std::sync::Mutex;

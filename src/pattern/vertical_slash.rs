@@ -18,8 +18,9 @@ use crate::error::{Error, Result};
 /// With `num_vertical` or `num_slash` instead of lists, columns and distances are estimated anew for every sample and head, from
 /// the causal attention weights p_ij of the last `last_queries` patches that padding leaves: the columns are the `num_vertical`
 /// keys j with the largest sum of p_ij over those i, the distances the `num_slash` numbers d with the largest sum of p_ij over
-/// i - j = d; of equal sums the lower number. The mask is then causal, and no gradient passes through the choice. Source:
-/// MInference, which also keeps the first keys (here: prefix tokens) and the nearest (here: `window`).
+/// i - j = d; of equal sums the lower number, and all of them where there are fewer. That is a causal mask and asks for
+/// `causal: true`; no gradient passes through the choice. Source: MInference, which also keeps the first keys (here: prefix
+/// tokens) and the nearest (here: `window`).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerticalSlash {
@@ -32,8 +33,8 @@ pub struct VerticalSlash {
     /// Half width of a sliding window besides.
     #[schemars(range(min = 0))]
     window: Option<i64>,
-    /// Only j <= i; by default for estimated columns and distances, which are never anything else, and not for lists.
-    causal: Option<bool>,
+    /// Only j <= i; must be true for estimated columns and distances, which are never anything else.
+    causal: bool,
     /// How many key patches to estimate, in place of lists: one number, a list by head, or a list by layer of lists by head.
     #[schemars(extend(
         "minimum" = 0,
@@ -59,7 +60,7 @@ impl Default for VerticalSlash {
             vertical: Vec::new(),
             slash: Vec::new(),
             window: None,
-            causal: None,
+            causal: false,
             num_vertical: None,
             num_slash: None,
             last_queries: 64,
@@ -87,10 +88,6 @@ impl VerticalSlash {
         self.num_vertical.is_some() || self.num_slash.is_some()
     }
 
-    fn is_causal(&self) -> bool {
-        self.causal.unwrap_or(false)
-    }
-
     fn check_estimate(&self) -> Result<()> {
         let exclusive = |key: &str| {
             Error::config(
@@ -104,7 +101,7 @@ impl VerticalSlash {
         if !self.slash.is_empty() {
             return Err(exclusive("slash"));
         }
-        if !self.is_causal() {
+        if !self.causal {
             return Err(Error::config(
                 "causal",
                 "expected true with num_vertical or num_slash, because the estimate is one of causal attention; got false",
@@ -125,11 +122,6 @@ impl Pattern for VerticalSlash {
     const NAME: &'static str = "vertical_slash";
     const ABOUT: &'static str = "key columns and distances, listed or estimated from the attention of the last queries, plus a window";
     const BUDGET_KEYS: &'static [&'static str] = &["window", "num_slash", "num_vertical"];
-
-    fn resolve(&mut self) -> Result<()> {
-        self.causal.get_or_insert(self.num_vertical.is_some() || self.num_slash.is_some());
-        Ok(())
-    }
 
     fn check(&self) -> Result<()> {
         if self.is_estimated() {
@@ -175,7 +167,7 @@ impl Pattern for VerticalSlash {
         if self.is_estimated() {
             return by_content(Self::NAME);
         }
-        let (n, causal) = (context.num_tokens, self.is_causal());
+        let (n, causal) = (context.num_tokens, self.causal);
         let mut builder = EdgeSet::builder(n, n)?;
         for &column in &self.vertical {
             if column >= n as i64 {

@@ -68,6 +68,9 @@ def all_cases() -> list[Case]:
     cases += [_case("none", {"mask": "none"}, n, batch, quick=n == 197) for n, batch in sizes[:5]]
     grid = {"mask": "neighborhood", "mask_kwargs": {"kernel_size": 7}, "grid": [32, 32], "num_prefix_tokens": 1}
     cases.append(_case("neighborhood_k7", grid, OTHER_SIZES[0]))
+    # The file of `pruning` keeps the nearest pairs, a window. Drawn pairs lie as scattered as those that scores choose.
+    drawn = {"mask_kwargs": {"keep_ratio": 0.02, "method": "random", "seed": 0}, "num_prefix_tokens": 1}
+    cases.append(_case("pruning_drawn", {"mask": "pruning", **drawn}, OTHER_SIZES[0]))
     return cases + _other_masks() + _choices() + _backends()
 
 

@@ -87,23 +87,23 @@ fn every_kind_of_wrong_document_is_told_apart() {
             "mask_kwargs.vertical: expected nothing with num_vertical or num_slash",
         ),
         (
-            "mask: vertical_slash\nmask_kwargs: {num_slash: 3, causal: false}",
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 3}",
             "mask_kwargs.causal: expected true with num_vertical or num_slash",
         ),
         (
-            "mask: vertical_slash\nmask_kwargs: {num_vertical: -1}",
+            "mask: vertical_slash\nmask_kwargs: {num_vertical: -1, causal: true}",
             "mask_kwargs.num_vertical: expected 0 to 4294967295, got -1",
         ),
         (
-            "mask: vertical_slash\nmask_kwargs: {num_slash: -1}",
+            "mask: vertical_slash\nmask_kwargs: {num_slash: -1, causal: true}",
             "mask_kwargs.num_slash: expected 0 to 4294967295, got -1",
         ),
         (
-            "mask: vertical_slash\nmask_kwargs: {num_slash: 1, last_queries: 0}",
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 1, causal: true, last_queries: 0}",
             "mask_kwargs.last_queries: expected 1 to 4294967295, got 0",
         ),
         (
-            "mask: vertical_slash\nmask_kwargs: {num_slash: 0, window: 3}",
+            "mask: vertical_slash\nmask_kwargs: {num_slash: 0, causal: true, window: 3}",
             "mask_kwargs.num_vertical: expected at least 1 here or in num_slash, got 0",
         ),
         ("mask: random", "mask_kwargs: give exactly one of k"),

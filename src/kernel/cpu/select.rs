@@ -1,7 +1,6 @@
 //! The keys with the highest scores of every query. Scores come tile by tile and are forgotten at once: time is that of all of
 //! them, memory that of the keys kept.
 
-use std::cmp::Ordering;
 use std::ops::Range;
 
 use super::batch::Allowed;
@@ -10,13 +9,14 @@ use super::matrix::{Column, Matrix, padded};
 use super::tile::{Block, TILE, multiply, pack, transpose};
 use crate::error::{Error, Result};
 use crate::kernel::element::{Element, Real};
-use crate::kernel::selection::by_score;
-use crate::kernel::simd::{Kernel, Memory, Vector};
+use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::view::Output;
 use crate::kernel::{NO_KEY, Run, Selection};
 
 /// Multiplications below which another thread is not worth waking.
 const WORTH_A_THREAD: usize = 1 << 20;
+/// Queries per task: keys are packed once for all of them.
+const ROWS: usize = 4 * TILE;
 /// A row collects this many candidates beyond those it keeps before it sorts out the worst.
 const SPARE: usize = 64;
 
@@ -40,14 +40,14 @@ pub(in crate::kernel) fn select<T: Element>(
         });
     }
     let chosen = Output::new("chosen", chosen, &[batch, heads, queries, problem.keep])?;
-    let tiles = queries.div_ceil(TILE);
+    let tasks = queries.div_ceil(ROWS);
     let work = (batch * heads * queries).saturating_mul(keys).saturating_mul(dim);
     let isa = run.isa;
     run.pool.at_most(work / WORTH_A_THREAD + 1).run(
-        batch * heads * tiles,
-        || Scratch::new(dim),
+        batch * heads * tasks,
+        || Scratch::new(dim, queries.min(ROWS)),
         |scratch, index| {
-            let (unit, start) = (index / tiles, index % tiles * TILE);
+            let (unit, start) = (index / tasks, index % tasks * ROWS);
             let (batch, head) = (unit / heads, unit % heads);
             let bias = problem.bias.as_ref().map(|bias| Matrix::of(bias, batch, head));
             let task = Task {
@@ -63,19 +63,19 @@ pub(in crate::kernel) fn select<T: Element>(
                 keep: problem.keep,
                 causal: problem.causal,
                 num_keys: keys,
-                rows: start..queries.min(start + TILE),
+                rows: start..queries.min(start + ROWS),
                 first_row: unit * queries,
                 chosen: &chosen,
                 scratch,
             };
-            // SAFETY: every index is one tile of rows of one head, and tiles do not share rows.
+            // SAFETY: every index is some rows of one head, and tasks do not share rows.
             unsafe { isa.run::<T>(task) };
         },
         run.interrupt,
     )
 }
 
-/// Up to [`TILE`] rows of one head.
+/// Up to [`ROWS`] rows of one head.
 struct Task<'a, T: Element> {
     q: Matrix<'a, T>,
     k: Matrix<'a, T>,
@@ -93,25 +93,26 @@ struct Task<'a, T: Element> {
 }
 
 /// What a thread keeps from task to task.
-struct Scratch<R> {
+struct Scratch<R: Real> {
     columns: Vec<u32>,
     queries: Buffer<R>,
     keys: Buffer<R>,
     keys_transposed: Buffer<R>,
     scores: Buffer<R>,
+    /// Per row.
     candidates: Vec<Candidates<R>>,
 }
 
 impl<R: Real> Scratch<R> {
-    fn new(dim: usize) -> Self {
+    fn new(dim: usize, rows: usize) -> Self {
         let panel = |width: usize| Buffer::zeros(TILE * padded(width));
         Scratch {
             columns: Vec::with_capacity(TILE),
-            queries: panel(dim),
+            queries: Buffer::zeros(rows * padded(dim)),
             keys: panel(dim),
             keys_transposed: panel(dim),
             scores: panel(TILE),
-            candidates: (0..TILE).map(|_| Candidates::default()).collect(),
+            candidates: (0..rows).map(|_| Candidates::default()).collect(),
         }
     }
 }
@@ -133,29 +134,35 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 let count = columns.len();
                 pack::<V, T>(&k, columns.iter().map(|&column| column as usize), &mut scratch.keys);
                 transpose::<V>(&scratch.keys, count, dim, &mut scratch.keys_transposed);
-                multiply::<V, false>(
-                    Block { data: &scratch.queries, stride },
-                    Block { data: &scratch.keys_transposed, stride: TILE },
-                    &mut scratch.scores,
-                    TILE,
-                    (rows.len(), count, dim),
-                );
-                for (slot, row) in rows.clone().enumerate() {
-                    let visible =
-                        if causal { columns.partition_point(|&key| key as usize <= row) } else { count };
-                    let scores = &mut scratch.scores[slot * TILE..slot * TILE + visible];
-                    let columns = &columns[..visible];
-                    match &bias {
-                        None => scores.iter_mut().for_each(|score| *score *= scale),
-                        Some(bias) => {
-                            for (score, &key) in scores.iter_mut().zip(columns) {
-                                *score = *score * scale + bias.at(row, key as usize).to_acc();
+                for first in (0..rows.len()).step_by(TILE) {
+                    let part = rows.start + first..rows.end.min(rows.start + first + TILE);
+                    if causal && columns[0] as usize >= part.end {
+                        continue;
+                    }
+                    multiply::<V, false>(
+                        Block { data: &scratch.queries[first * stride..], stride },
+                        Block { data: &scratch.keys_transposed, stride: TILE },
+                        &mut scratch.scores,
+                        TILE,
+                        (part.len(), count, dim),
+                    );
+                    for (slot, row) in part.enumerate() {
+                        let visible =
+                            if causal { columns.partition_point(|&key| key as usize <= row) } else { count };
+                        let scores = &mut scratch.scores[slot * TILE..(slot + 1) * TILE];
+                        let columns = &columns[..visible];
+                        let candidates = &mut scratch.candidates[first + slot];
+                        match &bias {
+                            None => candidates.offer::<V>(scores, columns, scale, keep, |_| true),
+                            Some(bias) => {
+                                for (score, &key) in scores.iter_mut().zip(columns) {
+                                    *score = *score * scale + bias.at(row, key as usize).to_acc();
+                                }
+                                let allowed = |key| allowed.keeps(row, key as usize);
+                                candidates.offer::<V>(scores, columns, T::Acc::ONE, keep, allowed);
                             }
                         }
                     }
-                    scratch.candidates[slot].offer(scores, columns, keep, |key| {
-                        bias.is_none() || allowed.keeps(row, key as usize)
-                    });
                 }
             }
             for (slot, row) in rows.clone().enumerate() {
@@ -167,44 +174,68 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
 
 /// The best keys of one row so far, and some that may yet turn out to be among them.
 #[derive(Debug)]
-struct Candidates<R> {
-    entries: Vec<(R, u32)>,
+struct Candidates<R: Real> {
+    places: Vec<R::Place>,
     /// The worst score that is still kept, once there are more candidates than places: what is no better need not come in,
     /// because keys arrive in ascending order and the lower index wins a tie.
     bar: Option<R>,
 }
 
-impl<R> Default for Candidates<R> {
+impl<R: Real> Default for Candidates<R> {
     fn default() -> Self {
-        Candidates { entries: Vec::new(), bar: None }
+        Candidates { places: Vec::new(), bar: None }
     }
 }
 
 impl<R: Real> Candidates<R> {
     fn clear(&mut self) {
-        self.entries.clear();
+        self.places.clear();
         self.bar = None;
     }
 
+    /// Take in those of `keys` that may be among the `keep` best. Their scores are `scale` times `scores`, which end with a whole
+    /// register.
+    ///
+    /// # Safety
+    /// The instructions of `V` are available.
     #[inline(always)]
-    fn offer(&mut self, scores: &[R], keys: &[u32], keep: usize, allowed: impl Fn(u32) -> bool) {
-        if let Some(bar) = self.bar {
-            // Most tiles hold nothing that passes; this loop has no branches. NaN passes, to be looked at below.
-            let mut passing = 0u32;
-            for &score in scores {
-                passing += u32::from(!is_at_most(score, bar));
+    unsafe fn offer<V: Vector<Lane = R>>(
+        &mut self,
+        scores: &[R],
+        keys: &[u32],
+        scale: R,
+        keep: usize,
+        allowed: impl Fn(u32) -> bool,
+    ) {
+        assert!(scores.len() >= keys.len().next_multiple_of(V::LANES));
+        for (index, keys) in keys.chunks(V::LANES).enumerate() {
+            // SAFETY: the scores are there, as asserted; the instructions are the caller's promise.
+            let scores = unsafe { V::load(scores.as_ptr().add(index * V::LANES)) * V::splat(scale) };
+            let mut passing = u32::MAX >> (u32::BITS as usize - keys.len());
+            if let Some(bar) = self.bar {
+                // SAFETY: as above. NaN passes, and is sorted out with the others.
+                passing &= !scores.at_most(unsafe { V::splat(bar) });
             }
             if passing == 0 {
-                return;
+                continue;
             }
-        }
-        for (&score, &key) in scores.iter().zip(keys) {
-            let passes = self.bar.is_none_or(|bar| by_score(score, bar) == Ordering::Less);
-            if passes && allowed(key) {
-                self.entries.push((score, key));
-                if self.entries.len() >= keep + keep.max(SPARE) {
-                    self.cut(keep);
+            let mut values = [R::ZERO; MAX_LANES];
+            // SAFETY: no register has more lanes.
+            unsafe { scores.store(values.as_mut_ptr()) };
+            // All at once, which takes registers; one by one it takes branches that nothing predicts.
+            let mut places = [R::ZERO.place(); MAX_LANES];
+            for lane in 0..V::LANES {
+                places[lane] = values[lane].place();
+            }
+            while passing != 0 {
+                let lane = passing.trailing_zeros() as usize;
+                passing &= passing - 1;
+                if allowed(keys[lane]) {
+                    self.places.push(R::with_key(places[lane], keys[lane]));
                 }
+            }
+            if self.places.len() >= keep + keep.max(SPARE) {
+                self.cut(keep);
             }
         }
     }
@@ -212,28 +243,23 @@ impl<R: Real> Candidates<R> {
     /// Keep the best.
     #[inline(never)]
     fn cut(&mut self, keep: usize) {
-        if self.entries.len() <= keep {
+        if self.places.len() <= keep {
             return;
         }
-        let better = |a: &(R, u32), b: &(R, u32)| by_score(a.0, b.0).then(a.1.cmp(&b.1));
-        let (_, worst, _) = self.entries.select_nth_unstable_by(keep - 1, better);
-        self.bar = Some(worst.0);
-        self.entries.truncate(keep);
+        let (_, &mut worst, _) = self.places.select_nth_unstable(keep - 1);
+        self.bar = Some(R::placed(worst).0);
+        self.places.truncate(keep);
     }
 
     /// The keys kept, ascending, then [`NO_KEY`].
     #[inline(never)]
     fn write(&mut self, keep: usize, to: &mut [u32]) {
         self.cut(keep);
-        to.fill(NO_KEY);
-        for (place, (_, key)) in to.iter_mut().zip(&self.entries) {
-            *place = *key;
+        let (keys, rest) = to.split_at_mut(self.places.len());
+        for (key, &place) in keys.iter_mut().zip(&self.places) {
+            *key = R::placed(place).1;
         }
-        to[..self.entries.len()].sort_unstable();
+        keys.sort_unstable();
+        rest.fill(NO_KEY);
     }
-}
-
-#[inline(always)]
-fn is_at_most<R: Real>(score: R, bar: R) -> bool {
-    score <= bar
 }

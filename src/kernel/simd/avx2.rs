@@ -52,6 +52,12 @@ register! {
         }
 
         #[inline(always)]
+        fn at_most(self, bound: Self) -> u32 {
+            // SAFETY: as above.
+            unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(self.0, bound.0)) as u32 }
+        }
+
+        #[inline(always)]
         fn sum_of_four(self) -> Self {
             // SAFETY: as above.
             unsafe {
@@ -191,6 +197,12 @@ register! {
         fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self {
             // SAFETY: as above.
             unsafe { Self(_mm256_blendv_pd(otherwise.0, self.0, _mm256_cmp_pd::<_CMP_LT_OQ>(x.0, bound.0))) }
+        }
+
+        #[inline(always)]
+        fn at_most(self, bound: Self) -> u32 {
+            // SAFETY: as above.
+            unsafe { _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_LE_OQ>(self.0, bound.0)) as u32 }
         }
 
         #[inline(always)]

@@ -52,6 +52,12 @@ register! {
         }
 
         #[inline(always)]
+        fn at_most(self, bound: Self) -> u32 {
+            // SAFETY: as above.
+            unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(self.0, bound.0)) }
+        }
+
+        #[inline(always)]
         fn sum_of_four(self) -> Self {
             // SAFETY: as above.
             unsafe {
@@ -166,6 +172,12 @@ register! {
             unsafe {
                 Self(_mm512_mask_mov_pd(otherwise.0, _mm512_cmp_pd_mask::<_CMP_LT_OQ>(x.0, bound.0), self.0))
             }
+        }
+
+        #[inline(always)]
+        fn at_most(self, bound: Self) -> u32 {
+            // SAFETY: as above.
+            unsafe { u32::from(_mm512_cmp_pd_mask::<_CMP_LE_OQ>(self.0, bound.0)) }
         }
 
         #[inline(always)]

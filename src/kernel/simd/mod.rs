@@ -80,6 +80,8 @@ pub trait Vector:
     fn or_zero_below(self, x: Self, bound: Self) -> Self;
     /// `self` in lanes where `x < bound`, else `otherwise`.
     fn where_below(self, x: Self, bound: Self, otherwise: Self) -> Self;
+    /// A bit per lane: whether `self <= bound`, which NaN never is.
+    fn at_most(self, bound: Self) -> u32;
     /// The first `count <= LANES` lanes of `self`, the others of `filler`.
     fn first_or(self, count: usize, filler: Self) -> Self;
     /// The lanes of `self` whose bit is set in `bits`, the others of `filler`.

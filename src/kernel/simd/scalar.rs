@@ -102,6 +102,15 @@ impl<R: Real, const N: usize> Vector for Portable<R, N> {
     }
 
     #[inline(always)]
+    fn at_most(self, bound: Self) -> u32 {
+        let mut bits = 0;
+        for lane in 0..N {
+            bits |= u32::from(self.0[lane] <= bound.0[lane]) << lane;
+        }
+        bits
+    }
+
+    #[inline(always)]
     fn first_or(mut self, count: usize, filler: Self) -> Self {
         for lane in 0..N {
             self.0[lane] = if lane < count { self.0[lane] } else { filler.0[lane] };

@@ -64,6 +64,10 @@ impl<R: Real> Kernel<R> for Arithmetic {
                 assert!(lanes(va.or_zero_below(vb, vc))[lane] == if y < z { R::ZERO } else { x });
                 let below = lanes(va.where_below(vb, vc, vd))[lane];
                 assert!(below == if y < z { x } else { d[lane] });
+                assert!((va.at_most(vb) >> lane & 1 != 0) == (x <= y));
+                assert!(va.at_most(va) >> lane & 1 != 0);
+                // SAFETY: the test runs what is available.
+                assert!(va.at_most(unsafe { V::splat(R::from_f64(f64::NAN)) }) == 0);
                 let group = &a[lane / 4 * 4..lane / 4 * 4 + 4];
                 let expected = R::from_f64(group.iter().map(|x| x.to_f64()).sum());
                 assert!(close(lanes(va.sum_of_four())[lane], expected));
