@@ -33,6 +33,12 @@ class TestTimm:
         for a, b in zip(mine, truth, strict=True):
             assert_same(a, b, atol=1e-10)
 
+    def test_dropout_with_masked_logits_zero_is_refused_before_anything_is_swapped(self):
+        model = vit(attn_drop_rate=0.1)
+        with pytest.raises(sm.ConfigError, match=r"blocks.0.attn: dropout: expected 0 with `masked_logits: zero`"):
+            sm.sparsify(model, {**FIBOTTENTION, "masked_logits": "zero"})
+        assert type(model.blocks[0].attn) is timm.layers.attention.Attention
+
     def test_the_report_lists_every_layer(self):
         model = vit()
         report = sm.sparsify(model, FIBOTTENTION)

@@ -66,6 +66,40 @@ class TestTorch:
         sm.densify(layer)
         assert type(layer) is nn.MultiheadAttention
 
+    @pytest.mark.parametrize(
+        ("config", "options", "message"),
+        [
+            ({**LOCAL, "embed_dim": 7}, {}, "embed_dim: the configuration is for 7"),
+            (
+                {**FIBOTTENTION, "masked_logits": "zero"},
+                {"dropout": 0.1},
+                "dropout: expected 0 with `masked_logits: zero`",
+            ),
+            ({**FIBOTTENTION, "masked_logits": "zero"}, {"add_zero_attn": True}, "masked_logits: `zero` cannot be"),
+            ({"mask": "topk"}, {"add_bias_kv": True}, "mask: `topk` cannot be combined with add_bias_kv"),
+            ({"backend": "efficient"}, {"add_bias_kv": True}, "backend: `efficient` cannot be combined"),
+        ],
+    )
+    def test_a_layer_that_cannot_take_the_configuration_leaves_the_whole_model_as_it_was(
+        self, config, options, message
+    ):
+        model = nn.Sequential(nn.MultiheadAttention(12, 3), nn.MultiheadAttention(12, 3, **options))
+        with pytest.raises(sm.ConfigError, match=f"[01]: {message}"):
+            sm.sparsify(model, config)
+        assert {type(layer) for layer in model} == {nn.MultiheadAttention}
+        if options:
+            report = sm.sparsify(model, config, strict=False)
+            assert [row.status for row in report.rows] == ["swapped", "skipped"]
+            assert type(model[1]) is nn.MultiheadAttention
+
+    def test_a_layer_is_converted_wholly_or_not_at_all(self):
+        config = {**FIBOTTENTION, "masked_logits": "zero"}
+        zero_logits = SparseMHSA(12, 3, config=config).layer_mask
+        layer = nn.MultiheadAttention(12, 3, dropout=0.1)
+        with pytest.raises(ValueError, match="dropout"):
+            SparseMHSA.convert(layer, zero_logits)
+        assert type(layer) is nn.MultiheadAttention
+
     def test_subclasses_are_listed_not_swapped(self):
         class MyMultiheadAttention(nn.MultiheadAttention):
             pass

@@ -539,10 +539,14 @@ def build_backend(layer_mask: LayerMask | Mask, head_dim: int, dropout: float, l
 
     Raises:
         ConfigError: the backend cannot be used there.
-        ValueError: it cannot honour the dropout or the scale.
+        ValueError: it cannot honour the dropout or the scale, or ``masked_logits: zero`` meets dropout.
     """
     if layer_mask.backend == flex.NAME and dropout > 0.0:
         raise ValueError(f"dropout: expected 0, because the backend `{flex.NAME}` drops no weights; got {dropout}")
+    if layer_mask.masked_logits == "zero" and dropout > 0.0:
+        raise ValueError(
+            f"dropout: expected 0 with `masked_logits: zero`, which has no meaning with dropout; got {dropout}"
+        )
     if isinstance(layer_mask, Mask) or layer_mask.config.uses_edges:
         return None
     config = layer_mask.config

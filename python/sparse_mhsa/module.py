@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends import Backend
+from .backends import Backend, check_backend
 from .config import ConfigLike, config_error, load_config
 from .content import edges_of
 from .edges import EdgeSource, append_visible_keys
@@ -175,7 +175,11 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
 
         Returns:
             The same object.
+
+        Raises:
+            ValueError: the layer cannot honour the mask; it stays as it was.
         """
+        check_layer(mha, layer_mask)
         mha.__class__ = cls
         assert isinstance(mha, SparseMHSA)
         mha._adopt(layer_mask)
@@ -192,18 +196,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         return dense
 
     def _adopt(self, layer_mask: LayerMask | Mask) -> None:
-        embed_dim = None if layer_mask.config is None else layer_mask.config.embed_dim
-        if embed_dim not in (None, self.embed_dim):
-            raise ValueError(f"embed_dim: the configuration is for {embed_dim}, but it is used with {self.embed_dim}")
-        if layer_mask.masked_logits == "zero" and self.dropout > 0.0:
-            raise ValueError(
-                f"dropout: expected 0 with `masked_logits: zero`, which has no meaning with dropout; got {self.dropout}"
-            )
-        without_edges = layer_mask.config is not None and not layer_mask.config.uses_edges
-        if without_edges and (self.bias_k is not None or self.add_zero_attn):
-            raise config_error(
-                f"backend: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn", key="backend"
-            )
+        check_layer(self, layer_mask)
         self._set_mechanism(layer_mask, self.head_dim, self.dropout, self.out_proj.weight)
         if stay_off_fast_path not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(stay_off_fast_path)
@@ -470,10 +463,6 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         layer_mask = self.layer_mask
         if layer_mask.is_dense:
             return k, v, key_mask, bias, None
-        if layer_mask.by_content:
-            raise ValueError(f"mask: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn")
-        if layer_mask.masked_logits == "zero":
-            raise ValueError("masked_logits: `zero` cannot be combined with add_bias_kv or add_zero_attn")
         check_square(layer_mask, queries, keys)
         ((_, row_ptr, col),) = layer_mask.source(queries).per_head(batch, self.num_heads, queries, keys, k.device)
         return k, v, key_mask, bias, append_visible_keys(row_ptr, col, keys, len(extra))
@@ -481,6 +470,32 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
     def extra_repr(self) -> str:
         """Sizes and mask, with the density where the number of tokens is known."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self._mask_repr()}"
+
+
+def check_layer(mha: nn.MultiheadAttention, layer_mask: LayerMask | Mask) -> None:
+    """Raise, without changing anything, what keeps a layer from attending by a mask.
+
+    Args:
+        mha: the layer, dense or sparse.
+        layer_mask: the mask, for its number of heads.
+
+    Raises:
+        ConfigError: the backend cannot be used there.
+        ValueError: the sizes, the dropout or the appended keys of ``mha`` do not go with the mask.
+    """
+    embed_dim = None if layer_mask.config is None else layer_mask.config.embed_dim
+    if embed_dim not in (None, mha.embed_dim):
+        raise ValueError(f"embed_dim: the configuration is for {embed_dim}, but it is used with {mha.embed_dim}")
+    if mha.bias_k is not None or mha.add_zero_attn:
+        if layer_mask.config is not None and not layer_mask.config.uses_edges:
+            raise config_error(
+                f"backend: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn", key="backend"
+            )
+        if layer_mask.by_content:
+            raise ValueError(f"mask: `{layer_mask.name}` cannot be combined with add_bias_kv or add_zero_attn")
+        if layer_mask.masked_logits == "zero" and not layer_mask.is_dense:
+            raise ValueError("masked_logits: `zero` cannot be combined with add_bias_kv or add_zero_attn")
+    check_backend(layer_mask, mha.head_dim, mha.dropout, None)
 
 
 def stay_off_fast_path(module: nn.Module, args: object) -> None:

@@ -147,6 +147,7 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         num_prefix_tokens=site.num_prefix_tokens,
         head_dim=head_dim,
     )
+    site.adapter.check(site.module, layer_mask)
     check_backend(layer_mask, head_dim, site.adapter.dropout(site.module), site.num_tokens)
     density = nnz = None
     if site.num_tokens is not None and layer_mask.config.uses_edges and not layer_mask.by_content:

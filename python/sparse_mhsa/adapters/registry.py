@@ -36,6 +36,9 @@ class Adapter(ABC):
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap ``module`` in place, or give an already swapped one another mask."""
 
+    def check(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:  # noqa: B027  (optional)
+        """Raise, without changing anything, what would keep `sparsify` from swapping ``module``."""
+
     def dropout(self, module: nn.Module) -> float:
         """Probability that ``module`` drops an attention weight in training."""
         return 0.0

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..layer_mask import LayerMask
 from ..mask import Mask
-from ..module import SparseMHSA
+from ..module import SparseMHSA, check_layer
 from .registry import Adapter, Layout, random_image, register_adapter
 
 _DENSE_NESTED_TENSOR = "_dense_use_nested_tensor"
@@ -30,6 +30,11 @@ class TorchAdapter(Adapter):
         """Swap in place."""
         assert isinstance(module, nn.MultiheadAttention)
         SparseMHSA.convert(module, layer_mask)
+
+    def check(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
+        """Sizes and appended keys."""
+        assert isinstance(module, nn.MultiheadAttention)
+        check_layer(module, layer_mask)
 
     def dropout(self, module: nn.Module) -> float:
         """Of the attention weights."""
