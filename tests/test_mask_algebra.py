@@ -580,3 +580,21 @@ def test_any_edges_survive_every_form(num_tokens, seed, density):
     for form in forms:
         assert torch.equal(form.to_dense(), dense)
         assert form == mask
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: sm.Mask.from_dense(torch.ones(2, 2, dtype=torch.bool), num_heads=10**12), ValueError, "num_heads"),
+        (lambda: sm.Mask.from_dense(torch.ones(2, 2, dtype=torch.bool), num_heads=-1), ValueError, "num_heads"),
+        (lambda: sm.Mask.from_csr([0, 1], [0], num_heads=2**70), ValueError, "num_heads"),
+        (lambda: sm.Mask.from_function(lambda _, row: [row], None, 1), TypeError, "num_tokens"),
+        (lambda: sm.Mask.per_head([1]), TypeError, "masks"),
+        (lambda: sm.Mask.from_config("mask: none", num_tokens=2**70, num_heads=1), ValueError, "num_tokens"),
+        (lambda: sm.Mask.from_config("mask: none", num_tokens=4, num_heads=None), TypeError, "num_heads"),
+        (lambda: sm.Mask.from_config("mask: none", num_tokens=4, num_heads=1, layer=None), TypeError, "layer"),
+    ],
+)
+def test_a_size_that_no_mask_has_is_named(make, error, message):
+    with pytest.raises(error, match=f"^{message}: expected"):
+        make()

@@ -123,20 +123,25 @@ def config_error(message: str, source: str | None = None, key: str | None = None
     return error
 
 
-def integer(name: str, value: object, least: int = 0) -> int:
+MAX_HEADS = 4096
+"""The most heads that a mask may have."""
+
+
+def integer(name: str, value: object, least: int = 0, most: int = 2**63 - 1) -> int:
     """An argument that counts something.
 
     Args:
         name: of the argument.
         value: what was given for it; any integer, NumPy's too.
         least: the smallest number allowed.
+        most: the largest.
 
     Returns:
         The number.
 
     Raises:
         TypeError: ``value`` is no integer.
-        ValueError: it is less than ``least``.
+        ValueError: it is less than ``least`` or more than ``most``.
     """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -144,6 +149,8 @@ def integer(name: str, value: object, least: int = 0) -> int:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r:.60}") from None
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
+    if number > most:
+        raise ValueError(f"{name}: expected at most {most}, got {number}")
     return number
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._core import Edges
+from .config import MAX_HEADS, integer
 
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
@@ -45,7 +46,7 @@ def edges_from_dense(dense: Array, num_heads: int | None = None) -> Edges:
     if cells.ndim != 3 or cells.shape[0] < 1 or cells.shape[1] != cells.shape[2]:
         raise ValueError(f"dense: expected shape (N, N) or (H, N, N), got {cells.shape}")
     edges = Edges.from_dense(cells.view(np.uint8))
-    return edges if num_heads is None else edges.with_heads(num_heads)
+    return edges if num_heads is None else edges.with_heads(integer("num_heads", num_heads, 1, MAX_HEADS))
 
 
 def edges_from_csr(row_ptr: object, col: Array | None = None, num_heads: int | None = None) -> Edges:
@@ -74,7 +75,7 @@ def edges_from_csr(row_ptr: object, col: Array | None = None, num_heads: int | N
     if columns.ndim != 1:
         raise ValueError(f"col: expected one dimension, got {columns.shape}")
     edges = Edges.from_csr(pointers, columns)
-    return edges if num_heads is None else edges.with_heads(num_heads)
+    return edges if num_heads is None else edges.with_heads(integer("num_heads", num_heads, 1, MAX_HEADS))
 
 
 def edges_from_function(keep: RowFunction, num_tokens: int, num_heads: int) -> Edges:
@@ -92,8 +93,7 @@ def edges_from_function(keep: RowFunction, num_tokens: int, num_heads: int) -> E
         TypeError: a row is neither bool nor integer.
         ValueError: a row has the wrong shape, or an index that is out of range or given twice.
     """
-    if num_tokens < 0 or num_heads < 1:
-        raise ValueError(f"expected num_tokens >= 0 and num_heads >= 1, got {num_tokens} and {num_heads}")
+    num_tokens, num_heads = integer("num_tokens", num_tokens), integer("num_heads", num_heads, 1, MAX_HEADS)
     row_ptr, rows, edges = np.zeros((num_heads, num_tokens + 1), dtype=np.int64), [], 0
     for head in range(num_heads):
         row_ptr[head, 0] = edges

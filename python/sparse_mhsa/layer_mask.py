@@ -61,7 +61,7 @@ class LayerMask:
             )
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens", "head_dim"):
             number = getattr(self, name)
-            if number is not None:
+            if number is not None or name in ("num_heads", "layer", "epoch"):
                 object.__setattr__(self, name, integer(name, number))
         if grid is not None and min(grid, default=0) < 1:
             raise ValueError(f"grid: expected sides of at least 1, got {grid}")

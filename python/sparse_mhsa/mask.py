@@ -223,10 +223,13 @@ class Mask:
             The mask, of H heads.
 
         Raises:
+            TypeError: something is no mask.
             ValueError: there is none, they differ in tokens or options, or one has neither 1 nor H heads.
         """
         masks = list(masks)
         for head, mask in enumerate(masks):
+            if not isinstance(mask, Mask):
+                raise TypeError(f"masks: expected a Mask at {head}, got {type(mask).__name__}")
             if mask.num_heads not in (1, len(masks)):
                 raise ValueError(f"masks: expected 1 or {len(masks)} heads in mask {head}, got {mask.num_heads}")
         heads = [(mask._edges, head if mask.num_heads > 1 else 0) for head, mask in enumerate(masks)]
