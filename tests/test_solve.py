@@ -1,5 +1,6 @@
 """The budget solver: the parameter it returns meets the target, and no other value comes closer."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,12 @@ def problem(name):
 
 
 def every_value(name, config, place):
-    """(value, density, pruning ratio) of all values that exist."""
-    (key, *_) = REGISTERED[name]["budget_keys"]
+    """(value, density, pruning ratio) of all values that exist, of every parameter alone."""
+    for preferred, *_ in REGISTERED[name]["budget_keys"]:
+        yield from every_value_of(preferred, config, place)
+
+
+def every_value_of(key, config, place):
     values = range(TOKENS + 2)
     if key.endswith("_ratio"):
         values = [pairs / TOKENS**2 for pairs in range(1, TOKENS**2 + 1)]
@@ -68,7 +73,28 @@ def test_no_other_value_comes_closer(name, target):
     assert abs(by_density.density - target) <= min(abs(density - target) for _, density, _ in values) + noise
     by_ratio = sm.solve_budget(config, pruning_ratio=1 - target, **place)
     assert abs(by_ratio.pruning_ratio - 1 + target) <= min(abs(ratio - 1 + target) for *_, ratio in values) + noise
-    assert by_ratio.parameter == REGISTERED[name]["budget_keys"][0]
+    assert by_ratio.parameter in [preferred for preferred, *_ in REGISTERED[name]["budget_keys"]]
+
+
+@pytest.mark.parametrize("name", ["bigbird", "vertical_slash_estimated"])
+@pytest.mark.parametrize("target", [0.01, 0.02, 0.05, 0.1, 0.4])
+@pytest.mark.parametrize("tokens", [50, 197])
+def test_parameters_are_set_together_where_that_comes_closer(name, tokens, target):
+    """Any one of columns, distances and window alone leaves what the other two keep."""
+    config = CONFIGS / f"{name}.yaml"
+    given = json.loads(sm.load_config(config).to_json())
+    place = {"num_tokens": tokens, "num_heads": HEADS, "density": target}
+    keys = [preferred for preferred, *_ in REGISTERED[given["mask"]]["budget_keys"]]
+    alone = {key: sm.solve_budget(config, parameter=key, **place) for key in keys}
+    missed = min(abs(solution.density - target) for solution in alone.values())
+    solution = sm.solve_budget(config, **place)
+    # The prefix, each patch itself, and one column or distance are left at least; no step is more than one of these.
+    least = (2 * tokens - 1 + 2 * tokens) / tokens**2
+    assert abs(solution.density - target) <= 1 / tokens or solution.density <= least
+    assert abs(solution.density - target) < missed or len(solution.values) == 1
+    assert all(one.values == {key: one.value} for key, one in alone.items())
+    changed = json.loads(solution.config.to_json())["mask_kwargs"]
+    assert {**given["mask_kwargs"], **solution.values} == changed
 
 
 @pytest.mark.parametrize("summary", [None, 1])

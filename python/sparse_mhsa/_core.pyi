@@ -175,8 +175,8 @@ class Edges:
 
 def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``budget_keys`` (those
-    that set how many pairs are kept), ``default_prefix`` (None if
-    it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
+    that set how many pairs are kept: a list for each quantity, with its other names after the preferred one),
+    ``default_prefix`` (None if it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
 
 def allocate(total: int, weights: list[float], minimum: list[int], maximum: list[int]) -> list[int]:
     """``total`` split in proportion to ``weights`` within bounds, by largest remainder; see `sparse_mhsa.budget`."""

@@ -7,13 +7,16 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from . import _core
-from ._core import AttentionConfig, Edges
+from ._core import AttentionConfig, ConfigError, Edges
 from .config import ConfigLike, config_error, load_config
 from .flops import Unit, attention_macs, in_unit
 from .layer_mask import LayerMask
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 _EVERY_VALUE = 4096
 """Values that are tried one by one where more of a parameter does not always mean more pairs."""
@@ -23,18 +26,26 @@ _EVERY_VALUE = 4096
 class Solution:
     """The value of a mask's parameter that meets a budget as closely as the mask can."""
 
-    parameter: str
-    """Key of ``mask_kwargs``."""
-    value: int | float
-    """What it must be."""
+    values: Mapping[str, int | float]
+    """What must be set in ``mask_kwargs``: one key, or several where none alone comes as close."""
     config: AttentionConfig
-    """The configuration with that value."""
+    """The configuration with these values."""
     density: float
     """Share of all query-key pairs that is then kept, prefix included."""
     pruning_ratio: float
     """1 - density over the patch-to-patch pairs, the convention of published tables."""
     edges: float
     """Pairs kept in all heads, and in all layers if there are ``num_layers``; a mean for a mask by content."""
+
+    @property
+    def parameter(self) -> str:
+        """The first key of ``values``."""
+        return next(iter(self.values))
+
+    @property
+    def value(self) -> int | float:
+        """What ``parameter`` must be."""
+        return self.values[self.parameter]
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,9 @@ def solve_budget(
 
     So methods are compared at matched cost. The parameter is searched by counting edges, never with an N x N array:
     by bisection where more of it always means more pairs (or fewer), otherwise value by value. Of two values equally
-    close the cheaper one, and of equal costs the lower value, is taken. A mask that chooses keys by content is counted
-    in the mean over contents for which every key is equally likely to be chosen.
+    close the cheaper one, and of equal costs the lower value, is taken. Of several parameters (bigbird, vertical_slash)
+    the one that comes closest is set, and another with it only where that comes closer still. A mask that chooses keys
+    by content is counted in the mean over contents for which every key is equally likely to be chosen.
 
     Args:
         config: whatever `load_config` takes; a mapping may leave out the parameter itself.
@@ -91,11 +103,11 @@ def solve_budget(
         layer: which, without ``num_layers``.
         grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
         num_prefix_tokens: leading tokens off the grid; the configuration's own value wins.
-        parameter: key of ``mask_kwargs`` to set; default is the one that the mask names for it (``budget_keys`` in
-            the registry). Required for masks that are registered by the program.
+        parameter: key of ``mask_kwargs`` to set, and no other; default is what the mask names for it
+            (``budget_keys`` in the registry). Required for masks that are registered by the program.
 
     Returns:
-        Parameter, value, the finished configuration and what it keeps.
+        What is set, the finished configuration and what it keeps.
 
     Raises:
         ConfigError: the configuration cannot be honoured, the backend has no edges, or the mask has no such
@@ -103,45 +115,23 @@ def solve_budget(
         ValueError: not exactly one budget is given, or it is out of range.
     """
     document = _document(config)
-    kwargs = dict(document.get("mask_kwargs") or {})
     place = _Place(num_tokens, num_heads, layer, num_layers, grid, num_prefix_tokens, head_dim)
-    key = parameter or _budget_key(document, kwargs, place)
-
-    def with_value(value: float) -> AttentionConfig:
-        return load_config(document | {"mask_kwargs": kwargs | {key: value}})
-
-    @functools.cache
-    def count(value: float) -> _Count | None:
-        try:
-            return place.count(with_value(value))
-        except ValueError:
-            return None
-
-    values = _values(key, num_tokens, lambda value: count(value) is not None)
-    if values is None:
-        place.count(with_value(1))  # raises what is wrong
-        where = f"mask_kwargs.{key}"
-        raise config_error(f"{where}: no value can be applied to {num_tokens} tokens", key=where)
-    first = count(values.at(0))
-    assert first is not None
-    target = _target(place, first, density, pruning_ratio, flops, unit)
-    between_patches = pruning_ratio is not None
-
-    def cost(index: int) -> float | None:
-        counted = count(values.at(index))
-        return None if counted is None else counted.patches if between_patches else counted.edges
-
-    index = _closest(cost, values.count, target)
-    if index is None:
-        raise config_error(
-            f"mask_kwargs.{key}: does not change how many pairs `{document.get('mask')}` keeps, a density of "
-            f"{first.density:.4%}",
-            key=f"mask_kwargs.{key}",
-        )
-    value = values.at(index)
-    found = count(value)
-    assert found is not None
-    return Solution(key, value, with_value(value), found.density, found.pruning_ratio, found.edges)
+    budget = _Budget(density, pruning_ratio, flops, unit)
+    keys = [parameter] if parameter is not None else _budget_keys(document, place)
+    values: dict[str, int | float] = {}
+    best: _Found | None = None
+    while keys:
+        found = _closest_of(document, keys, place, budget)
+        if best is None and isinstance(found, ConfigError):
+            raise found
+        if isinstance(found, ConfigError) or (best and not found.missed < best.missed):
+            break
+        best = found
+        values[found.key] = found.value
+        keys = [key for key in keys if key != found.key]
+        document = document | {"mask_kwargs": dict(document.get("mask_kwargs") or {}) | {found.key: found.value}}
+    assert best is not None
+    return Solution(values, load_config(document), best.count.density, best.count.pruning_ratio, best.count.edges)
 
 
 @dataclass(frozen=True)
@@ -189,51 +179,123 @@ def _document(config: ConfigLike) -> dict[str, Any]:
     return document
 
 
-def _budget_key(document: Mapping[str, Any], kwargs: Mapping[str, object], place: _Place) -> str:
+def _budget_keys(document: Mapping[str, Any], place: _Place) -> list[str]:
+    """One key for each quantity that sets how many pairs the mask keeps: those that are given, then the others."""
     name = str(document.get("mask") or "none").lower()
     entry = next((x for x in _core.registered_masks() if name in (x["name"], *x["aliases"])), None)
-    keys: list[str] = [] if entry is None else entry["budget_keys"]
-    if keys:
-        return next((key for key in keys if kwargs.get(key) is not None), keys[0])
-    kept = place.count(load_config(document))
-    raise config_error(
-        f"mask: `{name}` names no parameter that sets how many pairs it keeps; its density is {kept.density:.4%}, its "
-        f"pruning ratio {kept.pruning_ratio:.4%}",
-        key="mask",
-    )
+    quantities: list[list[str]] = [] if entry is None else entry["budget_keys"]
+    if not quantities:
+        kept = place.count(load_config(document))
+        raise config_error(
+            f"mask: `{name}` names no parameter that sets how many pairs it keeps; its density is {kept.density:.4%}, "
+            f"its pruning ratio {kept.pruning_ratio:.4%}",
+            key="mask",
+        )
+    kwargs = document.get("mask_kwargs") or {}
+    given = {key for key, value in kwargs.items() if value is not None}
+    keys = [next((key for key in names if key in given), names[0]) for names in quantities]
+    return sorted(keys, key=lambda key: key not in given)
 
 
-def _target(
-    place: _Place,
-    like: _Count,
-    density: float | None,
-    pruning_ratio: float | None,
-    flops: float | None,
-    unit: Unit | None,
-) -> float:
-    """Edges to keep, between patches for a pruning ratio."""
-    given = {"density": density, "pruning_ratio": pruning_ratio, "flops": flops}
-    if sum(value is not None for value in given.values()) != 1:
-        raise ValueError(f"budget: give exactly one of {', '.join(given)}")
-    if flops is None and unit is not None:
-        raise ValueError(f"unit: expected None except with flops, got {unit!r}")
-    if density is not None:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density: expected more than 0 and at most 1, got {density}")
-        return density * like.dense_edges
-    if pruning_ratio is not None:
-        if not 0.0 <= pruning_ratio < 1.0:
-            raise ValueError(f"pruning_ratio: expected at least 0 and less than 1, got {pruning_ratio}")
-        return (1.0 - pruning_ratio) * like.dense_patches
-    assert flops is not None
-    if not 0.0 < flops < math.inf:
-        raise ValueError(f"flops: expected a number above 0, got {flops}")
-    for name, value in (("unit", unit), ("head_dim", place.head_dim), ("num_layers", place.num_layers)):
-        if value is None:
-            raise ValueError(f"{name}: expected a value with flops, got None")
-    assert unit is not None
-    assert place.head_dim is not None
-    return flops / in_unit(attention_macs(1, place.head_dim), unit)
+@dataclass(frozen=True)
+class _Budget:
+    """What the caller asks for."""
+
+    density: float | None
+    pruning_ratio: float | None
+    flops: float | None
+    unit: Unit | None
+
+    def spent(self, count: _Count) -> float:
+        """What of a mask's cost the budget is about."""
+        return count.edges if self.pruning_ratio is None else count.patches
+
+    def target(self, place: _Place, like: _Count) -> float:
+        """Edges to keep, between patches for a pruning ratio."""
+        given = {"density": self.density, "pruning_ratio": self.pruning_ratio, "flops": self.flops}
+        if sum(value is not None for value in given.values()) != 1:
+            raise ValueError(f"budget: give exactly one of {', '.join(given)}")
+        if self.flops is None and self.unit is not None:
+            raise ValueError(f"unit: expected None except with flops, got {self.unit!r}")
+        if self.density is not None:
+            if not 0.0 < self.density <= 1.0:
+                raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
+            return self.density * like.dense_edges
+        if self.pruning_ratio is not None:
+            if not 0.0 <= self.pruning_ratio < 1.0:
+                raise ValueError(f"pruning_ratio: expected at least 0 and less than 1, got {self.pruning_ratio}")
+            return (1.0 - self.pruning_ratio) * like.dense_patches
+        assert self.flops is not None
+        if not 0.0 < self.flops < math.inf:
+            raise ValueError(f"flops: expected a number above 0, got {self.flops}")
+        for name, value in (("unit", self.unit), ("head_dim", place.head_dim), ("num_layers", place.num_layers)):
+            if value is None:
+                raise ValueError(f"{name}: expected a value with flops, got None")
+        assert self.unit is not None
+        assert place.head_dim is not None
+        return self.flops / in_unit(attention_macs(1, place.head_dim), self.unit)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The value of one parameter that comes closest."""
+
+    key: str
+    value: int | float
+    count: _Count
+    missed: float
+    """Edges between what it spends and the target."""
+
+
+def _closest_of(
+    document: Mapping[str, Any], keys: Sequence[str], place: _Place, budget: _Budget
+) -> _Found | ConfigError:
+    """The parameter that alone comes closest, of equally close ones the cheapest; or why none can be set."""
+
+    def tried(key: str) -> _Found | ConfigError:
+        try:
+            return _closest_value(document, key, place, budget)
+        except ConfigError as error:  # such as a number of what the mask is given as a list
+            return error
+
+    outcomes = [tried(key) for key in keys]
+    found = [outcome for outcome in outcomes if isinstance(outcome, _Found)]
+    return min(found, key=lambda one: (one.missed, budget.spent(one.count))) if found else outcomes[0]
+
+
+def _closest_value(document: Mapping[str, Any], key: str, place: _Place, budget: _Budget) -> _Found:
+    kwargs = dict(document.get("mask_kwargs") or {})
+
+    @functools.cache
+    def count(value: float) -> _Count | None:
+        try:
+            return place.count(with_value(value))
+        except ValueError:
+            return None
+
+    def with_value(value: float) -> AttentionConfig:
+        return load_config({**document, "mask_kwargs": kwargs | {key: value}})
+
+    values = _values(key, place.num_tokens, lambda value: count(value) is not None)
+    where = f"mask_kwargs.{key}"
+    if values is None:
+        place.count(with_value(1))  # raises what is wrong
+        raise config_error(f"{where}: no value can be applied to {place.num_tokens} tokens", key=where)
+    first = _known(count, values.at(0))
+    target = budget.target(place, first)
+
+    def cost(index: int) -> float | None:
+        counted = count(values.at(index))
+        return None if counted is None else budget.spent(counted)
+
+    index = _closest(cost, values.count, target)
+    if index is None:
+        raise config_error(
+            f"{where}: does not change how many pairs `{document.get('mask')}` keeps, a density of {first.density:.4%}",
+            key=where,
+        )
+    closest = _known(count, values.at(index))
+    return _Found(key, values.at(index), closest, abs(budget.spent(closest) - target))
 
 
 @dataclass(frozen=True)
@@ -317,8 +379,8 @@ def _closest(cost: Callable[[int], float | None], count: int, target: float) -> 
     return min(candidates, key=lambda i: (abs(_known(cost, i) - target), _known(cost, i), i))
 
 
-def _known(cost: Callable[[int], float | None], index: int) -> float:
-    found = cost(index)
+def _known(of: Callable[[_Key], _Value | None], key: _Key) -> _Value:
+    found = of(key)
     assert found is not None
     return found
 

@@ -115,7 +115,7 @@ impl BigBird {
 impl Pattern for BigBird {
     const NAME: &'static str = "bigbird";
     const ABOUT: &'static str = "sliding window, global tokens and a few random keys per query";
-    const BUDGET_KEYS: &'static [&'static str] = &["num_random", "window"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["num_random"], &["window"]];
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
     fn check(&self) -> Result<()> {

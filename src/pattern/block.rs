@@ -116,7 +116,7 @@ impl Layout {
 impl Pattern for Block {
     const NAME: &'static str = "block";
     const ABOUT: &'static str = "blocks of patches that see whole blocks, by a layout over blocks";
-    const BUDGET_KEYS: &'static [&'static str] = &["block_size"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["block_size"]];
 
     fn check(&self) -> Result<()> {
         check_range("block_size", self.block_size, 1..=i64::MAX)?;

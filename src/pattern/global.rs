@@ -27,7 +27,7 @@ pub struct Global {
 impl Pattern for Global {
     const NAME: &'static str = "global";
     const ABOUT: &'static str = "a few tokens that see, and are seen by, all";
-    const BUDGET_KEYS: &'static [&'static str] = &["num_global"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["num_global"]];
 
     fn check(&self) -> Result<()> {
         if self.num_global.is_some() && self.global_indices.is_some() {

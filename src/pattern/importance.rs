@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 /// more patches than there are keeps all of them, with a warning; `first` and `list` name patches, which must exist.
 ///
 /// Importance is the L2 norm of the key (`key_norm`), the L2 norm of the token's embedding, the input of the layer
-/// (`embedding_norm`), or the attention that the key would receive from all queries without a mask (`attention`). `first` keeps
-/// the first k patches and `list` those in `indices`, whatever the input. Source: the taxonomy of fixed and dynamic importance.
+/// (`embedding_norm`), or the attention that the key would receive from all patches if nothing but padding were masked and
+/// there were no prefix (`attention`). `first` keeps the first k patches and `list` those in `indices`, whatever the input. Source: the taxonomy of fixed and dynamic importance.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Importance {
@@ -45,7 +45,7 @@ enum Score {
 impl Pattern for Importance {
     const NAME: &'static str = "importance";
     const ABOUT: &'static str = "the k keys of most importance, the same for every query of a head";
-    const BUDGET_KEYS: &'static [&'static str] = &["k"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["k"]];
 
     fn check(&self) -> Result<()> {
         match (self.score, self.k, &self.indices) {

@@ -134,7 +134,7 @@ impl Pattern for Local {
     const NAME: &'static str = "local";
     const ABOUT: &'static str =
         "sliding window over patches, optionally dilated or causal, with a width by layer";
-    const BUDGET_KEYS: &'static [&'static str] = &["window", "window_size"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window", "window_size"]];
 
     fn check(&self) -> Result<()> {
         let given = [self.window.is_some(), self.window_size.is_some(), self.window_schedule.is_some()];

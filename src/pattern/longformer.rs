@@ -123,7 +123,7 @@ impl Longformer {
 impl Pattern for Longformer {
     const NAME: &'static str = "longformer";
     const ABOUT: &'static str = "dilated sliding window plus global tokens";
-    const BUDGET_KEYS: &'static [&'static str] = &["window", "window_size"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window", "window_size"]];
     const IGNORED: &'static [&'static str] = &["seed", "reseed_each_epoch", "plot_once"];
 
     fn check(&self) -> Result<()> {

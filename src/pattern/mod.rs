@@ -102,8 +102,9 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
     const ABOUT: &'static str;
     /// Keys of the reference system that have no effect here: accepted, and logged at debug level.
     const IGNORED: &'static [&'static str] = &[];
-    /// Keys that set how many pairs are kept, whole numbers or (`*_ratio`) shares: what a budget is solved for, the preferred first.
-    const BUDGET_KEYS: &'static [&'static str] = &[];
+    /// Keys that set how many pairs are kept, whole numbers or (`*_ratio`) shares: what a budget is solved for. One list for each
+    /// quantity, with its other names after the preferred one.
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[];
     /// Keys that name files; relative paths are made absolute before the mask sees them.
     const FILES: &'static [&'static str] = &[];
 

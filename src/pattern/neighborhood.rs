@@ -85,7 +85,7 @@ impl Pattern for Neighborhood {
     const NAME: &'static str = "neighborhood";
     const ABOUT: &'static str =
         "a window of exactly kernel_size keys per axis of the patch grid, sliding inside at borders";
-    const BUDGET_KEYS: &'static [&'static str] = &["kernel_size"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["kernel_size"]];
 
     fn check(&self) -> Result<()> {
         for &kernel in self.kernel_size.values() {

@@ -288,7 +288,7 @@ impl Pattern for Pruning {
     const NAME: &'static str = "pruning";
     const ABOUT: &'static str =
         "as many pairs as a budget allows: the nearest, drawn ones, or the best on calibration data";
-    const BUDGET_KEYS: &'static [&'static str] = &["keep_ratio", "pruning_ratio"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["keep_ratio", "pruning_ratio"]];
     const FILES: &'static [&'static str] = &["scores"];
 
     fn resolve(&mut self) -> Result<()> {

@@ -114,7 +114,7 @@ fn of_ratio(keep: f64, allowed: usize) -> usize {
 impl Pattern for Random {
     const NAME: &'static str = "random";
     const ABOUT: &'static str = "a given number of keys per query, drawn uniformly without replacement";
-    const BUDGET_KEYS: &'static [&'static str] = &["k", "keep_ratio", "mask_ratio"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["k", "keep_ratio", "mask_ratio"]];
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
     fn check(&self) -> Result<()> {

@@ -83,8 +83,8 @@ pub enum Origin {
         schema: fn(&mut SchemaGenerator) -> Schema,
         /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters without a default.
         default_prefix: fn() -> Option<usize>,
-        /// Those of the keys that set how many pairs are kept, the preferred first.
-        budget_keys: &'static [&'static str],
+        /// Those of the keys that set how many pairs are kept, see [`Pattern::BUDGET_KEYS`].
+        budget_keys: &'static [&'static [&'static str]],
         /// Those of the keys that name files.
         files: &'static [&'static str],
         /// The pattern with given parameters.
@@ -145,8 +145,8 @@ impl Registered {
         }
     }
 
-    /// The keys of `mask_kwargs` that set how many pairs are kept, the preferred first; unknown for a mask of the program.
-    pub fn budget_keys(&self) -> &'static [&'static str] {
+    /// The keys of `mask_kwargs` that set how many pairs are kept, see [`Pattern::BUDGET_KEYS`]; unknown for a mask of the program.
+    pub fn budget_keys(&self) -> &'static [&'static [&'static str]] {
         match &self.origin {
             Origin::BuiltIn { budget_keys, .. } => budget_keys,
             Origin::User(_) => &[],

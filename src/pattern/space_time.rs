@@ -45,7 +45,7 @@ enum Kind {
 impl Pattern for SpaceTime {
     const NAME: &'static str = "space_time";
     const ABOUT: &'static str = "space, time, both, or tubes through time, on a video grid";
-    const BUDGET_KEYS: &'static [&'static str] = &["radius"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["radius"]];
 
     fn check(&self) -> Result<()> {
         check_range("radius", self.radius, 0..=i64::MAX)?;

@@ -129,7 +129,7 @@ impl Sparse {
 impl Pattern for Sparse {
     const NAME: &'static str = "sparse";
     const ABOUT: &'static str = "Sparse Transformer patterns: local, strided or fixed blocks with summaries";
-    const BUDGET_KEYS: &'static [&'static str] = &["local_attn_ctx"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["local_attn_ctx"]];
 
     fn check(&self) -> Result<()> {
         if self.kind()? == Kind::Strided && self.local_attn_ctx.is_some_and(|stride| stride < 1) {

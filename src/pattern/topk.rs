@@ -52,7 +52,8 @@ impl Default for TopK {
     }
 }
 
-/// k as a function of the epoch: `k_start` at epoch 0, `k_end` from the last of `epochs` epochs on, monotone between.
+/// k as a function of the epoch: `k_start` at epoch 0, `k_end` from the last of `epochs` epochs on, monotone between;
+/// a single epoch has `k_end`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Schedule {
@@ -97,7 +98,7 @@ const MAX_KEEP: i64 = u32::MAX as i64;
 impl Pattern for TopK {
     const NAME: &'static str = "topk";
     const ABOUT: &'static str = "the k keys with the highest scores, chosen anew for every input";
-    const BUDGET_KEYS: &'static [&'static str] = &["k"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["k"]];
 
     fn check(&self) -> Result<()> {
         self.k.values().try_for_each(|k| check_range("k", k, 0..=MAX_KEEP))?;

@@ -107,10 +107,6 @@ impl VerticalSlash {
                 "expected true with num_vertical or num_slash, because the estimate is one of causal attention; got false",
             ));
         }
-        for (key, count) in self.counts() {
-            count.values().try_for_each(|count| check_range(key, count, 0..=MOST))?;
-        }
-        check_range("last_queries", self.last_queries, 1..=MOST)?;
         if self.most() == [0, 0] {
             return Err(Error::config("num_vertical", "expected at least 1 here or in num_slash, got 0"));
         }
@@ -121,9 +117,13 @@ impl VerticalSlash {
 impl Pattern for VerticalSlash {
     const NAME: &'static str = "vertical_slash";
     const ABOUT: &'static str = "key columns and distances, listed or estimated from the attention of the last queries, plus a window";
-    const BUDGET_KEYS: &'static [&'static str] = &["window", "num_slash", "num_vertical"];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window"], &["num_slash"], &["num_vertical"]];
 
     fn check(&self) -> Result<()> {
+        for (key, count) in self.counts() {
+            count.values().try_for_each(|count| check_range(key, count, 0..=MOST))?;
+        }
+        check_range("last_queries", self.last_queries, 1..=MOST)?;
         if self.is_estimated() {
             self.check_estimate()?;
         } else if self.vertical.is_empty() && self.slash.is_empty() && self.window.is_none() {
