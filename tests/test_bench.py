@@ -321,6 +321,28 @@ def test_extra_memory_is_seen_and_belongs_to_one_method(backward):
     assert ours.mask_seconds > 0
 
 
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("config", "of_one_head"),
+    [
+        # P and dS of the edges of one head, in single precision.
+        ({"mask": "fibottention", "num_prefix_tokens": 1}, lambda edges: 8 * edges),
+        # Sums of dq, dk and dv of one head.
+        ({"mask": "local", "mask_kwargs": {"window": 64}}, lambda _: 3 * 4 * 64 * 4096),
+    ],
+    ids=["along lines", "by panels"],
+)
+def test_a_call_takes_little_beside_its_results(config, of_one_head):
+    threads, tokens, heads = 2, 4096, 12
+    case = Case("case", config, tokens, num_heads=heads)
+    mask = Mask.from_config(config, tokens, heads)
+    edges = max(mask.degrees(head).sum().item() for head in range(heads))
+    ask = {"dtype": torch.float32, "threads": threads}
+    lse = 8 * heads * tokens
+    assert footprint(case, OURS, backward=False, **ask).extra_bytes - lse <= threads * 1.5e6
+    assert footprint(case, OURS, backward=True, **ask).extra_bytes - lse <= threads * of_one_head(edges) + 2e6
+
+
 # The command.
 
 

@@ -196,7 +196,7 @@ print("fits")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space by Linux's means")
-@pytest.mark.parametrize(("tokens", "heads"), [(32_769, 4), (131_073, 12)])
+@pytest.mark.parametrize(("tokens", "heads"), [(32_769, 4), (131_073, 12), (1_048_577, 1)])
 def test_forward_and_backward_fit_in_twice_the_memory_of_outputs_and_gradients(tokens, heads):
     script = MEMORY_SCRIPT.format(tokens=tokens, heads=heads, config=str(FIBOTTENTION))
     result = run_script(script, timeout=300)
