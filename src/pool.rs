@@ -234,6 +234,24 @@ impl Queue {
     }
 }
 
+/// What `threads` threads take for tasks of these costs, the first idle one always taking next: for tests of how work is cut on
+/// machines that are not at hand.
+#[cfg(test)]
+pub(crate) fn simulate(costs: &[usize], threads: usize) -> usize {
+    let queue = Queue {
+        next: AtomicUsize::new(0),
+        end: costs.len(),
+        threads: threads.min(costs.len()).max(1),
+        stopped: AtomicBool::new(false),
+    };
+    let mut busy_until = vec![0; queue.threads];
+    while let Some(range) = queue.take() {
+        let idle = busy_until.iter_mut().min().expect("there is a thread");
+        *idle += costs[range].iter().sum::<usize>();
+    }
+    busy_until.into_iter().max().unwrap_or(0)
+}
+
 /// Makes the other threads stop early when this one panics.
 struct StopOnPanic<'a>(&'a AtomicBool);
 

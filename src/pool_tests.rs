@@ -197,3 +197,22 @@ mod fork {
         assert!(in_a_child(|| *CELL.get_or_init(|| Mutex::new(2)).lock().unwrap() == 2));
     }
 }
+
+/// Twelve heads in 48 tasks each, one head sixty times as dear as another, and a dense row in the first task of each.
+#[test]
+fn heads_of_very_different_cost_keep_every_thread_busy() {
+    let cost = |task: usize| {
+        let of_head = [60, 1, 4, 30, 2, 9, 50, 1, 1, 16, 7, 25][task / 48];
+        100 * of_head + if task.is_multiple_of(48) { 2000 } else { 0 }
+    };
+    for order in [|task| task, |task: usize| 575 - task] {
+        let costs: Vec<usize> = (0..576).map(|task| cost(order(task))).collect();
+        let (total, longest) = (costs.iter().sum::<usize>(), costs.iter().max().copied().unwrap());
+        assert_eq!(simulate(&costs, 1), total);
+        for threads in [2, 8, 64] {
+            let ideal = (total / threads).max(longest);
+            let taken = simulate(&costs, threads);
+            assert!(taken * 100 <= ideal * 125, "{threads} threads: {taken}, ideal {ideal}");
+        }
+    }
+}

@@ -660,7 +660,6 @@ VARIANTS = {
     ],
     "importance": [
         {"k": 2},
-        {"k": 0},
         {"k": 4, "score": "embedding_norm"},
         {"k": 3, "score": "attention"},
         {"k": 10**9},

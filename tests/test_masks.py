@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import re
 import struct
 import sys
 import zlib
@@ -18,6 +19,7 @@ import sparse_mhsa as sm
 from comparison import assert_same
 from sparse_mhsa import viz
 from sparse_mhsa._torch_version import check_torch
+from sparse_mhsa.catalogue import registered
 from sparse_mhsa.config import MAX_CONFIG_BYTES
 from sparse_mhsa.flops import attention_cost, attention_macs, in_unit
 
@@ -157,6 +159,15 @@ class TestFactories:
             factory = getattr(sm.masks, name)
             assert "num_tokens" in factory.__doc__
         assert sm.masks.fibo(num_tokens=17, num_heads=2) == sm.masks.fibottention(num_tokens=17, num_heads=2)
+
+    @pytest.mark.parametrize("mask", registered(), ids=lambda mask: mask.name)
+    def test_a_docstring_has_definition_source_and_every_parameter(self, mask):
+        text = getattr(sm.masks, mask.name).__doc__
+        assert mask.definition in text
+        assert "Source: " in mask.definition
+        for parameter in mask.parameters:
+            assert re.search(rf"^    {parameter.name}: .+", text, re.MULTILINE)
+            assert parameter.required or f"Default: {parameter.default}." in text
 
     def test_keywords_of_the_mask_and_of_from_config_mix(self):
         mask = sm.masks.local(num_tokens=9, num_heads=2, window=1, num_prefix_tokens=1, head_dim=8)

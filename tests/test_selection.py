@@ -158,6 +158,37 @@ def test_importance_keeps_the_same_keys_for_every_query(score):
     assert torch.equal(got, expected.unsqueeze(2).expand_as(got))
 
 
+@pytest.mark.parametrize("name", ["topk", "block_topk", "importance", "vertical_slash"])
+@pytest.mark.parametrize("score", ["key_norm", "embedding_norm", "attention"])
+@pytest.mark.parametrize("padding", [[7, 8], [0, 1, 2, 3], [1, 4, 8], []])
+@pytest.mark.parametrize("junk", [0.0, 50.0, float("nan")])
+def test_padding_has_no_vote(name, score, padding, junk):
+    """What real tokens choose does not depend on what padded ones hold, as keys or as queries."""
+    if name != "importance" and score != "key_norm":
+        pytest.skip("importance alone has a score")
+    kwargs = {"importance": {"k": 3, "score": score}}.get(name, BY_CONTENT[name])
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.ones(BATCH, 9, dtype=torch.bool)
+    kept[:, padding] = False
+    x = torch.randn(BATCH, 9, 12, generator=generator, dtype=torch.float64)
+    module = sm.SparseMHSA(
+        12, HEADS, batch_first=True, dtype=torch.float64, config={"mask": name, "mask_kwargs": kwargs}
+    )
+    attend = lambda x: module(x, x, x, key_padding_mask=~kept, need_weights=False)[0]  # noqa: E731
+    assert torch.equal(attend(x.masked_fill(~kept[..., None], junk))[kept], attend(x)[kept])
+
+
+def test_importance_by_attention_is_what_the_other_tokens_give_without_padding():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(BATCH, HEADS, 9, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    kept = torch.tensor([0, 2, 3, 5, 6, 8])
+    key_mask = torch.zeros(BATCH, 9, dtype=torch.bool)
+    key_mask[:, kept] = True
+    mask = layer_mask("importance", score="attention", k=3)
+    whole = chosen(q, k, mask, key_mask=key_mask)[:, :, kept][..., kept]
+    assert torch.equal(whole, chosen(q[:, :, kept], k[:, :, kept], mask))
+
+
 def test_fixed_importance_does_not_depend_on_the_input():
     first = sm.masks.importance(num_tokens=9, num_heads=2, score="first", k=3).to_dense()
     assert torch.equal(first, (torch.arange(9) < 3).expand(2, 9, 9))
@@ -252,6 +283,8 @@ def test_without_content_there_are_no_edges_and_the_error_says_so(name):
         ("importance", {}, "k: expected a number of keys"),
         ("importance", {"score": "list"}, "indices: expected a list"),
         ("importance", {"k": 3, "indices": [1]}, "indices: expected nothing"),
+        ("importance", {"k": 0}, "k: expected 1 to"),
+        ("importance", {"score": "list", "indices": []}, "indices: expected at least one patch"),
     ],
 )
 def test_parameters_out_of_range_are_named(mask, mask_kwargs, message):

@@ -40,7 +40,7 @@ def every_value(name, config, place):
 
 
 def every_value_of(key, config, place):
-    values = range(TOKENS + 2)
+    values = range(TOKENS * HEADS + 2)
     if key.endswith("_ratio"):
         values = [pairs / TOKENS**2 for pairs in range(1, TOKENS**2 + 1)]
     for value in values:
@@ -76,6 +76,19 @@ def test_no_other_value_comes_closer(name, target):
     assert by_ratio.parameter in [preferred for preferred, *_ in REGISTERED[name]["budget_keys"]]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("target", [0.2, 0.4, 0.6, 0.95])
+def test_widths_reach_from_end_to_end(causal, target):
+    """A window of 2 N - 1 keeps everything."""
+    if causal:
+        target /= 2
+    place = {"num_tokens": TOKENS, "num_heads": HEADS, "density": target}
+    by_half = sm.solve_budget({"mask": "local", "mask_kwargs": {"window": 1, "causal": causal}}, **place)
+    by_width = sm.solve_budget({"mask": "local", "mask_kwargs": {"window_size": 3, "causal": causal}}, **place)
+    assert by_width.values == {"window_size": 2 * by_half.value + 1}
+    assert by_width.density == by_half.density
+
+
 @pytest.mark.parametrize("name", ["bigbird", "vertical_slash_estimated"])
 @pytest.mark.parametrize("target", [0.01, 0.02, 0.05, 0.1, 0.4])
 @pytest.mark.parametrize("tokens", [50, 197])
@@ -97,11 +110,14 @@ def test_parameters_are_set_together_where_that_comes_closer(name, tokens, targe
     assert {**given["mask_kwargs"], **solution.values} == changed
 
 
-@pytest.mark.parametrize("summary", [None, 1])
-@pytest.mark.parametrize("target", [0.02, 0.3, 0.6, 0.9])
-def test_a_value_that_stands_for_a_default_does_not_mislead(summary, target):
-    """Blocks of 0 patches mean blocks of 128, or all 49 there are; blocks of 1 keep more than larger ones."""
-    config = {"mask": "sparse", "mask_kwargs": {"pattern": "fixed", "fixed_c": summary}, "num_prefix_tokens": 1}
+@pytest.mark.parametrize("summary", [None, 1, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("target", [0.02, 0.3, 0.31, 0.6, 0.9])
+def test_a_value_that_stands_for_a_default_does_not_mislead(summary, symmetric, target):
+    """Blocks of 0 patches mean blocks of 128, or all 49 there are. Blocks no larger than their summaries keep all
+    before them."""
+    kwargs = {"pattern": "fixed", "fixed_c": summary, "symmetric": symmetric}
+    config = {"mask": "sparse", "mask_kwargs": kwargs, "num_prefix_tokens": 1}
     values = every_value("sparse", config, {"num_tokens": TOKENS, "num_heads": HEADS})
     solution = sm.solve_budget(config, TOKENS, HEADS, density=target)
     assert abs(solution.density - target) <= min(abs(density - target) for _, density, _ in values) + 1e-12

@@ -176,6 +176,7 @@ class Edges:
 def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``budget_keys`` (those
     that set how many pairs are kept: a list for each quantity, with its other names after the preferred one),
+    ``budget_rises`` (whether more of any of these never means fewer pairs),
     ``default_prefix`` (None if it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
 
 def allocate(total: int, weights: list[float], minimum: list[int], maximum: list[int]) -> list[int]:

@@ -35,10 +35,11 @@ class Registered:
 
 def registered() -> tuple[Registered, ...]:
     """Every registered mask, in the order of the documentation."""
-    return tuple(_registered(entry) for entry in registered_masks())
+    return tuple(registered_from(entry) for entry in registered_masks())
 
 
-def _registered(entry: dict[str, Any]) -> Registered:
+def registered_from(entry: dict[str, Any]) -> Registered:
+    """An entry of ``_core.registered_masks`` or ``register.user_masks``, read."""
     schema = json.loads(entry["schema"])
     required = schema.get("required", [])
     parameters = tuple(

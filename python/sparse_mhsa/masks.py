@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 
 from ._core import registered_masks
+from .catalogue import registered_from
 from .layer_mask import LayerMask
 from .mask import Mask
 from .register import user_masks
@@ -39,11 +40,30 @@ def _factory(entry: dict[str, object]) -> Callable[..., Mask]:
         return Mask.from_config({"mask": name, "mask_kwargs": mask_kwargs}, **shape)  # type: ignore[arg-type]
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = (
-        f"{entry['about']}\n\nArgs:\n    **kwargs: of the mask: {', '.join(keys) or 'none'}; "
-        f"of `Mask.from_config`: {', '.join(sizes)}.\n\nReturns:\n    The mask."
-    )
+    make.__doc__ = _docstring(entry, keys, sizes)
     return make
+
+
+def _docstring(entry: dict[str, object], keys: list[str], sizes: list[str]) -> str:
+    definition, arguments = "", [f"    {key}: of the mask." for key in keys]
+    if "schema" in entry:
+        mask = registered_from(entry)
+        definition, arguments = f"{mask.definition}\n\n", []
+        for key in mask.parameters:
+            default = "Required." if key.required else f"Default: {key.default}." if key.default else ""
+            arguments.append(f"    {key.name}: {key.about} {default}".rstrip())
+    about = str(entry["about"])
+    return "\n".join(
+        [
+            f"{about[:1].upper()}{about[1:]}.\n\n{definition}Args:",
+            *arguments,
+            f"    {', '.join(sizes)}: as `Mask.from_config` takes them.",
+            "\nReturns:\n    The mask.",
+            "\nRaises:",
+            "    ConfigError: a value is out of range, or cannot be applied to so many tokens or heads.",
+            "    TypeError: there is no such keyword.",
+        ]
+    )
 
 
 def __getattr__(name: str) -> Callable[..., Mask]:

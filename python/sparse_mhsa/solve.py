@@ -179,10 +179,24 @@ def _document(config: ConfigLike) -> dict[str, Any]:
     return document
 
 
+def _rises_with(key: str, document: Mapping[str, Any]) -> bool:
+    """Whether more of ``key`` is known never to mean fewer pairs."""
+    entry = _registered(document)
+    return entry is not None and entry["budget_rises"] and any(key in names for names in entry["budget_keys"])
+
+
+def _registered(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    name = _mask_name(document)
+    return next((entry for entry in _core.registered_masks() if name in (entry["name"], *entry["aliases"])), None)
+
+
+def _mask_name(document: Mapping[str, Any]) -> str:
+    return str(document.get("mask") or "none").lower()
+
+
 def _budget_keys(document: Mapping[str, Any], place: _Place) -> list[str]:
     """One key for each quantity that sets how many pairs the mask keeps: those that are given, then the others."""
-    name = str(document.get("mask") or "none").lower()
-    entry = next((x for x in _core.registered_masks() if name in (x["name"], *x["aliases"])), None)
+    name, entry = _mask_name(document), _registered(document)
     quantities: list[list[str]] = [] if entry is None else entry["budget_keys"]
     if not quantities:
         kept = place.count(load_config(document))
@@ -276,7 +290,10 @@ def _closest_value(document: Mapping[str, Any], key: str, place: _Place, budget:
     def with_value(value: float) -> AttentionConfig:
         return load_config({**document, "mask_kwargs": kwargs | {key: value}})
 
-    values = _values(key, place.num_tokens, lambda value: count(value) is not None)
+    rises = _rises_with(key, document)
+    # Widths go to twice the tokens; where the last head's is set, those of the others are fractions of it.
+    most = place.num_tokens * (max(2, place.num_heads) if rises else 2)
+    values = _values(key, most, place.num_tokens, lambda value: count(value) is not None)
     where = f"mask_kwargs.{key}"
     if values is None:
         place.count(with_value(1))  # raises what is wrong
@@ -288,7 +305,7 @@ def _closest_value(document: Mapping[str, Any], key: str, place: _Place, budget:
         counted = count(values.at(index))
         return None if counted is None else budget.spent(counted)
 
-    index = _closest(cost, values.count, target)
+    index = _closest(cost, values.count, target, rises=rises)
     if index is None:
         raise config_error(
             f"{where}: does not change how many pairs `{document.get('mask')}` keeps, a density of {first.density:.4%}",
@@ -315,8 +332,8 @@ class _Values:
         return 1.0 - number / self.whole if self.dropped else number / self.whole
 
 
-def _values(key: str, num_tokens: int, is_valid: Callable[[float], bool]) -> _Values | None:
-    """From the least value that can be applied; those at the end may be too large."""
+def _values(key: str, most: int, num_tokens: int, is_valid: Callable[[float], bool]) -> _Values | None:
+    """From the least value that can be applied to ``most``; those at the end may be too large."""
     if key.endswith("_ratio"):
         # As fine as pairs are. The least share is looked for from below, where masks are cheap.
         pairs = max(1, num_tokens) ** 2
@@ -330,7 +347,7 @@ def _values(key: str, num_tokens: int, is_valid: Callable[[float], bool]) -> _Va
     if start is None:
         return None
     step = next((step for step in (1, 2) if is_valid(start + step)), 1)
-    return _Values(start, step, max(num_tokens + 1 - start, 0) // step + 1)
+    return _Values(start, step, max(most + 1 - start, 0) // step + 1)
 
 
 def _doubling(count: int) -> Iterator[int]:
@@ -347,11 +364,11 @@ def _first(count: int, holds: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(count), True, key=holds)
 
 
-def _closest(cost: Callable[[int], float | None], count: int, target: float) -> int | None:
+def _closest(cost: Callable[[int], float | None], count: int, target: float, *, rises: bool) -> int | None:
     """The index whose cost is closest to ``target``, or None if all costs are equal.
 
-    Costs are None from some index on. As long as they rise, nothing far above the target is looked at. The first value
-    stands apart from that order: it may be a 0 that means a default.
+    Costs are None from some index on. If it is known that they rise, nothing far above the target is looked at. The
+    first value stands apart from that order: it may be a 0 that means a default.
     """
     looked: dict[int, float] = {}
     candidates: Sequence[int]
@@ -362,14 +379,15 @@ def _closest(cost: Callable[[int], float | None], count: int, target: float) -> 
             looked[count - 1] = _known(cost, count - 1)
             break
         looked[index] = found
-        if _rises(looked) and max(target, looked.get(1, math.inf)) <= found > looked[1]:
+        if rises and _rises(looked) and max(target, looked.get(1, math.inf)) <= found > looked[1]:
             break
+    if not rises:
+        looked |= {index: _known(cost, index) for index in (round((count - 1) * i / 16) for i in range(17))}
     if len(set(looked.values())) == 1:
         return None
     if _rises(looked):
         candidates = [0, 1, *_around(cost, max(looked) + 1, target, rising=True)]
     else:
-        looked |= {index: _known(cost, index) for index in (round((count - 1) * i / 16) for i in range(17))}
         if _rises({-index: found for index, found in looked.items()}):
             candidates = [0, 1, *_around(cost, count, target, rising=False)]
         else:

@@ -426,7 +426,7 @@ fn key_scores<T: Element>(
     }
 }
 
-/// `sum_i softmax_j(scale * q_i . k_j)` for every key j. The gradient of the values for an output gradient of ones is this very
+/// `sum_i softmax_j(scale * q_i . k_j)` for every key j, over the queries i that padding leaves. The gradient of the values for an output gradient of ones is this very
 /// sum, so that the streaming kernels compute it without an N x N array.
 fn received_attention<T: Element>(
     content: &Content<T>,
@@ -436,8 +436,16 @@ fn received_attention<T: Element>(
     run: &Run,
 ) -> Result<Vec<T::Acc>> {
     let tokens = content.q.shape()[2];
-    let all = Arc::new(EdgeSet::builder(tokens, tokens)?.rect(0..tokens, 0..tokens).build()?);
-    let plan = Plan::new(&[all])?;
+    let key_mask = content.key_mask.map(|mask| mask.only(0, batch));
+    // Rows of padding have no edges, so that nobody reads them.
+    let is_padding = |token: &usize| key_mask.is_some_and(|mask| mask.at([0, *token]) == 0);
+    let mut builder = EdgeSet::builder(tokens, tokens)?;
+    let mut start = 0;
+    for padding in (0..tokens).filter(is_padding).chain([tokens]) {
+        builder = builder.rect(start..padding, 0..tokens);
+        start = padding + 1;
+    }
+    let plan = Plan::new(&[Arc::new(builder.build()?)])?;
     let zeros = vec![T::from_acc(T::Acc::ZERO); tokens];
     let ones = vec![T::from_acc(T::Acc::ONE); tokens];
     let column = [1, 1, tokens, 1];
@@ -446,7 +454,7 @@ fn received_attention<T: Element>(
         q: content.q.only(0, batch).only(1, head),
         k: content.k.only(0, batch).only(1, kv_head),
         v: View::contiguous("v", &zeros, column)?,
-        key_mask: content.key_mask.map(|mask| mask.only(0, batch)),
+        key_mask,
         bias: content.bias.map(|bias| bias.only(0, batch).only(1, head)),
         dropout: None,
         scale: content.scale,

@@ -11,6 +11,8 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Query and key agree on all axes but one: row and column of an image, or row, column and time of a video.
+///
+/// Source: axial attention, Ho et al., 2019 (arXiv 1912.12180).
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Axial {

@@ -18,6 +18,8 @@ use crate::rng::{HeadDraws, Sampler};
 /// global, or (with `keep_cls_dense`) a prefix token. Besides, each query keeps `num_random` distinct keys, every subset of
 /// those that are neither kept already nor the query itself equally likely; all of them where there are fewer. `symmetric`
 /// adds the transpose. The draws depend on (seed, layer, head, epoch) and the query alone.
+///
+/// Source: BigBird, Zaheer et al., 2020 (arXiv 2007.14062); the draws are this library's own.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct BigBird {

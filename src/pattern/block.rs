@@ -14,6 +14,8 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::{Error, Result, unknown_name};
 
 /// Query patch i keeps key patch j if `layout` keeps (i // block_size, j // block_size). The last block may be shorter.
+///
+/// Source: block-sparse attention as in Sparse Transformers, Child et al., 2019 (arXiv 1904.10509).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Block {
     /// Patches in a block.
@@ -117,6 +119,7 @@ impl Pattern for Block {
     const NAME: &'static str = "block";
     const ABOUT: &'static str = "blocks of patches that see whole blocks, by a layout over blocks";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["block_size"]];
+    const BUDGET_RISES: bool = false;
 
     fn check(&self) -> Result<()> {
         check_range("block_size", self.block_size, 1..=i64::MAX)?;

@@ -22,6 +22,8 @@ pub trait Combine: Debug + Send + Sync + 'static {
 }
 
 /// The set operation over the patch-to-patch edges of `masks`, from the first to the last; prefix rows and columns stay dense.
+///
+/// Source: this library's own.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(bound = "")]
 #[schemars(rename = "Combination", bound = "")]

@@ -12,6 +12,8 @@ use crate::error::Result;
 
 /// Query patch r of head h keeps key patch c if |r + c - (P - 1)| is in F_h, for P patches and the sequences F_h of
 /// [`Fibottention`](super::fibottention::Fibottention).
+///
+/// Source: a variant in the published code of Fibottention, Rahimian et al., 2024 (arXiv 2406.19391).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct CrossDiagonal {

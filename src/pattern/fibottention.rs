@@ -18,6 +18,8 @@ use crate::rng::cpython_shuffle;
 /// preceding terms before the row: i - 1 and floor(i * phi) before row i, 0 and 1 before the Fibonacci numbers, whose 0 is the query
 /// itself. Distances are a set, so one that comes twice is one edge. `shuffled` deals the rows to the heads by a permutation seeded with the layer;
 /// `shared_offsets` then gives every head the row of head 0. The first term is kept even beyond w_h unless `strict_window`.
+///
+/// Source: Fibottention, Rahimian et al., 2024 (arXiv 2406.19391), and its published code.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Fibottention {

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 ///
 /// Global are the first `num_global` tokens (1 if neither parameter is given) or those of `global_indices`, where a negative
 /// index counts from the end.
+///
+/// Source: the global tokens of Longformer (arXiv 2004.05150) and BigBird (arXiv 2007.14062), alone.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Global {

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 ///
 /// Shifted windows that are cut by a border stay cut: opposite borders are not joined, just as shifted-window attention masks
 /// them apart after its cyclic shift.
+///
+/// Source: Swin, Liu et al., 2021 (arXiv 2103.14030).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct GridWindow {
     /// Side of a window: one for all axes, or one per axis.
@@ -39,6 +41,7 @@ impl Pattern for GridWindow {
     const NAME: &'static str = "grid_window";
     const ABOUT: &'static str = "windows that partition the patch grid, plain or shifted";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window_size"]];
+    const BUDGET_RISES: bool = false;
 
     fn check(&self) -> Result<()> {
         self.window_size

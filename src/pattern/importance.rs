@@ -23,10 +23,10 @@ pub struct Importance {
     /// What makes a key important.
     score: Score,
     /// Keys that every query keeps; not with `score: list`.
-    #[schemars(range(min = 0, max = u32::MAX))]
+    #[schemars(range(min = 1, max = u32::MAX))]
     k: Option<i64>,
     /// The patches that every query keeps, with `score: list`.
-    #[schemars(inner(range(min = 0, max = u32::MAX)))]
+    #[schemars(length(min = 1), inner(range(min = 0, max = u32::MAX)))]
     indices: Option<Vec<i64>>,
 }
 
@@ -50,6 +50,9 @@ impl Pattern for Importance {
     fn check(&self) -> Result<()> {
         match (self.score, self.k, &self.indices) {
             (Score::List, None, Some(indices)) => {
+                if indices.is_empty() {
+                    return Err(Error::config("indices", "expected at least one patch, got an empty list"));
+                }
                 indices.iter().try_for_each(|&index| check_range("indices", index, 0..=i64::from(u32::MAX)))
             }
             (Score::List, _, None) => {
@@ -59,7 +62,7 @@ impl Pattern for Importance {
                 "k",
                 "expected nothing with `score: list`, whose number of keys is that of `indices`",
             )),
-            (_, Some(k), None) => check_range("k", k, 0..=i64::from(u32::MAX)),
+            (_, Some(k), None) => check_range("k", k, 1..=i64::from(u32::MAX)),
             (_, None, None) => Err(Error::config("k", "expected a number of keys, got nothing")),
             (_, _, Some(_)) => Err(Error::config("indices", "expected nothing except with `score: list`")),
         }

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 ///
 /// With `causal` also j <= i; i = j only with `include_self`. Exactly one of `window` (half width), `window_size` (odd total
 /// width) and `window_schedule` (half width by layer) is given.
+///
+/// Source: local attention, Parmar et al., 2018 (arXiv 1802.05751); dilated as in Longformer, Beltagy et al., 2020 (arXiv 2004.05150).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Local {

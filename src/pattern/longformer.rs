@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 
 /// Over all token indices, CLS included: query i keeps key j if |i - j| = k * dilation for a k in 1..=window (from 0 with
 /// `include_self`), or if i or j is global, or (with `keep_cls_dense`) a prefix token.
+///
+/// Source: Longformer, Beltagy et al., 2020 (arXiv 2004.05150).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Longformer {

@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 /// counted 0..G, the query a stands for its group's leader l = min(a // s * s + s // 2, G - 1), and its window of k members starts
 /// at min(max(l - k // 2, 0), G - k). On a causal axis the leader is the group's last member, l = min(a // s * s + s - 1, G - 1),
 /// and the window is l - k + 1 ..= a: with s = 1 the k members that end at a. This is what NATTEN computes.
+///
+/// Source: neighborhood attention, Hassani et al., 2023 (arXiv 2204.07143), dilated (arXiv 2209.15001), with strides and causal axes
+/// (arXiv 2504.16922).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Neighborhood {
     /// Keys per axis: one odd number, or one per axis.

@@ -10,6 +10,8 @@ use super::{Context, Domain, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Every query keeps every key.
+///
+/// Source: attention, Vaswani et al., 2017 (arXiv 1706.03762).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct None {}
 

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 ///
 /// `heads` of a mask is a list of head indices, or how many heads take it: then it gets the lowest ones that no list names and no
 /// mask before it took. One mask may leave it out and takes all heads that are left. Every head must take exactly one mask.
+///
+/// Source: this library's own.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PerHead {
     /// List of `{mask, mask_kwargs, heads}`.

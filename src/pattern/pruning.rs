@@ -20,8 +20,8 @@ use pairs::{best, drawn, nearest};
 
 /// Keep as many pairs of patches as a budget allows: never more, and within one pair per head of it.
 ///
-/// Exactly one budget is given. `keep_ratio` r keeps r * P * P of the patch-to-patch pairs of a head, `pruning_ratio` r drops at
-/// least r * P * P of them; prefix rows and columns are dense besides and not counted. `flops_budget`, in `unit`, is the cost of the
+/// Exactly one budget is given. `keep_ratio` r keeps at most r * H * P * P of the patch-to-patch pairs of the H heads of a layer,
+/// `pruning_ratio` r drops at least r * H * P * P of them; prefix rows and columns are dense besides and not counted. `flops_budget`, in `unit`, is the cost of the
 /// two products of attention over all pairs, prefix included, in all heads of all layers: 2 * pairs * head_dim multiply-accumulates,
 /// of which a GFLOP counts each as two; above the cost of dense attention everything is kept. Every query patch keeps at least one
 /// key; a budget below that is an error.

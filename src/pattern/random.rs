@@ -20,6 +20,8 @@ use crate::rng::{HeadDraws, Sampler};
 /// query's number of allowed keys, halves rounded to even. `symmetric` adds the transpose and does not go with `causal`. With
 /// `keep_cls_dense` the prefix is dense last of all: every query keeps its keys and its queries keep every key, with `causal` every
 /// past one, so that nothing sees the future. The draws depend on (seed, layer, head, epoch) and the query alone.
+///
+/// Source: the vision benchmark's Random baseline; the draws are this library's own.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Random {

@@ -85,6 +85,8 @@ pub enum Origin {
         default_prefix: fn() -> Option<usize>,
         /// Those of the keys that set how many pairs are kept, see [`Pattern::BUDGET_KEYS`].
         budget_keys: &'static [&'static [&'static str]],
+        /// See [`Pattern::BUDGET_RISES`].
+        budget_rises: bool,
         /// Those of the keys that name files.
         files: &'static [&'static str],
         /// The pattern with given parameters.
@@ -124,6 +126,7 @@ impl Registered {
                     Some(pattern.default_prefix())
                 },
                 budget_keys: P::BUDGET_KEYS,
+                budget_rises: P::BUDGET_RISES,
                 files: P::FILES,
                 read: |value| {
                     let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
@@ -151,6 +154,11 @@ impl Registered {
             Origin::BuiltIn { budget_keys, .. } => budget_keys,
             Origin::User(_) => &[],
         }
+    }
+
+    /// Whether more of any of these never means fewer pairs; unknown for a mask of the program.
+    pub fn budget_rises(&self) -> bool {
+        matches!(self.origin, Origin::BuiltIn { budget_rises: true, .. })
     }
 
     /// The keys of `mask_kwargs` that name files.

@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 /// - divided: either of the two;
 /// - joint: always;
 /// - tube: |h - h'| <= `radius` and |w - w'| <= `radius`, at any time.
+///
+/// Source: TimeSformer, Bertasius et al., 2021 (arXiv 2102.05095); tubes are this library's own.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SpaceTime {
     /// Which pairs are kept.

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 /// - fixed: r and c in the same block of x patches, or c among the last `fixed_c` patches of an earlier block.
 ///
 /// `symmetric` adds the transpose. `per_head_distinct` (fixed) splits the `fixed_c` summary columns among the heads.
+///
+/// Source: Sparse Transformers, Child et al., 2019 (arXiv 1904.10509).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Sparse {
@@ -130,6 +132,7 @@ impl Pattern for Sparse {
     const NAME: &'static str = "sparse";
     const ABOUT: &'static str = "Sparse Transformer patterns: local, strided or fixed blocks with summaries";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["local_attn_ctx"]];
+    const BUDGET_RISES: bool = false;
 
     fn check(&self) -> Result<()> {
         if self.kind()? == Kind::Strided && self.local_attn_ctx.is_some_and(|stride| stride < 1) {

@@ -11,6 +11,8 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Query patch i keeps key patch j if `stride` divides i - j; with `causal` also j <= i.
+///
+/// Source: the strided pattern of Sparse Transformers, Child et al., 2019 (arXiv 1904.10509), without its window.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Strided {
     /// Distance between the keys of a query.
@@ -29,6 +31,7 @@ impl Pattern for Strided {
     const NAME: &'static str = "strided";
     const ABOUT: &'static str = "every stride-th patch, counted from the query";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["stride"]];
+    const BUDGET_RISES: bool = false;
 
     fn check(&self) -> Result<()> {
         check_range("stride", self.stride, 1..=i64::MAX)

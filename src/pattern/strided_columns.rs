@@ -11,6 +11,8 @@ use super::{Context, HeadEdges, Pattern};
 use crate::error::Result;
 
 /// Query patch i keeps key patch j if j mod `stride` = `offset`; with `causal` also j <= i.
+///
+/// Source: the columns of the fixed pattern of Sparse Transformers, Child et al., 2019 (arXiv 1904.10509), without its blocks.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StridedColumns {
     /// Distance between the keys.
@@ -29,6 +31,7 @@ impl Pattern for StridedColumns {
     const NAME: &'static str = "strided_columns";
     const ABOUT: &'static str = "every stride-th patch, the same ones for every query";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["stride"]];
+    const BUDGET_RISES: bool = false;
 
     fn check(&self) -> Result<()> {
         check_range("stride", self.stride, 1..=i64::MAX)?;

@@ -16,11 +16,12 @@ use crate::error::{Error, Result};
 /// j <= i.
 ///
 /// With `num_vertical` or `num_slash` instead of lists, columns and distances are estimated anew for every sample and head, from
-/// the causal attention weights p_ij of the last `last_queries` patches that padding leaves: the columns are the `num_vertical`
+/// the causal attention weights p_ij among patches (a softmax over patches alone, prefix tokens aside) of the last `last_queries`
+/// of them that padding leaves: the columns are the `num_vertical`
 /// keys j with the largest sum of p_ij over those i, the distances the `num_slash` numbers d with the largest sum of p_ij over
 /// i - j = d; of equal sums the lower number, and all of them where there are fewer. That is a causal mask and asks for
-/// `causal: true`; no gradient passes through the choice. Source: MInference, which also keeps the first keys (here: prefix
-/// tokens) and the nearest (here: `window`).
+/// `causal: true`; no gradient passes through the choice. Source: MInference, Jiang et al., 2024 (arXiv 2407.02490), which
+/// also keeps the first keys (here: prefix tokens) and the nearest (here: `window`).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VerticalSlash {

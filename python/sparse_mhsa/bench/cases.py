@@ -14,8 +14,9 @@ from ..layer_mask import LayerMask
 from ..train import UsageError
 
 NUM_HEADS, HEAD_DIM, NUM_LAYERS = 12, 64, 12
-OTHER_SIZES = (1025, 197)
-"""Masks outside the main rows: 32 x 32 patches and a class token, or ViT's 14 x 14 where their file says so."""
+OTHER_SIZES = (1025, 197, 1569)
+"""Masks outside the main rows: 32 x 32 patches and a class token, or where their file says so ViT's 14 x 14, or eight
+frames of these."""
 CHOICES = ("topk", "block_topk", "importance", "vertical_slash_estimated")
 """Files of masks that choose keys by content."""
 BACKENDS = ("efficient_none", "efficient_local", "linformer_none")

@@ -18,6 +18,10 @@ use crate::pool::Pool;
 const WORTH_A_THREAD: usize = 1 << 20;
 /// Multiplications per task, about: short enough to balance and to be interrupted, long enough not to count.
 const PER_TASK: usize = 1 << 19;
+/// Fewer than that where there would not be as many tasks per thread: heads, and rows of a head, cost very differently.
+const TASKS_PER_THREAD: usize = 8;
+/// But not so few that fetching a task counts.
+const LEAST_PER_TASK: usize = 1 << 16;
 
 /// Bytes of tensors that caches do not keep from one operator to the next.
 const MORE_THAN_CACHES: usize = 8 << 20;
@@ -132,9 +136,10 @@ impl<'a, T: Element> Call<'a, T> {
         let work =
             self.edges().saturating_mul(products).saturating_mul(self.sizes.dim.max(self.sizes.value_dim));
         let per_row = work / total.max(1) + 1;
-        let rows_per_task = (PER_TASK / per_row).max(1).next_multiple_of(super::tile::TILE).min(rows.max(1));
-        let tasks = Tasks { heads, rows, rows_per_task, per_head: rows.div_ceil(rows_per_task) };
-        (tasks, run.pool.at_most(work / WORTH_A_THREAD + 1))
+        let pool = run.pool.at_most(work / WORTH_A_THREAD + 1);
+        let per_task = (work / (TASKS_PER_THREAD * pool.parallelism())).clamp(LEAST_PER_TASK, PER_TASK);
+        let rows_per_task = (per_task / per_row).max(1).next_multiple_of(super::tile::TILE).min(rows.max(1));
+        (Tasks { heads, rows, rows_per_task, per_head: rows.div_ceil(rows_per_task) }, pool)
     }
 }
 
@@ -304,4 +309,53 @@ pub(super) fn runs_of_rows(
         next = end.min(rows.end);
         Some((start..next, is_dense))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Isa;
+    use crate::kernel::tests::{Case, Random};
+    use crate::pattern::edges::EdgeSet;
+    use crate::pool::{Never, simulate};
+    use std::sync::Arc;
+
+    /// A dense first row and column, and diagonals whose number depends on the head, as Fibottention has them.
+    fn head(tokens: usize, diagonals: usize) -> Arc<EdgeSet> {
+        let mut builder = EdgeSet::builder(tokens, tokens).unwrap().global(0..1);
+        for index in 0..diagonals {
+            builder = builder.diagonal(1 + (index * index) as i64, 0..tokens, 0..tokens);
+        }
+        Arc::new(builder.build().unwrap())
+    }
+
+    #[test]
+    fn two_and_sixty_four_threads_are_kept_busy_by_few_heads() {
+        // (tokens, batch, heads): from many heads of short sequences to one long sequence.
+        for (tokens, batch, heads) in [(197, 16, 12), (1025, 2, 12), (4097, 1, 12), (8193, 1, 12)] {
+            let sets: Vec<_> = (0..heads).map(|index| head(tokens, 3 + 4 * index)).collect();
+            let sizes = [batch, heads, heads, tokens, tokens, 64, 64];
+            let case = Case::<f32>::new(&mut Random(1), sizes, &sets);
+            let problem = case.problem();
+            let call = Call::new(&problem).unwrap();
+            for threads in [1, 2, 64] {
+                let run = Run { pool: Pool::of(threads), isa: Isa::Scalar, interrupt: &Never };
+                let (tasks, pool) = call.tasks(heads, tokens, 2, &run);
+                let costs: Vec<usize> = (0..tasks.len(batch))
+                    .map(|index| {
+                        let (_, head, rows) = tasks.get(index);
+                        rows.map(|row| sets[head].degree(row)).sum()
+                    })
+                    .collect();
+                let used = pool.parallelism();
+                let longest = costs.iter().max().copied().unwrap_or(0);
+                let ideal = costs.iter().sum::<usize>().div_ceil(used).max(longest);
+                let (taken, bound) = (simulate(&costs, used), if threads <= 2 { 105 } else { 130 });
+                assert!(
+                    taken * 100 <= ideal * bound,
+                    "{tokens} tokens, {used} of {threads} threads: {taken}, ideal {ideal}",
+                );
+            }
+        }
+    }
 }

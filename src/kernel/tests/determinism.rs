@@ -18,14 +18,31 @@ fn large_case<T: Element>(seed: u64) -> Case<T> {
     Case::new(&mut random, [3, 4, 2, n, n, 33, 20], &sets)
 }
 
+/// Heads for the kernel of lines.
+fn large_case_of_lines() -> Case<f32> {
+    let n = 700;
+    let head = |distances: &[i64]| {
+        let builder = EdgeSet::builder(n, n).unwrap().global(0..1);
+        let all = distances.iter().fold(builder, |all, &distance| all.diagonal(distance, 0..n, 0..n));
+        Arc::new(all.build().unwrap())
+    };
+    let sets = [head(&[-300, -17, 0, 5, 44]), head(&[-5, 0, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610])];
+    assert!(
+        sets.iter().all(|set| Plan::new(std::slice::from_ref(set)).unwrap().head(0, 0, 1).lines().is_some())
+    );
+    Case::new(&mut Random(6), [8, 2, 2, n, n, 64, 64], &sets)
+}
+
+/// More threads get smaller tasks, so that rows share tasks with others.
 #[test]
-fn one_to_eight_threads_give_the_same_bits() {
+fn one_to_forty_threads_give_the_same_bits() {
     for isa in Isa::available() {
-        let case = large_case::<f32>(1);
-        let one = case.results(isa);
-        for threads in 2..=8 {
-            let many = results(&case.problem(), case.grad_out(), &run(isa, threads));
-            assert!(one.same_bits(&many), "{threads} threads on {}", isa.name());
+        for case in [large_case::<f32>(1), large_case_of_lines()] {
+            let one = case.results(isa);
+            for threads in (2..=8).chain([16, 40]) {
+                let many = results(&case.problem(), case.grad_out(), &run(isa, threads));
+                assert!(one.same_bits(&many), "{threads} threads on {}", isa.name());
+            }
         }
     }
 }
