@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 import torch
 
 import sparse_mhsa as sm
+from sparse_mhsa.bench import accuracy_timing
 from sparse_mhsa.bench.accuracy_methods import METHODS, solve_methods
 from sparse_mhsa.cli import main
 from sparse_mhsa.flops import attention_cost
@@ -159,6 +160,28 @@ def test_a_dry_run_prints_the_plan(tmp_path, capsys):
     assert "topk, k" in out
     assert out.count("sparse-mhsa finetune --dataset digits") == 4
     assert not (tmp_path / "none").exists()
+
+
+def test_runs_over_several_processes_say_how_they_are_started(tmp_path, capsys):
+    assert table(tmp_path, "--nproc-per-node", "2", seeds=("0",), methods=("dense",)) == 0
+    (row,) = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    (command,) = row["commands"]
+    assert command.startswith("torchrun --standalone --nproc-per-node=2 -m sparse_mhsa finetune --dataset digits ")
+    assert command.endswith(" --dist")
+    (entry,) = [json.loads(line) for line in (tmp_path / "dense" / "seed-0" / "log.txt").read_text().splitlines()]
+    assert [entry["test_acc1"]] == row["test_acc1"]
+
+
+def test_times_are_those_of_the_precision_that_was_trained_in(monkeypatch):
+    recipe = FinetuneOptions(dataset="digits", patch_size=4, batch_size=8, amp="bf16")
+    seen = []
+    model = build_model(recipe, digits())
+    model.head.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    monkeypatch.setattr(accuracy_timing, "build_model", lambda *_: model)
+    monkeypatch.setattr(accuracy_timing, "read_checkpoint", lambda _: {"model": model.state_dict()})
+    (dense,) = solve_methods(model, 5, ["dense"], None)
+    accuracy_timing.measure(recipe, digits(), [dense], {"dense": None})
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

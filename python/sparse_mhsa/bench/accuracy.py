@@ -23,7 +23,7 @@ from ..train import TrainingError, UsageError, require_packages
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
 
 from ..machine import environment  # noqa: E402
-from ..train.checkpoint import replacing  # noqa: E402
+from ..train.checkpoint import make_folder, replacing  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
 from ..train.engine import LAST, LOG  # noqa: E402
 from ..train.models import build_model, num_tokens  # noqa: E402
@@ -47,11 +47,20 @@ class Task:
     folder: Path
     words: tuple[str, ...]
     """What follows ``sparse-mhsa finetune``."""
+    processes: int = 1
 
     @property
     def command(self) -> str:
         """As a user would type it."""
-        return shlex.join(["sparse-mhsa", "finetune", *self.words])
+        start = ["torchrun", *self.torchrun] if self.torchrun else ["sparse-mhsa"]
+        return shlex.join([*start, "finetune", *self.words])
+
+    @property
+    def torchrun(self) -> list[str]:
+        """What torchrun is told in order to start the run; nothing for a run that needs none."""
+        if self.processes == 1:
+            return []
+        return ["--standalone", f"--nproc-per-node={self.processes}", "-m", "sparse_mhsa"]
 
 
 def bench_accuracy(
@@ -112,13 +121,13 @@ def _tasks(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence[s
                 own += ["--attn-cfg", str(options.output_dir / method.name / "attention.yaml")]
             if options.nproc_per_node > 1:
                 own.append("--dist")
-            tasks.append(Task(method, seed, folder, (*words, *own)))
+            tasks.append(Task(method, seed, folder, (*words, *own), options.nproc_per_node))
     return tasks
 
 
 def _prepare(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence[str]) -> None:
     """Write the configurations, and refuse a folder whose runs have another recipe or other configurations."""
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output_dir)
     recipe = options.output_dir / "recipe.txt"
     line = shlex.join(words) + "\n"
     if recipe.is_file() and (before := recipe.read_text()) != line:
@@ -171,10 +180,7 @@ def _run(options: AccuracyOptions, task: Task, processes: list[subprocess.Popen[
     words = list(task.words)
     if (task.folder / LAST).is_file():
         words += ["--resume", str(task.folder / LAST)]
-    start = [sys.executable, "-m", "sparse_mhsa"]
-    if options.nproc_per_node > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc-per-node={options.nproc_per_node}", "-m", "sparse_mhsa"]
+    start = [sys.executable, "-m", *(["torch.distributed.run", *task.torchrun] if task.torchrun else ["sparse_mhsa"])]
     env = dict(os.environ)
     if options.threads is not None:
         env["OMP_NUM_THREADS"] = str(options.threads)
