@@ -101,9 +101,11 @@ def bench_accuracy(
     _prepare(options, solved, words)
     failed = _run_all(options, recipe, tasks)
     if failed:
+        lines = (failed[0].folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "no output"
         raise TrainingError(
-            f"{len(failed)} of {len(tasks)} runs failed, the first is {failed[0].folder}: see output.txt there; the "
-            "others are kept, and the same command goes on"
+            f"{len(failed)} of {len(tasks)} runs failed, the first is {failed[0].folder} ({last}): "
+            "see output.txt there; the others are kept, and the same command goes on"
         )
     logger.info("measuring times, the methods taking turns")
     report = _assemble(options, recipe, data, solved, tasks, command)

@@ -194,7 +194,8 @@ def admit(
         return _refused("unsupported", f"computes attention over edges, which `{problem.backend.name}` does not have")
     need, free = method.memory(problem, backward=backward), available_memory()
     if need > free // 2:
-        return _refused("oom", f"needs {need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free")
+        sizes = f"{need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free, half of it for one method"
+        return _refused("oom", f"needs {sizes}")
     try:
         if method.name not in prepared:
             try:
