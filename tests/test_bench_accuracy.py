@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -200,6 +205,28 @@ def test_bad_usage_is_named(tmp_path, capsys, more, recipe, message):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_stops_the_runs_where_they_are_and_the_same_command_goes_on(tmp_path):
+    words = ["bench", "accuracy", "--methods", "dense", "topk", "--seeds", "0", "--threads", "1", "--budget", "0.00001"]
+    words += ["--output-dir", str(tmp_path), "--", *RECIPE, "--epochs", "3"]
+    start = [sys.executable, "-m", "sparse_mhsa", *words]
+    # A group of its own, as a terminal gives to a command: Ctrl-C reaches every process in it.
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(start, start_new_session=True, **options)
+    log = tmp_path / "dense" / "seed-0" / "log.txt"
+    while not log.is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on where the runs stopped" in output
+    assert "failed" not in output
+    if "seed 0: stopped" in output:  # unless the run was over sooner
+        assert "continue with --resume" in (log.parent / "output.txt").read_text()
+    assert main(words) == 0
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [0, 1, 2]
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):

@@ -36,6 +36,8 @@ from .options import AccuracyOptions  # noqa: E402
 logger = logging.getLogger("sparse_mhsa")
 
 SCHEMA = "sparse_mhsa-accuracy-1"
+INTERRUPTED = 130
+"""Exit code of a run after Ctrl-C; it has saved itself and goes on with the same command."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,8 @@ def _run_all(options: AccuracyOptions, recipe: FinetuneOptions, tasks: Sequence[
         if code != 0:
             failed.append(task)
         minutes = (time.perf_counter() - started) / 60
-        logger.info(
-            "%s, seed %d: %s (%.1f min)", task.method.name, task.seed, "failed" if code else _result(task), minutes
-        )
+        outcome = {0: "", INTERRUPTED: "stopped"}.get(code, "failed") or _result(task)
+        logger.info("%s, seed %d: %s (%.1f min)", task.method.name, task.seed, outcome, minutes)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         try:

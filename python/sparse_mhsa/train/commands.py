@@ -73,7 +73,8 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "Train a TimeSformer on clips, with a mask on its attention along space, along time or over both.",
         (
             "sparse-mhsa video --epochs 10",
-            "sparse-mhsa video --task arrow --attn-cfg configs/attention/fibottention.yaml --mask-on space",
+            "sparse-mhsa video --attn-cfg configs/attention/local.yaml --mask-on space time",
+            "sparse-mhsa video --task arrow --data-path CLIPS --finetune timesformer.pth",
             "sparse-mhsa video --attention joint --input-size 56 --attn-cfg configs/attention/space_time.yaml",
             "sparse-mhsa video --data-path CLIPS --input-size 112 --patch-size 8",
         ),

