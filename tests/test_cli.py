@@ -66,10 +66,7 @@ def one_line_error(code, err):
         ("finetune --dataset digits --resume nowhere.pth", "no such file: 'nowhere.pth'"),
         ("demo --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
         (
-            (
-                "finetune --dataset digits --output-dir /dev/null/run",
-                "--output-dir: cannot make the folder '/dev/null/run': Not a directory",
-            ),
+            "finetune --dataset digits --output-dir /dev/null/run",
             "--output-dir: cannot make the folder '/dev/null/run': Not a directory",
         ),
         ("masks nowhere.yaml --tokens 9 --heads 2", "no such file: 'nowhere.yaml'"),
