@@ -5,6 +5,7 @@ layers. A test that is new, or in a new file, runs on both without being told.
 """
 
 NO_ATTENTION = (
+    "test_accuracy_page.py",
     "attacks/test_hostile_input.py::test_hostile_yaml",
     "attacks/test_hostile_input.py::test_extreme_numbers",
     "attacks/test_hostile_input.py::test_a_negative_number",
@@ -18,6 +19,7 @@ NO_ATTENTION = (
     "test_backends.py::test_low_precision",
     "test_budget.py",
     "test_config.py",
+    "test_explore.py",
     "test_golden.py::test_every_golden",
     "test_golden.py::test_golden_fibottention",
     "test_golden.py::test_golden_shuffles",

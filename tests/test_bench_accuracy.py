@@ -2,6 +2,12 @@
 
 import csv
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -12,6 +18,7 @@ pytest.importorskip("matplotlib")
 import torch
 
 import sparse_mhsa as sm
+from sparse_mhsa.bench import accuracy_timing
 from sparse_mhsa.bench.accuracy_methods import METHODS, solve_methods
 from sparse_mhsa.cli import main
 from sparse_mhsa.flops import attention_cost
@@ -161,6 +168,28 @@ def test_a_dry_run_prints_the_plan(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_runs_over_several_processes_say_how_they_are_started(tmp_path, capsys):
+    assert table(tmp_path, "--nproc-per-node", "2", seeds=("0",), methods=("dense",)) == 0
+    (row,) = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    (command,) = row["commands"]
+    assert command.startswith("torchrun --standalone --nproc-per-node=2 -m sparse_mhsa finetune --dataset digits ")
+    assert command.endswith(" --dist")
+    (entry,) = [json.loads(line) for line in (tmp_path / "dense" / "seed-0" / "log.txt").read_text().splitlines()]
+    assert [entry["test_acc1"]] == row["test_acc1"]
+
+
+def test_times_are_those_of_the_precision_that_was_trained_in(monkeypatch):
+    recipe = FinetuneOptions(dataset="digits", patch_size=4, batch_size=8, amp="bf16")
+    seen = []
+    model = build_model(recipe, digits())
+    model.head.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    monkeypatch.setattr(accuracy_timing, "build_model", lambda *_: model)
+    monkeypatch.setattr(accuracy_timing, "read_checkpoint", lambda _: {"model": model.state_dict()})
+    (dense,) = solve_methods(model, 5, ["dense"], None)
+    accuracy_timing.measure(recipe, digits(), [dense], {"dense": None})
+    assert set(seen) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("more", "recipe", "message"),
     [
@@ -178,10 +207,32 @@ def test_bad_usage_is_named(tmp_path, capsys, more, recipe, message):
     assert err.count("\n") == 1
 
 
+def test_ctrl_c_stops_the_runs_where_they_are_and_the_same_command_goes_on(tmp_path):
+    words = ["bench", "accuracy", "--methods", "dense", "topk", "--seeds", "0", "--threads", "1", "--budget", "0.00001"]
+    words += ["--output-dir", str(tmp_path), "--", *RECIPE, "--epochs", "3"]
+    start = [sys.executable, "-m", "sparse_mhsa", *words]
+    # A group of its own, as a terminal gives to a command: Ctrl-C reaches every process in it.
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(start, start_new_session=True, **options)
+    log = tmp_path / "dense" / "seed-0" / "log.txt"
+    while not log.is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on where the runs stopped" in output
+    assert "failed" not in output
+    if "seed 0: stopped" in output:  # unless the run was over sooner
+        assert "continue with --resume" in (log.parent / "output.txt").read_text()
+    assert main(words) == 0
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [0, 1, 2]
+
+
 def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
     assert (
         table(tmp_path, recipe=[*RECIPE, "--lr", "1e30", "--warmup-epochs", "0"], seeds=("0",), methods=("dense",)) == 1
     )
     err = capsys.readouterr().err
-    assert "1 of 1 runs failed" in err
+    assert re.search(r"1 of 1 runs failed, the first is .*seed-0 \(error: the loss is (nan|inf)", err)
     assert "error: the loss is" in (tmp_path / "dense" / "seed-0" / "output.txt").read_text()

@@ -65,7 +65,10 @@ def one_line_error(code, err):
         ("finetune --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
         ("finetune --dataset digits --resume nowhere.pth", "no such file: 'nowhere.pth'"),
         ("demo --dataset digits --attn-cfg nowhere.yaml", "no such file: 'nowhere.yaml'"),
-        ("finetune --dataset digits --output-dir /dev/null/run", "Not a directory: '/dev/null/run'"),
+        (
+            "finetune --dataset digits --output-dir /dev/null/run",
+            "--output-dir: cannot make the folder '/dev/null/run': Not a directory",
+        ),
         ("masks nowhere.yaml --tokens 9 --heads 2", "no such file: 'nowhere.yaml'"),
         ("masks x.yaml --tokens 0 --heads 2", "--tokens: must be at least 1, got 0"),
         ("masks x.yaml --heads 2", "required: --tokens"),

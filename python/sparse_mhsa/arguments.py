@@ -5,8 +5,10 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from ._core import AttentionConfig
 from .train import UsageError
 from .train.options import Options as OptionTable
 from .train.options import flag_name
@@ -52,6 +54,8 @@ def add_options(parser: argparse.ArgumentParser, defaults: OptionTable) -> None:
     kinds = typing.get_type_hints(type(defaults))
     for item in fields(defaults):  # type: ignore[arg-type]  # option tables are dataclasses
         kind, default = kinds[item.name], getattr(defaults, item.name)
+        if item.default == ():  # what it stands for depends on other options, which are not read yet
+            default = ()
         about = item.metadata["about"].replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag_name(item.name), action="store_true", help=about)
@@ -82,6 +86,21 @@ def read_options(kind: type[Options], parsed: argparse.Namespace) -> Options:
     """The options dataclass from what `add_options` had parsed."""
     values = {item.name: getattr(parsed, item.name) for item in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def read_attention(path: Path, flag: str = "--attn-cfg") -> AttentionConfig:
+    """The attention configuration of the file that an option names.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read; the message names ``flag``.
+        ConfigError: it cannot be honoured; the message names file, line and key.
+    """
+    from .config import load_config
+
+    try:
+        return load_config(path)
+    except OSError as error:
+        raise UsageError(f"{flag}: {str(error).removeprefix('config: ')}") from error
 
 
 def hyphenate(arguments: Sequence[str]) -> list[str]:

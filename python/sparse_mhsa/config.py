@@ -102,7 +102,9 @@ def _is_file(name: str) -> bool:
 
 def _load_file(path: Path) -> AttentionConfig:
     if not path.exists():
-        raise FileNotFoundError(f"config: no such file: '{path}'")
+        own = configs().get(path.stem)
+        hint = "" if own is None else f"; the package has '{own}'"
+        raise FileNotFoundError(f"config: no such file: '{path}'{hint}")
     if path.is_dir():
         raise config_error(f"{path}: is a directory; expected a YAML file", str(path))
     with path.open("rb") as file:

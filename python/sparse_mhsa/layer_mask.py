@@ -126,6 +126,13 @@ class LayerMask:
         """Leading tokens off the grid, as configuration, model and mask settled it."""
         return int(json.loads(self.spec)["num_prefix_tokens"])
 
+    @property
+    def grid_used(self) -> tuple[int, ...] | None:
+        """Sides of the patch grid, as configuration, mask and model settled it."""
+        spec = json.loads(self.spec)
+        grid = spec["grid"] or spec["mask_kwargs"].get("grid")
+        return None if grid is None else tuple(grid)
+
     def source(self, num_tokens: int) -> EdgeSource:
         """The edges for ``num_tokens`` tokens as the operators take them."""
         return EdgeSource(self.spec, None, None)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from . import viz
+from . import explore, viz
 from ._core import AttentionConfig, Edges
 from .config import ConfigLike, config_error, integer, integers, load_config
 from .converters import (
@@ -376,6 +376,11 @@ class Mask:
         return self._edges.num_prefix_tokens
 
     @property
+    def grid(self) -> tuple[int, ...] | None:
+        """Sides of the patch grid, where configuration or model told it."""
+        return None if self._layer_mask is None else self._layer_mask.grid_used
+
+    @property
     def head_dim(self) -> int | None:
         """Head dimension that `flops` uses by default."""
         return self._head_dim
@@ -456,6 +461,21 @@ class Mask:
         """(N,) int64: keys kept by each query of a head."""
         return torch.from_numpy(self._edges.degrees(head))
 
+    def keys(self, head: int, query: int) -> Tensor:
+        """(k,) int64: the keys that one query of a head keeps, ascending, without the lists of the others.
+
+        Raises:
+            ValueError: there is no such head or query.
+        """
+        for name, value, count in (("head", head, self.num_heads), ("query", query, self.num_tokens)):
+            if not 0 <= integer(name, value) < count:
+                raise ValueError(f"{name}: expected 0 to {count - 1}, got {value}")
+        row_ptr = np.zeros((1, self.num_tokens + 1), dtype=np.int64)
+        row_ptr[:, query + 1 :] = self.num_tokens
+        row = Edges.from_csr(row_ptr, np.arange(self.num_tokens))
+        one = Edges.from_heads([(self._edges, head)])
+        return torch.from_numpy(one.combine("intersection", row).to_csr()[1])
+
     def density_image(self, head: int, size: int = 512) -> NDArray[np.float32]:
         """(s, s) share of kept entries in each cell of a head's mask, s = min(size, N), in O(edges)."""
         return self._edges.density_image(head, size)
@@ -483,6 +503,25 @@ class Mask:
     def plot(self, heads: Sequence[int] | None = None, ax: "Axes | None" = None, size: int = 512) -> "list[Axes]":
         """Draw the mask with matplotlib; see `sparse_mhsa.viz.plot`."""
         return viz.plot(self, heads=heads, ax=ax, size=size)
+
+    def overlay(
+        self,
+        image: ArrayLike | None,
+        query: explore.Query,
+        heads: Sequence[int] | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> "list[Axes]":
+        """Draw which patches of an image a query sees, per head; see `sparse_mhsa.explore.overlay`."""
+        return explore.overlay(self, image, query, heads, grid)
+
+    def explore(
+        self,
+        image: ArrayLike | None = None,
+        grid: Sequence[int] | None = None,
+        query: explore.Query | None = None,
+    ) -> "explore.Explorer":
+        """Look around in a notebook, over an image if there is one; see `sparse_mhsa.explore.Explorer`."""
+        return explore.Explorer(self, image, grid, query)
 
     def __repr__(self) -> str:
         return (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 512
 """Longest side of the picture of one head."""
-_GAMMA = 0.5
+GAMMA = 0.5
 """Exponent that keeps a few edges in a large cell visible."""
 
 
@@ -66,7 +66,7 @@ def plot(
     for head, place in zip(chosen, axes, strict=True):
         image = mask.density_image(head, min(size, MAX_PIXELS))
         extent = (-0.5, mask.num_tokens - 0.5, mask.num_tokens - 0.5, -0.5)
-        place.imshow(image**_GAMMA, cmap="Greys", vmin=0.0, vmax=1.0, extent=extent, interpolation="nearest")
+        place.imshow(image**GAMMA, cmap="Greys", vmin=0.0, vmax=1.0, extent=extent, interpolation="nearest")
         place.set_title(f"head {head}, density {nnz[head] / entries:.2%}", fontsize="small")
         place.tick_params(labelsize="x-small")
         # A frame on the edge would hide the dense row and column of the CLS token.
@@ -131,20 +131,27 @@ def png(mask: "Mask", max_heads: int = 64) -> bytes:
         top, left = (gap + place * (tile + gap) for place in divmod(head, columns))
         image = mask.density_image(head, tile)
         pixels = np.arange(tile) * len(image) // tile
-        grey = 255.0 * (1.0 - image[np.ix_(pixels, pixels)] ** _GAMMA)
+        grey = 255.0 * (1.0 - image[np.ix_(pixels, pixels)] ** GAMMA)
         canvas[top : top + tile, left : left + tile] = np.round(grey).astype(np.uint8)
-    return _encode_png(canvas)
+    return encode_png(canvas)
 
 
-def _encode_png(grey: NDArray[np.uint8]) -> bytes:
-    height, width = grey.shape
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """A picture as a PNG file.
+
+    Args:
+        pixels: (h, w) grey or (h, w, 3) colour.
+    """
+    height, width = pixels.shape[:2]
+    colour_type = 0 if pixels.ndim == 2 else 2
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(kind + data)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    lines = np.concatenate([np.zeros((height, 1), dtype=np.uint8), grey], axis=1)  # filter type 0 before each
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    lines = pixels.reshape(height, -1)
+    lines = np.concatenate([np.zeros((height, 1), dtype=np.uint8), lines], axis=1)  # filter type 0 before each
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)

@@ -135,4 +135,15 @@ def test_the_recipe_of_a_checkpoint_is_read_back(trained):
 
 def test_the_command_names_what_is_missing(capsys):
     assert main(["ablate", "heads", "--checkpoint", "nowhere.pth"]) == 2
-    assert "no such file: 'nowhere.pth'" in capsys.readouterr().err
+    assert "--checkpoint: no such file: 'nowhere.pth'" in capsys.readouterr().err
+
+
+def test_what_only_training_needs_does_not_restrict_the_test(image_root, tmp_path):
+    from sparse_mhsa.train.recipes import FinetuneOptions
+
+    few = {"dataset": "imagefolder", "data_path": image_root, "patch_size": 7, "epochs": 1, "progress": "off"}
+    finetune(FinetuneOptions(**few, batch_size=4, accum_iter=3, mixup=0.8, output_dir=tmp_path / "run"))
+    options = AblationOptions(
+        checkpoint=tmp_path / "run" / LAST, batch_size=255, output_dir=tmp_path / "heads", progress="off"
+    )
+    assert len(ablate_heads(options, "sparse-mhsa ablate heads")["heads"]) == 4

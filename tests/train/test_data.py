@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_mhsa.cli import main
 from sparse_mhsa.train import DataError, UsageError
 from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.datasets import digits, load_data, mnist5k, split_by_class
@@ -16,6 +17,7 @@ from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.finetune import finetune
 from sparse_mhsa.train.loading import EpochOrder
 from sparse_mhsa.train.models import build_model, num_tokens
+from sparse_mhsa.train.recipes import PretrainOptions
 
 
 def test_mnist5k_is_split_by_class_without_overlap():
@@ -133,6 +135,32 @@ def test_the_classes_of_a_resumed_folder_must_be_those_of_the_checkpoint(options
         UsageError, match=r"other classes .*imagefolder \(2 and 2; only there: light; only here: pale\)"
     ):
         finetune(replace(run, resume=run.output_dir / LAST, eval=True))
+
+
+def images_of(root, tmp_path):
+    data = load_data(PretrainOptions(dataset="imagefolder", data_path=root, output_dir=tmp_path))
+    return [[path for path, _ in half.samples] for half in (data.train, data.test)]
+
+
+def test_any_folder_of_images_pretrains_and_holds_out_a_tenth(image_root, tmp_path, capsys):
+    (image_root / "train" / "notes.txt").write_text("not an image")
+    train, test = images_of(image_root / "train", tmp_path)
+    assert len(train) == 21
+    assert len(test) == 3
+    assert not {*train} & {*test}
+    assert [train, test] == images_of(image_root / "train", tmp_path)
+    folder = ["--dataset", "imagefolder", "--data-path", str(image_root / "train"), "--output-dir", str(tmp_path / "p")]
+    words = [*folder, "--patch-size", "7", "--epochs", "1", "--batch-size", "4", "--progress", "off"]
+    assert main(["pretrain", *words]) == 0
+    assert "21 training and 3 test images" in capsys.readouterr().out
+    # A classifier needs classes, and says so.
+    assert main(["finetune", *words]) == 2
+    assert "--data-path: no such folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"expected two images or more \(\.jpg, .*got 0"):
+        images_of(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("problem", ["no root", "no val", "other classes", "broken image"])

@@ -46,6 +46,12 @@ from sparse_mhsa.train.finetune import finetune
         ({"model": "resnet18", "attn_cfg": Path("vit.yaml")}, "--model resnet18: expected a Vision Transformer"),
         ({"device": "abacus"}, "--device abacus"),
         ({"finetune": Path("nowhere.pth")}, "--finetune: no such file: 'nowhere.pth'"),
+        ({"attn_cfg": Path("nowhere.yaml")}, "--attn-cfg: no such file: 'nowhere.yaml'$"),
+        (
+            {"attn_cfg": Path("longformer.yaml")},
+            "--attn-cfg: no such file: 'longformer.yaml'; the package has '/",
+        ),
+        ({"output_dir": Path("vit.yaml/run")}, "--output-dir: cannot make the folder 'vit.yaml/run': Not a directory"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -205,6 +205,14 @@ def test_unusable_options_are_named(recipe, changes, message):
         run_quietly(replace(recipe, **changes))
 
 
+@pytest.mark.parametrize("attention", ["divided", "joint", "space_only"])
+def test_the_command_masks_what_there_is_unless_told(films, capsys, attn_cfg, attention):
+    words = ["video", "--data-path", str(films), "--frames", "4", "--input-size", "8", "--dry-run"]
+    assert main([*words, "--attention", attention, "--attn-cfg", str(attn_cfg)]) == 0
+    swapped = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.split()[-1:] == ["swapped"]]
+    assert swapped == [f"blocks.{layer}.attn" for layer in range(4)]
+
+
 def test_the_command_plans(films, capsys):
     words = ["video", "--data-path", str(films), "--frames", "4", "--dry-run", "--output-dir", "nowhere"]
     assert main(words) == 0

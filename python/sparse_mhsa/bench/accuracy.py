@@ -23,7 +23,7 @@ from ..train import TrainingError, UsageError, require_packages
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
 
 from ..machine import environment  # noqa: E402
-from ..train.checkpoint import replacing  # noqa: E402
+from ..train.checkpoint import make_folder, replacing  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
 from ..train.engine import LAST, LOG  # noqa: E402
 from ..train.models import build_model, num_tokens  # noqa: E402
@@ -36,6 +36,8 @@ from .options import AccuracyOptions  # noqa: E402
 logger = logging.getLogger("sparse_mhsa")
 
 SCHEMA = "sparse_mhsa-accuracy-1"
+INTERRUPTED = 130
+"""Exit code of a run after Ctrl-C; it has saved itself and goes on with the same command."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,20 @@ class Task:
     folder: Path
     words: tuple[str, ...]
     """What follows ``sparse-mhsa finetune``."""
+    processes: int = 1
 
     @property
     def command(self) -> str:
         """As a user would type it."""
-        return shlex.join(["sparse-mhsa", "finetune", *self.words])
+        start = ["torchrun", *self.torchrun] if self.torchrun else ["sparse-mhsa"]
+        return shlex.join([*start, "finetune", *self.words])
+
+    @property
+    def torchrun(self) -> list[str]:
+        """What torchrun is told in order to start the run; nothing for a run that needs none."""
+        if self.processes == 1:
+            return []
+        return ["--standalone", f"--nproc-per-node={self.processes}", "-m", "sparse_mhsa"]
 
 
 def bench_accuracy(
@@ -92,9 +103,11 @@ def bench_accuracy(
     _prepare(options, solved, words)
     failed = _run_all(options, recipe, tasks)
     if failed:
+        lines = (failed[0].folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "no output"
         raise TrainingError(
-            f"{len(failed)} of {len(tasks)} runs failed, the first is {failed[0].folder}: see output.txt there; the "
-            "others are kept, and the same command goes on"
+            f"{len(failed)} of {len(tasks)} runs failed, the first is {failed[0].folder} ({last}): "
+            "see output.txt there; the others are kept, and the same command goes on"
         )
     logger.info("measuring times, the methods taking turns")
     report = _assemble(options, recipe, data, solved, tasks, command)
@@ -112,13 +125,13 @@ def _tasks(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence[s
                 own += ["--attn-cfg", str(options.output_dir / method.name / "attention.yaml")]
             if options.nproc_per_node > 1:
                 own.append("--dist")
-            tasks.append(Task(method, seed, folder, (*words, *own)))
+            tasks.append(Task(method, seed, folder, (*words, *own), options.nproc_per_node))
     return tasks
 
 
 def _prepare(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence[str]) -> None:
     """Write the configurations, and refuse a folder whose runs have another recipe or other configurations."""
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output_dir)
     recipe = options.output_dir / "recipe.txt"
     line = shlex.join(words) + "\n"
     if recipe.is_file() and (before := recipe.read_text()) != line:
@@ -150,9 +163,8 @@ def _run_all(options: AccuracyOptions, recipe: FinetuneOptions, tasks: Sequence[
         if code != 0:
             failed.append(task)
         minutes = (time.perf_counter() - started) / 60
-        logger.info(
-            "%s, seed %d: %s (%.1f min)", task.method.name, task.seed, "failed" if code else _result(task), minutes
-        )
+        outcome = {0: "", INTERRUPTED: "stopped"}.get(code, "failed") or _result(task)
+        logger.info("%s, seed %d: %s (%.1f min)", task.method.name, task.seed, outcome, minutes)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
@@ -171,10 +183,7 @@ def _run(options: AccuracyOptions, task: Task, processes: list[subprocess.Popen[
     words = list(task.words)
     if (task.folder / LAST).is_file():
         words += ["--resume", str(task.folder / LAST)]
-    start = [sys.executable, "-m", "sparse_mhsa"]
-    if options.nproc_per_node > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc-per-node={options.nproc_per_node}", "-m", "sparse_mhsa"]
+    start = [sys.executable, "-m", *(["torch.distributed.run", *task.torchrun] if task.torchrun else ["sparse_mhsa"])]
     env = dict(os.environ)
     if options.threads is not None:
         env["OMP_NUM_THREADS"] = str(options.threads)

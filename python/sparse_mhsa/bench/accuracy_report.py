@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ..train.checkpoint import replacing
 from ..train.figures import INK, svg
 from ..train.page import write_page
+from .options import GPU_EXAMPLES
 
 Row = Mapping[str, Any]
 
@@ -61,8 +62,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Accuracy at the same attention budget\n", _about(report) + "\n"]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in report["rows"]]
-    lines += ["", *(f"- {note}" for note in _notes(report)), "", "Commands of the runs:", ""]
-    lines += [f"- {row['title']}: `{command}`" for row in report["rows"] for command in row["commands"]]
+    lines += ["", *(f"- {note}" for note in _notes(report))]
+    lines += ["", "## One run again", "", _again(report), ""]
+    lines += [
+        f"- {row['title']} (`{row['method']}`): `{command}`" for row in report["rows"] for command in row["commands"]
+    ]
+    lines += ["", "## Other data sets, on a machine with GPUs (not run for this page)", ""]
+    lines += [f"- `{command}`" for command in GPU_EXAMPLES]
     return "\n".join(lines) + "\n"
 
 
@@ -91,6 +97,14 @@ def _about(report: Mapping[str, Any]) -> str:
     )
 
 
+def _again(report: Mapping[str, Any]) -> str:
+    return (
+        "The command above with --methods NAME --seeds SEED before its -- and another --output-dir makes one run "
+        "again, with the same budget. What it starts is below; it also writes the attention.yaml that is named there, "
+        "whose text is in accuracy.json too. With the same versions, processor and threads the accuracy is the same."
+    )
+
+
 def _notes(report: Mapping[str, Any]) -> list[str]:
     train = report["data"]["train_images"]
     return [
@@ -101,6 +115,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "pruned: share of patch-to-patch pairs left out; `-` for methods without pairs.",
         f"train ms and inference ms: a batch of {report['recipe']['batch_size']}, all methods taking turns in one "
         "process after training; forward and backward with loss, and forward alone.",
+        "hours and the times in accuracy.csv are those of the clock: what else ran on the machine is in them.",
         "peak MiB: largest resident memory of the training process (on a GPU: allocated there).",
         f"Small models trained this briefly on {train:,} images favour whatever structure helps at the start; the "
         "order of methods says little about large models trained to the end.",
@@ -125,7 +140,7 @@ def _body(report: Mapping[str, Any]) -> str:
 <h2>Accuracy against operations and against measured time</h2>
 <figure>{_plots(report)}</figure>
 <h2>How to read this</h2><ul>{notes}</ul>
-<details><summary>Commands of the runs</summary><pre>{html.escape(commands)}</pre></details>"""
+<details><summary>Commands of the runs</summary><p>{_again(report)}</p><pre>{html.escape(commands)}</pre></details>"""
 
 
 def _plots(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from ..adapters import sparsify
 from ..config import load_config
 from ..train.checkpoint import read_checkpoint
 from ..train.datasets import ImageData
+from ..train.engine import autocast
 from ..train.models import build_model
 from ..train.recipes import FinetuneOptions
 from ..train.timing import compare
@@ -31,8 +32,8 @@ def measure(
         checkpoints: one trained model per method.
 
     Returns:
-        By method: ``train_ms``, forward and backward of a batch, and ``inference_ms``, forward without gradients; each
-        with ``median``, ``lower_quartile`` and ``upper_quartile``.
+        By method, in the precision of the recipe: ``train_ms``, forward and backward of a batch, and
+        ``inference_ms``, forward without gradients; each with ``median``, ``lower_quartile`` and ``upper_quartile``.
     """
     device = torch.device(recipe.device)
     models: dict[str, nn.Module] = {}
@@ -46,12 +47,14 @@ def measure(
     images, labels = (x.to(device) for x in next(iter(loader)))
 
     def train(model: nn.Module) -> None:
-        loss = F.cross_entropy(model(images), labels)
+        with autocast(recipe.amp, device):
+            loss = F.cross_entropy(model(images), labels)
         torch.autograd.grad(loss, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
     @torch.no_grad()
     def infer(model: nn.Module) -> Tensor:
-        result: Tensor = model(images)
+        with autocast(recipe.amp, device):
+            result: Tensor = model(images)
         return result
 
     results: dict[str, dict[str, Any]] = {name: {} for name in models}

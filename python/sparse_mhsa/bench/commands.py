@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import Parser, add_command, add_options, hyphenate, positive, read_options
 from ..train import UsageError
 from ..train.recipes import FinetuneOptions
-from .options import DTYPES, QUICK_BUDGET, AccuracyOptions, BenchOptions, LatencyOptions
+from .options import DTYPES, GPU_EXAMPLES, QUICK_BUDGET, AccuracyOptions, BenchOptions, LatencyOptions
 
 
 def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers returned)
@@ -36,17 +36,7 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         (
             "sparse-mhsa bench accuracy --seeds 0 1 2 -- --epochs 10",
             "sparse-mhsa bench accuracy --methods dense fibottention topk --seeds 0 -- --dataset digits --epochs 3",
-            *(
-                f"sparse-mhsa bench accuracy --nproc-per-node 8 -- --dataset {dataset} --data-path {folder} "
-                "--device cuda --model vit_base_patch16_224 --cls-token --input-size 224 --epochs 100 "
-                "--layer-decay 0.75 --drop-path 0.2 --reprob 0.25 --finetune mae_pretrain_vit_base.pth"
-                for dataset, folder in (
-                    ("cifar10", "data"),
-                    ("cifar100", "data"),
-                    ("tinyimagenet", "tiny-imagenet-200"),
-                    ("imagenet", "imagenet"),
-                )
-            ),
+            *GPU_EXAMPLES,
         ),
     )
     add_options(accuracy, AccuracyOptions())

@@ -24,6 +24,7 @@ from ..layer_cache import LayerCache
 from ..machine import environment
 from ..reference import dense_attention
 from ..train import UsageError
+from ..train.checkpoint import make_folder
 from .gate import FACTOR, FLOOR, WrongResultError
 from .measure import interleave, paired_ratio, spread
 from .options import BenchOptions
@@ -97,7 +98,7 @@ def bench_decode(options: BenchOptions, command: str, cases: Sequence[DecodeCase
         UsageError: an option cannot be used as given.
     """
     selected = _select(all_cases() if cases is None else list(cases), options)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output_dir)
     with torch_threads(options.threads), torch.no_grad():
         report: dict[str, Any] = {
             "schema": SCHEMA,

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import load_config
+from ..arguments import read_attention
 from ..machine import environment
 from ..module import SparseMHSA
 from ..train import require_packages
+from ..train.checkpoint import make_folder
 from .cases import Case
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, spread
@@ -67,10 +68,11 @@ def bench_latency(options: LatencyOptions, command: str, methods: Sequence[Metho
 
     Raises:
         ConfigError: the mask cannot be honoured.
+        UsageError: a file or folder cannot be used.
     """
     require_packages("matplotlib")
-    config = load_config(options.attn_cfg)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    config = read_attention(options.attn_cfg)
+    make_folder(options.output_dir)
     dtype = getattr(torch, options.dtype)
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {

@@ -54,6 +54,20 @@ class BenchOptions:
             raise UsageError(f"--threads must be at least 1, got {self.threads}")
 
 
+GPU_EXAMPLES = tuple(
+    f"sparse-mhsa bench accuracy --nproc-per-node 8 -- --dataset {dataset} --data-path {folder} --device cuda --model "
+    "vit_base_patch16_224 --cls-token --input-size 224 --epochs 100 --layer-decay 0.75 --drop-path 0.2 --reprob 0.25 "
+    "--finetune mae_pretrain_vit_base.pth"
+    for dataset, folder in (
+        ("cifar10", "data"),
+        ("cifar100", "data"),
+        ("tinyimagenet", "tiny-imagenet-200"),
+        ("imagenet", "imagenet"),
+    )
+)
+"""The accuracy table for the data sets of the published one, on a machine with eight GPUs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AccuracyOptions(Options):
     """``sparse-mhsa bench accuracy``."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..content import edges_of
 from ..machine import environment
 from ..train import require_packages
+from ..train.checkpoint import make_folder
 from .cases import Case, select
 from .gate import Gate, WrongResultError
 from .limits import Bandwidth, peak_flops
@@ -56,7 +57,7 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
         require_packages("matplotlib")
     cases = select(options.rows, quick=options.quick)
     methods = [method for method in methods if method.quick or not options.quick]
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output_dir)
     with torch_threads(options.threads):
         report: dict[str, Any] = {
             "schema": SCHEMA,
@@ -193,7 +194,8 @@ def admit(
         return _refused("unsupported", f"computes attention over edges, which `{problem.backend.name}` does not have")
     need, free = method.memory(problem, backward=backward), available_memory()
     if need > free // 2:
-        return _refused("oom", f"needs {need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free")
+        sizes = f"{need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free, half of it for one method"
+        return _refused("oom", f"needs {sizes}")
     try:
         if method.name not in prepared:
             try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import Site, find_attention
 from . import UsageError, require_packages
-from .checkpoint import read_checkpoint, replacing, seed_everything
+from .checkpoint import make_folder, read_checkpoint, replacing, seed_everything
 from .recipes import AblationOptions, FinetuneOptions
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
@@ -51,17 +51,16 @@ def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
         UsageError: the checkpoint or its data cannot be used.
     """
     check_device(options.device)
-    state = read_checkpoint(options.checkpoint)
+    with _named_by("--checkpoint"):
+        state = read_checkpoint(options.checkpoint)
     recipe = recipe_of(state, options.checkpoint)
-    own: dict[str, Any] = {
-        "batch_size": options.batch_size,
-        "device": options.device,
-        "progress": options.progress,
-        "finetune": None,
-    }
+    own: dict[str, Any] = {"device": options.device, "progress": options.progress, "finetune": None}
+    # Nothing is trained: what only training needs must not restrict the batches to test.
+    own |= {"accum_iter": 1, "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None}
     recipe = replace(recipe, **own, data_path=options.data_path or recipe.data_path)
     seed_everything(recipe.seed)
     data = load_data(recipe)
+    recipe = replace(recipe, batch_size=min(options.batch_size, data.sizes[0]))
     model = build_model(recipe, data)
     if state["attention"] is not None:
         sparsify_model(model, state["attention"], recipe, include=r"^blocks\." if recipe.two_branch else None)
@@ -69,7 +68,8 @@ def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
     trainer = Trainer(
         model, data, recipe, task, {"attention": state["attention"]}, World(device=torch.device(recipe.device))
     )
-    trainer.load_weights(state, options.checkpoint)
+    with _named_by("--checkpoint"):
+        trainer.load_weights(state, options.checkpoint)
     sites = [site for site in find_attention(model) if not site.name.startswith("decoder")]
     results = {
         "schema": SCHEMA,
@@ -79,12 +79,21 @@ def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
         **_accuracies(trainer, sites, per_layer=options.per_layer),
         "masks": _masks(sites, num_tokens(model)),
     }
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output_dir)
     with replacing(options.output_dir / "heads.json") as file:
         file.write((json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
     page = write_page(options.output_dir / "heads.html", "What each head is worth", _body(results))
     logger.info("report: %s", page)
     return results
+
+
+@contextmanager
+def _named_by(flag: str) -> Iterator[None]:
+    """Let errors about a checkpoint name the option that it was given by here."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error).replace("--resume:", f"{flag}:", 1)) from error
 
 
 def recipe_of(state: Mapping[str, Any], path: Path) -> FinetuneOptions:

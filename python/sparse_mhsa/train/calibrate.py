@@ -103,8 +103,10 @@ def calibrate(configs: Sequence[Path], options: CalibrateOptions) -> "Calibratio
 
 def write(result: "Calibration", options: CalibrateOptions) -> None:
     """The result as data, text, heat map and configuration, and the text to the log."""
+    from .checkpoint import make_folder
+
     folder = options.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text, recommended = f"{result}\n", result.recommend(options.mass)
     (folder / "calibration.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "calibration.txt").write_text(text, encoding="utf-8")

@@ -139,6 +139,18 @@ class Field:
         return value
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder that ``--output-dir`` names, and those above it.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir: cannot make the folder '{path}': {error.strerror}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` once all of it is on the disk.

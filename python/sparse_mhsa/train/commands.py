@@ -50,7 +50,8 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "Train a masked autoencoder with dense or sparse attention.",
         (
             "sparse-mhsa pretrain --epochs 100 --norm-pix-loss",
-            "sparse-mhsa pretrain --attn-cfg fibottention.yaml --decoder-attn-cfg fibottention.yaml --epochs 100",
+            "sparse-mhsa pretrain --attn-cfg configs/attention/fibottention.yaml "
+            "--decoder-attn-cfg configs/attention/fibottention.yaml --epochs 100",
             "sparse-mhsa pretrain --dataset imagefolder --data-path DATA --model vit_base_patch16_224 "
             "--decoder-dim 512 --decoder-depth 8 --decoder-heads 16",
         ),
@@ -72,8 +73,9 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "Train a TimeSformer on clips, with a mask on its attention along space, along time or over both.",
         (
             "sparse-mhsa video --epochs 10",
-            "sparse-mhsa video --task arrow --attn-cfg fibottention.yaml --mask-on space",
-            "sparse-mhsa video --attention joint --attn-cfg configs/attention/space_time.yaml",
+            "sparse-mhsa video --attn-cfg configs/attention/local.yaml --mask-on space time",
+            "sparse-mhsa video --task arrow --data-path CLIPS --finetune timesformer.pth",
+            "sparse-mhsa video --attention joint --input-size 56 --attn-cfg configs/attention/space_time.yaml",
             "sparse-mhsa video --data-path CLIPS --input-size 112 --patch-size 8",
         ),
     )

@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import find_attention
 from . import DataError, TrainingError, UsageError
-from .checkpoint import random_state, replacing, set_random_state, write_checkpoint
+from .checkpoint import make_folder, random_state, replacing, set_random_state, write_checkpoint
 from .datasets import ImageData
 from .distributed import World, averaged
 from .events import Events
@@ -36,6 +36,12 @@ logger = logging.getLogger("sparse_mhsa")
 
 LAST, BEST, LOG = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt"
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
+    """The mixed precision that ``--amp`` names."""
+    dtype = AMP_DTYPES.get(amp)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @dataclass
@@ -110,7 +116,7 @@ class Trainer:
             Interrupted: Ctrl-C was pressed; `LAST` continues after the last finished step.
         """
         # Now rather than after an epoch: a folder that cannot be made should cost nothing.
-        self.options.output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.options.output_dir)
         clock = AttentionClock([site.module for site in find_attention(self.model)], self.device)
         try:
             with ExitStack() as stack:
@@ -284,10 +290,9 @@ class Trainer:
             epochs=options.epochs,
         )
 
-    def autocast(self) -> Any:  # noqa: ANN401
+    def autocast(self) -> AbstractContextManager[object]:
         """The mixed precision of the run."""
-        dtype = AMP_DTYPES.get(self.options.amp)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return autocast(self.options.amp, self.device)
 
     def _without_sync(self) -> Any:  # noqa: ANN401
         return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import read_attention
 from ..flops import AttentionCost, attention_cost
 from ..layer import set_epoch
 from . import UsageError, require_packages
@@ -147,13 +148,14 @@ def only_first_logs(world: World) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def attention_text(path: Path | None) -> str | None:
-    """The attention configuration of a file, defaults filled in, as YAML text; ``None`` without one."""
-    if path is None:
-        return None
-    from .. import load_config
+def attention_text(path: Path | None, flag: str = "--attn-cfg") -> str | None:
+    """The attention configuration of a file, defaults filled in, as YAML text; ``None`` without one.
 
-    return load_config(path).to_yaml()
+    Raises:
+        UsageError: there is no such file; the message names ``flag``.
+        ConfigError: it cannot be honoured; the message names file, line and key.
+    """
+    return None if path is None else read_attention(path, flag).to_yaml()
 
 
 def sparsify_model(

