@@ -1,5 +1,6 @@
 """Configurations as users write them: files, mappings, OmegaConf nodes, their schema, and overrides by layer."""
 
+import enum
 import json
 from pathlib import Path
 
@@ -260,6 +261,33 @@ def test_omegaconf_interpolation_is_resolved_and_its_failures_are_configuration_
             sm.load_config(omegaconf.OmegaConf.create(broken))
 
 
+def test_omegaconf_nodes_inside_a_mapping_are_resolved_too():
+    omegaconf = pytest.importorskip("omegaconf")
+    node = omegaconf.OmegaConf.create({"w": 3, "mask": "local", "kwargs": {"window": "${w}"}})
+    expected = sm.load_config("mask: local\nmask_kwargs: {window: 3}")
+    assert sm.load_config({"mask": node.mask, "mask_kwargs": node.kwargs}) == expected
+    model = nn.MultiheadAttention(8, 2)
+    overrides = omegaconf.OmegaConf.create({".*": {"mask": "local", "mask_kwargs": {"window": 3}}})
+    assert sm.sparsify(model, "mask: none", overrides=overrides).swapped[0].mask == "local"
+    with pytest.raises(sm.ConfigError, match=r"config: .*window"):
+        sm.load_config({"mask": "local", "mask_kwargs": omegaconf.OmegaConf.create({"window": "???"})})
+
+
+class Kind(enum.Enum):
+    LOCAL = 1
+
+
+def test_a_structured_omegaconf_node_names_a_mask_by_an_enumeration():
+    omegaconf = pytest.importorskip("omegaconf")
+    node = omegaconf.OmegaConf.create({"mask": Kind.LOCAL, "mask_kwargs": {"window": 3}})
+    assert sm.load_config(node) == sm.load_config("mask: local\nmask_kwargs: {window: 3}")
+
+
+def test_a_path_in_a_mapping_is_its_text(tmp_path):
+    with pytest.raises(sm.ConfigError, match=r"scores: .*missing\.npz"):
+        sm.load_config({"mask": "pruning", "mask_kwargs": {"keep_ratio": 0.5, "scores": tmp_path / "missing.npz"}})
+
+
 @pytest.mark.parametrize("path", CONTRADICTING, ids=lambda path: path.stem)
 def test_a_mask_for_a_backend_that_cannot_apply_it_is_refused_by_name(path):
     backend = path.stem.partition("_")[0]
@@ -349,3 +377,12 @@ def test_the_list_of_masks_names_every_mask_and_parameter(capsys):
     assert out.count("\n") == len(registered()) + 2
     assert main(["masks", "--tokens", "9"]) == 2
     assert "arguments are required: FILE" in capsys.readouterr().err
+
+
+def test_a_picture_is_written_to_the_name_that_was_given(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["masks", str(YAMLS[0].with_name("local.yaml")), "--tokens", "9", "--heads", "2", "--plot"]
+    assert main([*arguments, str(tmp_path / "picture")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["picture"]
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert "directory" in capsys.readouterr().err

@@ -249,10 +249,19 @@ class TestConstruction:
         with pytest.raises(ValueError, match="num_heads: the configuration is for 4, but it is used with 2"):
             SparseMHSA.from_yaml(path, num_heads=2)
 
-    @pytest.mark.parametrize("name", ["layer", "num_layers", "num_prefix_tokens"])
-    def test_a_negative_number_is_refused_by_name(self, name):
-        with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
-            SparseMHSA(12, 3, config=FIBOTTENTION, **{name: -1})
+    @pytest.mark.parametrize(("name", "least"), [("layer", 0), ("num_layers", 1), ("num_prefix_tokens", 0)])
+    def test_a_number_that_is_too_small_is_refused_by_name(self, name, least):
+        with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {least - 1}"):
+            SparseMHSA(12, 3, config=FIBOTTENTION, **{name: least - 1})
+
+    def test_a_layer_beyond_the_last_is_refused(self):
+        with pytest.raises(ValueError, match="layer: expected at most 1 of 2 layers, got 2"):
+            SparseMHSA(12, 3, config=FIBOTTENTION, layer=2, num_layers=2)
+
+    @pytest.mark.parametrize("grid", [[], [9], [3, 0], [1, 1, 3, 3]])
+    def test_a_grid_has_two_or_three_sides_also_where_the_mask_does_not_look_at_it(self, grid):
+        with pytest.raises(ValueError, match=r"grid: expected \[H, W\] or \[T, H, W\], each at least 1, got"):
+            SparseMHSA(12, 3, config=LOCAL, grid=grid)
 
     def test_dropout_with_masked_logits_zero_is_refused_when_the_layer_is_built(self):
         with pytest.raises(ValueError, match="dropout: expected 0 with `masked_logits: zero`"):

@@ -167,7 +167,8 @@ def save_plot(mask: "Mask", path: Path) -> None:
     figure = mask.plot()[0].get_figure(root=True)
     assert figure is not None
     try:
-        figure.savefig(path, dpi=150)
+        # Without a format, matplotlib would write to another name than the one that was asked for.
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except ValueError as error:  # an ending that matplotlib has no format for
         raise UsageError(f"--plot '{path}': {error}") from error
 

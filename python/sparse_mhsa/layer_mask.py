@@ -62,9 +62,13 @@ class LayerMask:
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens", "head_dim"):
             number = getattr(self, name)
             if number is not None or name in ("num_heads", "layer", "epoch"):
-                object.__setattr__(self, name, integer(name, number))
-        if grid is not None and min(grid, default=0) < 1:
-            raise ValueError(f"grid: expected sides of at least 1, got {grid}")
+                object.__setattr__(self, name, integer(name, number, least=int(name == "num_layers")))
+        if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1):
+            raise ValueError(f"grid: expected [H, W] or [T, H, W], each at least 1, got {grid}")
+        if self.num_layers is not None and self.layer >= self.num_layers:
+            raise ValueError(
+                f"layer: expected at most {self.num_layers - 1} of {self.num_layers} layers, got {self.layer}"
+            )
         check_sizes(config, self.num_heads)
         place = (self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens)
         spec = config.spec(self.num_heads, *place, self.head_dim)
