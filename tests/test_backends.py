@@ -259,6 +259,10 @@ def test_what_cannot_be_honoured_is_an_error_that_names_it(name):
         layer(x, x, x, attn_mask=causal, is_causal=True, need_weights=False)
     with pytest.raises(ValueError, match=r"key_padding_mask: .* 0 and -inf only"):
         layer(x, x, x, key_padding_mask=torch.ones(2, 9, dtype=torch.float64))
+    # One that would be broadcast too.
+    for shape, message in (((1, 9), r"shape\[0\] to be 2, but got 1"), ((2, 8), r"shape\[1\] to be 9, but got 8")):
+        with pytest.raises(AssertionError, match=rf"Expected key_padded_mask\.{message}"):
+            layer(x, x, x, key_padding_mask=torch.zeros(shape, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"key: the backend `.*` relates the tokens of one sequence"):
         layer(x, x[:, :5], x[:, :5])
     for option in ("add_bias_kv", "add_zero_attn"):

@@ -1,5 +1,6 @@
 """Configurations as users write them: files, mappings, OmegaConf nodes, their schema, and overrides by layer."""
 
+import enum
 import json
 from pathlib import Path
 
@@ -75,14 +76,29 @@ def test_the_schema_refuses_what_the_loader_refuses(schema, text):
         schema.validate(yaml.safe_load(text))
 
 
-# Numbers whose range depends on what stands beside them.
+# Parameters that depend on what stands beside them, which is the loader's business.
 CONDITIONAL = {
     ("sparse", "local_attn_ctx"),
     ("strided_columns", "stride"),
     ("strided_columns", "offset"),
     ("vertical_slash", "num_vertical"),
     ("vertical_slash", "num_slash"),
+    ("random", "symmetric"),
+    ("topk", "symmetric"),
+    ("pruning", "scores"),
+    ("pruning", "scores_digest"),
+    ("pruning", "seed"),
+    ("space_time", "radius"),
 }
+
+
+def refusal_of(document):
+    """The loader's error, or None if it takes the document."""
+    try:
+        sm.load_config(document)
+    except sm.ConfigError as error:
+        return error
+    return None
 
 
 def numbers_in(value, path=()):
@@ -95,10 +111,8 @@ def numbers_in(value, path=()):
 
 
 def with_number(document, path, number):
-    if not path:
-        return number
     changed = document.copy()
-    changed[path[0]] = with_number(document[path[0]], path[1:], number)
+    changed[path[0]] = with_number(document[path[0]], path[1:], number) if path[1:] else number
     return changed
 
 
@@ -115,21 +129,58 @@ def test_the_schema_has_the_ranges_of_the_loader(schema):
     """Every number of many documents, replaced by one that may be out of range: both refuse it or neither."""
     for document in DOCUMENTS_WITH_NUMBERS:
         schema.validate(document)
-        name = document.get("mask", document.get("backend"))
         for path in numbers_in(document):
             for number in (-(2**40), -1, 0, 1, 1.5, 2**40, 2**40 + 1, 2**62):
                 changed = with_number(document, path, number)
-                try:
-                    sm.load_config(changed)
-                except sm.ConfigError as error:
-                    loads, reason = False, str(error)
-                else:
-                    loads, reason = True, "loads"
-                fits = schema.is_valid(changed)
-                assert fits or not loads, changed
-                of_a_part = path[1:2] == ("masks",) and "mask_kwargs" in path[2:]
-                if not of_a_part and (name, path[-1]) not in CONDITIONAL:
-                    assert loads or not fits, (changed, reason)
+                refusal, fits = refusal_of(changed), schema.is_valid(changed)
+                assert fits or refusal is not None, changed
+                if (mask_at(document, path), path[-1]) not in CONDITIONAL:
+                    assert refusal is None or not fits, (changed, refusal)
+
+
+def mask_at(document, path):
+    """Name of the innermost mask or backend around a path."""
+    names = []
+    for key in path:
+        if isinstance(document, dict):
+            names.append(document.get("mask", document.get("backend", names[-1] if names else None)))
+        document = document[key] if not isinstance(document, dict) else document.get(key)
+    return names[-1]
+
+
+def paths_in(value, path=()):
+    """Path of every value in a document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, below in inner for found in paths_in(below, (*path, key)))]
+
+
+WRONG = ["x", True, 1.5, 2**63, -(2**63) - 1, [True], [2**63], [["x"]], [[-(2**64)]], {"a": 1}]
+
+
+def between_parameters(document, path, refusal):
+    """Whether a refusal is about several parameters together."""
+    key = str(refusal.key).rpartition(".")[2]
+    return (mask_at(document, path), key) in CONDITIONAL or key == "mask_kwargs" != path[-1]
+
+
+def test_the_schema_refuses_the_types_that_the_loader_refuses(schema):
+    """Every value of many documents, and every parameter that they leave out, replaced by one of another type."""
+    parameters = {mask.name: [parameter.name for parameter in mask.parameters] for mask in registered()}
+    assert parameters.keys() <= {document.get("mask") for document in DOCUMENTS_WITH_NUMBERS} | {"none"}
+    for document in DOCUMENTS_WITH_NUMBERS:
+        kwargs = document.get("mask_kwargs", {})
+        absent = {("mask_kwargs", name) for name in parameters.get(document.get("mask"), ()) if name not in kwargs}
+        for path in {*paths_in(document), *absent} - {()}:
+            for wrong in WRONG:
+                changed = with_number(document, path, wrong)
+                refusal = refusal_of(changed)
+                if refusal is not None and not between_parameters(document, path, refusal):
+                    assert not schema.is_valid(changed), (changed, refusal)
+
+
+def test_the_schema_knows_what_null_would_be_written_as_for_a_seed(schema):
+    for seed, fits in ((None, True), ("None", True), ("none", True), (7, True), ("x", False), ("nonesuch", False)):
+        assert schema.is_valid({"mask": "random", "mask_kwargs": {"k": 2, "seed": seed}}) is fits
 
 
 def test_the_schema_knows_every_mask_and_parameter_from_the_registry(schema):
@@ -208,6 +259,33 @@ def test_omegaconf_interpolation_is_resolved_and_its_failures_are_configuration_
     for broken in ({"mask": "${nothing}"}, {"mask": "???"}, ["mask"]):
         with pytest.raises(sm.ConfigError):
             sm.load_config(omegaconf.OmegaConf.create(broken))
+
+
+def test_omegaconf_nodes_inside_a_mapping_are_resolved_too():
+    omegaconf = pytest.importorskip("omegaconf")
+    node = omegaconf.OmegaConf.create({"w": 3, "mask": "local", "kwargs": {"window": "${w}"}})
+    expected = sm.load_config("mask: local\nmask_kwargs: {window: 3}")
+    assert sm.load_config({"mask": node.mask, "mask_kwargs": node.kwargs}) == expected
+    model = nn.MultiheadAttention(8, 2)
+    overrides = omegaconf.OmegaConf.create({".*": {"mask": "local", "mask_kwargs": {"window": 3}}})
+    assert sm.sparsify(model, "mask: none", overrides=overrides).swapped[0].mask == "local"
+    with pytest.raises(sm.ConfigError, match=r"config: .*window"):
+        sm.load_config({"mask": "local", "mask_kwargs": omegaconf.OmegaConf.create({"window": "???"})})
+
+
+class Kind(enum.Enum):
+    LOCAL = 1
+
+
+def test_a_structured_omegaconf_node_names_a_mask_by_an_enumeration():
+    omegaconf = pytest.importorskip("omegaconf")
+    node = omegaconf.OmegaConf.create({"mask": Kind.LOCAL, "mask_kwargs": {"window": 3}})
+    assert sm.load_config(node) == sm.load_config("mask: local\nmask_kwargs: {window: 3}")
+
+
+def test_a_path_in_a_mapping_is_its_text(tmp_path):
+    with pytest.raises(sm.ConfigError, match=r"scores: .*missing\.npz"):
+        sm.load_config({"mask": "pruning", "mask_kwargs": {"keep_ratio": 0.5, "scores": tmp_path / "missing.npz"}})
 
 
 @pytest.mark.parametrize("path", CONTRADICTING, ids=lambda path: path.stem)
@@ -299,3 +377,12 @@ def test_the_list_of_masks_names_every_mask_and_parameter(capsys):
     assert out.count("\n") == len(registered()) + 2
     assert main(["masks", "--tokens", "9"]) == 2
     assert "arguments are required: FILE" in capsys.readouterr().err
+
+
+def test_a_picture_is_written_to_the_name_that_was_given(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["masks", str(YAMLS[0].with_name("local.yaml")), "--tokens", "9", "--heads", "2", "--plot"]
+    assert main([*arguments, str(tmp_path / "picture")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["picture"]
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert "directory" in capsys.readouterr().err

@@ -377,9 +377,13 @@ class TestLoadConfig:
         with pytest.raises(sm.ConfigError, match=r"hostile.yaml"):
             sm.load_config(path)
 
-    @pytest.mark.parametrize(
-        "value", [{"scale": math.nan}, {"scale": math.inf}, {"mask": object()}, {"mask_kwargs": {1j: 2}}]
-    )
+    @pytest.mark.parametrize("number", [math.nan, math.inf, np.float32("-inf"), np.array([1.0, math.nan])])
+    def test_numbers_that_are_not_finite_are_refused_as_in_yaml(self, number):
+        with pytest.raises(sm.ConfigError, match=r"^mask_kwargs.window(.1)?: \S+ is not a finite number") as raised:
+            sm.load_config({"mask": "local", "mask_kwargs": {"window": number}})
+        assert raised.value.key.startswith("mask_kwargs.window")
+
+    @pytest.mark.parametrize("value", [{"mask": object()}, {"mask_kwargs": {1j: 2}}])
     def test_mappings_that_yaml_cannot_express(self, value):
         with pytest.raises(TypeError, match="config: the mapping cannot be written as YAML"):
             sm.load_config(value)

@@ -121,6 +121,25 @@ class TestParityWithoutSparsity:
         padding = masks_for((2, 6), 2, 3, dtype) if padded else None
         assert_same_layer(dense, sparse, inputs, need_weights=need_weights, attn_mask=mask, key_padding_mask=padding)
 
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("masked", ["attn_mask", "key_padding_mask"])
+    @pytest.mark.parametrize("large", [1e5, -1e5, torch.finfo(torch.float64).min])
+    def test_a_finite_number_in_a_mask_stays_finite_in_a_precision_that_has_none_as_large(
+        self, need_weights, masked, large
+    ):
+        layer = SparseMHSA(8, 2, batch_first=True, dtype=torch.float16, config="mask: none")
+        x = torch.randn(1, 4, 8, dtype=torch.float16)
+        mask = torch.zeros(4, 4, dtype=torch.float64) if masked == "attn_mask" else torch.zeros(1, 4).double()
+        mask[..., :2] = large
+        given = layer(x, x, x, need_weights=need_weights, **{masked: mask})
+        drop = torch.tensor([large < 0] * 2 + [large > 0] * 2)
+        expected = layer(x, x, x, need_weights=need_weights, key_padding_mask=drop[None])
+        # So large a number leaves the scores that are added to it two decimals.
+        torch.testing.assert_close(given, expected, atol=1e-2, rtol=0)
+        mask[...] = large
+        given = layer(x, x, x, need_weights=need_weights, **{masked: mask})
+        torch.testing.assert_close(given, layer(x, x, x, need_weights=need_weights), atol=1e-2, rtol=0)
+
     def test_mixed_mask_types_warn_as_in_the_parent(self):
         dense, sparse = pair(batch_first=True)
         x = rand(2, 4, 12)
@@ -227,13 +246,22 @@ class TestConstruction:
         assert (layer.embed_dim, layer.num_heads) == (16, 4)
         with pytest.raises(ValueError, match="embed_dim: the configuration is for 16, but it is used with 8"):
             SparseMHSA.from_yaml(path, embed_dim=8)
-        with pytest.raises(ValueError, match="num_heads: the configuration is for 4 heads, but it is used with 2"):
+        with pytest.raises(ValueError, match="num_heads: the configuration is for 4, but it is used with 2"):
             SparseMHSA.from_yaml(path, num_heads=2)
 
-    @pytest.mark.parametrize("name", ["layer", "num_layers", "num_prefix_tokens"])
-    def test_a_negative_number_is_refused_by_name(self, name):
-        with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
-            SparseMHSA(12, 3, config=FIBOTTENTION, **{name: -1})
+    @pytest.mark.parametrize(("name", "least"), [("layer", 0), ("num_layers", 1), ("num_prefix_tokens", 0)])
+    def test_a_number_that_is_too_small_is_refused_by_name(self, name, least):
+        with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {least - 1}"):
+            SparseMHSA(12, 3, config=FIBOTTENTION, **{name: least - 1})
+
+    def test_a_layer_beyond_the_last_is_refused(self):
+        with pytest.raises(ValueError, match="layer: expected at most 1 of 2 layers, got 2"):
+            SparseMHSA(12, 3, config=FIBOTTENTION, layer=2, num_layers=2)
+
+    @pytest.mark.parametrize("grid", [[], [9], [3, 0], [1, 1, 3, 3]])
+    def test_a_grid_has_two_or_three_sides_also_where_the_mask_does_not_look_at_it(self, grid):
+        with pytest.raises(ValueError, match=r"grid: expected \[H, W\] or \[T, H, W\], each at least 1, got"):
+            SparseMHSA(12, 3, config=LOCAL, grid=grid)
 
     def test_dropout_with_masked_logits_zero_is_refused_when_the_layer_is_built(self):
         with pytest.raises(ValueError, match="dropout: expected 0 with `masked_logits: zero`"):

@@ -1,5 +1,7 @@
 """Attention among tokens picked out of a sequence: the mask applies at the places they came from."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -186,7 +188,7 @@ def twice():
     [
         (lambda: picked().int(), TypeError, "expected an int64 tensor, got torch.int32"),
         (lambda: [0, 1], TypeError, "expected an int64 tensor, got list"),
-        (lambda: picked()[0], ValueError, r"expected shape \(B, n\), got \(11,\)"),
+        (lambda: picked()[0], ValueError, r"expected shape \(B, n\) = \(3, 11\), got \(11,\)"),
         (lambda: picked(5), ValueError, r"expected shape \(B, n\) = \(3, 11\), got \(3, 5\)"),
         (outside, ValueError, "expected places from 0 to 25, got 0 to 26"),
         (twice, ValueError, "expected different places, sample 2 has one twice"),
@@ -196,6 +198,27 @@ def test_positions_that_do_not_fit_are_named(positions, error, message):
     x = torch.randn(BATCH, 11, HEADS * DIM, dtype=torch.float64)
     with pytest.raises(error, match=f"token_positions: {message}"):
         sparse_mha()(x, x, x, token_positions=positions())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_message_has_the_shape_that_the_caller_passed(batch_first):
+    layer = sm.SparseMHSA(12, 3, config="mask: none", batch_first=batch_first)
+    one = torch.randn(5, 12)
+    for positions in (torch.arange(4), torch.arange(5).expand(1, 5)):
+        given = re.escape(str(tuple(positions.shape)))
+        with pytest.raises(ValueError, match=rf"token_positions: expected shape \(n,\) = \(5,\), got {given}"):
+            layer(one, one, one, token_positions=positions)
+    batch = torch.randn(3, 5, 12) if batch_first else torch.randn(5, 3, 12)
+    with pytest.raises(ValueError, match=r"token_positions: expected shape \(B, n\) = \(3, 5\), got \(5, 3\)"):
+        layer(batch, batch, batch, token_positions=torch.zeros(5, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("mask", [None, sm.masks.local(num_tokens=9, num_heads=2, window=1)])
+def test_the_function_refuses_positions_that_are_no_tensor_of_integers(mask):
+    q = torch.randn(1, 2, 9, 4)
+    for positions, got in (([0, 1], "list"), (torch.arange(9.0)[None], "torch.float32")):
+        with pytest.raises(TypeError, match=f"token_positions: expected an int64 tensor, got {got}"):
+            sm.sparse_attention(q, q, q, mask, token_positions=positions)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,28 @@ from sparse_mhsa.adapters.timm import SparseAttention
 from sparse_mhsa.module import SparseMHSA
 
 
+def sized_model(framework):
+    """A model of a framework, and the sizes of its attention."""
+    sizes = {"embed_dim": 24, "num_heads": 3}
+    if framework == "torch":
+        return encoder(), {"embed_dim": 12, "num_heads": 2}
+    if framework == "timm":
+        return vit(), sizes
+    if framework == "timm with rope":
+        return vit("vit_small_patch16_dinov3", **sizes), sizes
+    if framework == "bare":
+        bare = nn.Module()
+        bare.num_heads, bare.scale, bare.with_qkv, bare.attn_drop = 3, 8**-0.5, False, nn.Dropout(0.0)
+        return bare, sizes
+    transformers = pytest.importorskip("transformers")
+    options = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 8}
+    options |= {"image_size": 16, "patch_size": 8}
+    if framework == "timesformer":
+        config = transformers.TimesformerConfig(**options, num_frames=2)
+        return transformers.TimesformerModel(config), sizes
+    return transformers.ViTModel(transformers.ViTConfig(**options)), sizes
+
+
 class TestSelection:
     def test_layers_keep_their_number_whatever_is_included(self):
         model = vit(depth=12)
@@ -43,6 +65,25 @@ class TestSelection:
             ("blocks.1.attn", "excluded"),
             ("blocks.2.attn", "not included"),
         ]
+
+    @pytest.mark.parametrize("size", ["embed_dim", "num_heads"])
+    @pytest.mark.parametrize("framework", ["torch", "timm", "timm with rope", "timesformer", "bare", "transformers"])
+    def test_a_configuration_for_layers_of_another_size_is_refused_in_every_framework(self, framework, size):
+        model, sizes = sized_model(framework)
+        wrong = sizes[size] + 1
+        before = [type(module) for module in model.modules()]
+        message = f"{size}: the configuration is for {wrong}, but it is used with {sizes[size]}"
+        with pytest.raises(sm.ConfigError, match=message):
+            sm.sparsify(model, {**LOCAL, size: wrong})
+        assert [type(module) for module in model.modules()] == before
+        assert sm.sparsify(model, {**LOCAL, **sizes}).swapped
+
+    @pytest.mark.parametrize("size", ["embed_dim", "num_heads"])
+    @pytest.mark.parametrize("config", [LOCAL, FIBOTTENTION])
+    def test_timms_layer_built_sparse_refuses_a_configuration_of_another_size(self, config, size):
+        with pytest.raises(ValueError, match=f"{size}: the configuration is for 7, but it is used with"):
+            sm.adapters.SparseTimmAttention.configured({**config, size: 7})(24, 3)
+        sm.adapters.SparseTimmAttention.configured({**config, "embed_dim": 24, "num_heads": 3})(24, 3)
 
     def test_a_pattern_of_include_that_matches_nothing_says_what_there_is(self):
         message = r"include: `block.1.atn` matches none .*`blocks.0.attn`.*did you mean `blocks.1.attn`"

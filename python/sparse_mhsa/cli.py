@@ -90,8 +90,10 @@ def build_parser() -> Parser:
     masks.add_argument("--num-layers", type=positive, help="layers of the model, for masks that depend on it")
     masks.add_argument("--epoch", type=natural, default=0, help="epoch, for masks that change with it (default: 0)")
     masks.add_argument("--head-dim", type=positive, help="channels per head, for masks that fit a budget")
-    masks.add_argument("--prefix-tokens", type=natural, help="leading tokens off the grid; the mask's own by default")
-    masks.add_argument("--grid", type=positive, nargs="+", help="patch grid: H W, or T H W")
+    masks.add_argument(
+        "--prefix-tokens", type=natural, help="leading tokens off the grid, unless FILE says; the mask's own by default"
+    )
+    masks.add_argument("--grid", type=positive, nargs="+", help="patch grid, unless FILE says: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
     bench_commands.add_commands(commands)
     config = add_command(commands, "config", run_config_list, "Work with attention configurations.")
@@ -167,7 +169,8 @@ def save_plot(mask: "Mask", path: Path) -> None:
     figure = mask.plot()[0].get_figure(root=True)
     assert figure is not None
     try:
-        figure.savefig(path, dpi=150)
+        # Without a format, matplotlib would write to another name than the one that was asked for.
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except ValueError as error:  # an ending that matplotlib has no format for
         raise UsageError(f"--plot '{path}': {error}") from error
 

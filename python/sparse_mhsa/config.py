@@ -1,11 +1,12 @@
 """One way to turn whatever a user holds into an `AttentionConfig`."""
 
 import json
+import math
 import operator
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeAlias
 
 import numpy as np
@@ -35,8 +36,8 @@ def load_config(config: ConfigLike) -> AttentionConfig:
 
     Args:
         config: a path to a YAML file (`str` or `Path`), YAML or JSON text (a `str` with a line break or a
-            colon), a mapping (its numbers may be NumPy's), an OmegaConf node, or an `AttentionConfig`, which is
-            returned as it is.
+            colon), a mapping (its numbers may be NumPy's, its texts paths, its values OmegaConf nodes), an OmegaConf
+            node, or an `AttentionConfig`, which is returned as it is.
 
     Returns:
         The typed, range-checked configuration.
@@ -48,12 +49,8 @@ def load_config(config: ConfigLike) -> AttentionConfig:
     """
     if isinstance(config, AttentionConfig):
         return config
-    omegaconf = sys.modules.get("omegaconf")
-    if omegaconf is not None and omegaconf.OmegaConf.is_config(config):
-        try:
-            config = omegaconf.OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        except omegaconf.errors.OmegaConfBaseException as error:
-            raise config_error(f"config: {error}", key=getattr(error, "full_key", None)) from error
+    if _is_omegaconf(config):
+        config = _of_omegaconf(config)  # type: ignore[assignment]
         if not isinstance(config, Mapping):
             raise config_error("config: expected a mapping with keys such as `mask`, got an OmegaConf list")
     if isinstance(config, Mapping):
@@ -67,18 +64,47 @@ def load_config(config: ConfigLike) -> AttentionConfig:
     )
 
 
+def _is_omegaconf(value: object) -> bool:
+    omegaconf = sys.modules.get("omegaconf")
+    return omegaconf is not None and bool(omegaconf.OmegaConf.is_config(value))
+
+
+def _of_omegaconf(node: object) -> object:
+    """What a node holds once its interpolations are resolved."""
+    omegaconf = sys.modules["omegaconf"]
+    try:
+        return omegaconf.OmegaConf.to_container(node, resolve=True, throw_on_missing=True, enum_to_str=True)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise config_error(f"config: {error}", key=getattr(error, "full_key", None)) from error
+
+
 def _mapping_text(config: Mapping[str, object]) -> str:
     try:
-        return json.dumps(dict(config), allow_nan=False, default=_plain)
+        return json.dumps(_plain(config), allow_nan=False)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"config: the mapping cannot be written as YAML: {error}") from error
 
 
-def _plain(value: object) -> object:
-    """A number or array of NumPy as Python has it."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is no number, text, list, mapping or null")
+def _plain(value: object, *path: str) -> object:
+    """What JSON can write: NumPy's numbers and arrays, paths and OmegaConf nodes as Python has them."""
+    if _is_omegaconf(value):
+        value = _of_omegaconf(value)
+    elif isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    elif isinstance(value, PurePath):
+        value = str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, *path, str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, *path, str(index)) for index, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        key = ".".join(path)
+        raise config_error(f"{key}: {value} is not a finite number", key=key)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"{type(value).__name__} is no number, text, list, mapping or null")
+    return value
 
 
 def _load_string(config: str) -> AttentionConfig:

@@ -15,7 +15,7 @@ from .content import edges_of
 from .edges import EdgeAttention, EdgeSource, accumulation_dtype
 from .layer_mask import LayerMask
 from .mask import Mask
-from .positions import edges_at
+from .positions import check_positions, edges_at
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 MANY_TOKENS = 4096
@@ -110,6 +110,7 @@ def sparse_attention(
     layer_mask = dense_mask(q.shape[1]) if mask is None else mask
     edges = None
     if token_positions is not None:
+        check_positions(token_positions, (q.shape[0], q.shape[2]))
         edges = edges_at(layer_mask, token_positions, q.shape[1])
     out, lse = attend(
         q,
@@ -198,8 +199,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped), q.new_empty(0)
     if dropout_p > 0.0 and seed is None:
         seed = draw_seed()
-    if bias is not None:
-        bias = bias.to(q.dtype)
+    bias = None if bias is None else bias_as(q.dtype, bias)
     if edges is None:
         edges = edges_of(q, k, layer_mask, key_mask=key_mask, bias=bias, scale=scale, embeddings=embeddings)
     out, lse = ops.attention(q, k, v, edges, key_mask=key_mask, bias=bias, seed=seed, dropout_p=dropout_p, scale=scale)
@@ -244,7 +244,7 @@ def weights_of(
         warn_of_dense_weights(k.shape[2])
     background = ops.has_background(edges.spec)
     attention = EdgeAttention(q, k, lse, edges, key_mask, seed, dropout_p, scale, background)
-    bias = None if bias is None else bias.to(q.dtype)
+    bias = None if bias is None else bias_as(q.dtype, bias)
     return attention.mean_weights(q, k, bias) if averaged else attention.weights(q, k, bias)
 
 
@@ -365,6 +365,14 @@ def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     return attn_mask.reshape(shape)
 
 
+def bias_as(dtype: torch.dtype, bias: Tensor) -> Tensor:
+    """An additive mask in the precision of the scores; what is finite stays finite, as large as ``dtype`` allows."""
+    limit = torch.finfo(dtype).max
+    if torch.finfo(bias.dtype).max <= limit:
+        return bias.to(dtype)
+    return torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)).to(dtype)
+
+
 def causal_bias(q: Tensor, k: Tensor) -> Tensor:
     """(1, 1, N, S) additive mask that leaves query i the keys 0 to i, as `scaled_dot_product_attention` means it."""
     return torch.full((1, 1, q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
@@ -383,12 +391,7 @@ def _check_mask(mask: Mask, q: Tensor, token_positions: Tensor | None) -> None:
     heads, queries = q.shape[1:3]
     if mask.num_heads != heads:
         raise ValueError(f"mask: expected {heads} heads like query, got a mask of {mask.num_heads} heads")
-    if token_positions is not None:
-        if tuple(token_positions.shape) != (q.shape[0], queries):
-            raise ValueError(
-                f"token_positions: expected shape (B, N) = {(q.shape[0], queries)}, got {tuple(token_positions.shape)}"
-            )
-    elif mask.num_tokens != queries:
+    if token_positions is None and mask.num_tokens != queries:
         raise ValueError(f"mask: expected {queries} tokens like query, got a mask of {mask.num_tokens} tokens")
 
 

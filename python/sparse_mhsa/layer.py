@@ -11,7 +11,7 @@ from .edges import EdgeSource
 from .functional import dense_mask
 from .layer_mask import LayerMask
 from .mask import Mask
-from .positions import edges_at
+from .positions import check_positions, edges_at
 from .presence import TokenPositions
 
 
@@ -69,10 +69,8 @@ class SparseLayer(nn.Module):
             return None
         if self.backend is not None:
             raise ValueError(f"token_positions: the backend `{self.backend.name}` has no edges that they could choose")
-        edges = edges_at(self.layer_mask, token_positions, num_heads, num_tokens)
-        if tuple(token_positions.shape) != shape:
-            raise ValueError(f"token_positions: expected shape (B, n) = {shape}, got {tuple(token_positions.shape)}")
-        return edges
+        check_positions(token_positions, shape)
+        return edges_at(self.layer_mask, token_positions, num_heads, num_tokens)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell masks that change during training which epoch it is."""

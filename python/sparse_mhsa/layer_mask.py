@@ -62,13 +62,14 @@ class LayerMask:
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens", "head_dim"):
             number = getattr(self, name)
             if number is not None or name in ("num_heads", "layer", "epoch"):
-                object.__setattr__(self, name, integer(name, number))
-        if grid is not None and min(grid, default=0) < 1:
-            raise ValueError(f"grid: expected sides of at least 1, got {grid}")
-        if config.num_heads not in (None, self.num_heads):
+                object.__setattr__(self, name, integer(name, number, least=int(name == "num_layers")))
+        if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1):
+            raise ValueError(f"grid: expected [H, W] or [T, H, W], each at least 1, got {grid}")
+        if self.num_layers is not None and self.layer >= self.num_layers:
             raise ValueError(
-                f"num_heads: the configuration is for {config.num_heads} heads, but it is used with {self.num_heads}"
+                f"layer: expected at most {self.num_layers - 1} of {self.num_layers} layers, got {self.layer}"
             )
+        check_sizes(config, self.num_heads)
         place = (self.layer, self.num_layers, self.epoch, grid, self.num_prefix_tokens)
         spec = config.spec(self.num_heads, *place, self.head_dim)
         derived = {
@@ -159,6 +160,24 @@ class LayerMask:
     def at_epoch(self, epoch: int) -> "LayerMask":
         """The same layer in another training epoch."""
         return self if epoch == self.epoch else replace(self, epoch=epoch)
+
+
+def check_sizes(config: AttentionConfig | None, num_heads: int, embed_dim: int | None = None) -> None:
+    """Raise where a configuration names other sizes than those of the layer it is used in.
+
+    Args:
+        config: the configuration; None has no sizes.
+        num_heads: H of the layer.
+        embed_dim: width of its tokens, None where it is unknown.
+
+    Raises:
+        ValueError: ``num_heads`` or ``embed_dim`` of the configuration is another.
+    """
+    if config is None:
+        return
+    for key, own, there in (("num_heads", config.num_heads, num_heads), ("embed_dim", config.embed_dim, embed_dim)):
+        if None not in (own, there) and own != there:
+            raise ValueError(f"{key}: the configuration is for {own}, but it is used with {there}")
 
 
 @functools.cache

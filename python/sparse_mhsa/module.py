@@ -17,6 +17,7 @@ from .functional import (
     MANY_TOKENS,
     attend,
     autocast,
+    bias_as,
     causal_bias,
     check_qkv,
     check_square,
@@ -26,8 +27,9 @@ from .functional import (
     weights_of,
 )
 from .layer import SparseLayer
-from .layer_mask import LayerMask
+from .layer_mask import LayerMask, check_sizes
 from .mask import Mask
+from .positions import check_positions
 
 
 class SparseMHSA(nn.MultiheadAttention, SparseLayer):
@@ -223,7 +225,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             value: (S, vdim) unbatched, (S, B, vdim), or (B, S, vdim).
             key_padding_mask: (B, S), or (S,) unbatched; bool (**True = ignore the key**) or floating (added).
             need_weights: also return the dense attention weights, which takes O(L x S) memory.
-            attn_mask: (L, S) or (B * H, L, S); bool (**True = do not attend**) or floating (added).
+            attn_mask: (L, S) or (B * H, L, S); bool (**True = do not attend**) or floating (added). A floating mask may
+                have any precision; the parent raises for most that are not that of the layer.
             average_attn_weights: average the weights over the heads.
             is_causal: hint that ``attn_mask`` is causal. As in the parent, it needs ``attn_mask`` and stands
                 in for it where there is neither ``key_padding_mask`` nor ``need_weights``: query i then keeps
@@ -248,7 +251,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         if not batched:
             query, key, value = _unsqueeze_alike(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-            token_positions = None if token_positions is None else token_positions.unsqueeze(0)
+            if token_positions is not None:
+                check_positions(token_positions, (query.shape[1],))
+                token_positions = token_positions.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
         at_positions = self._edges_at(token_positions, num_tokens, self.num_heads, (q.shape[0], q.shape[2]))
         if self.backend is not None:
@@ -267,7 +272,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         q, k, v = autocast(q, k, v)
         dropout_p = self.dropout if self.training else 0.0
         seed = draw_seed() if dropout_p > 0.0 else None
-        bias = None if bias is None else bias.to(q.dtype)
+        bias = None if bias is None else bias_as(q.dtype, bias)
         if edges is None and self.layer_mask.by_content:
             check_square(self.layer_mask, q.shape[2], k.shape[2])
             embeddings = query if batch_first else query.transpose(0, 1)
@@ -397,6 +402,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention without edges: context (B, H, L, Dv), and weights (B, H, L, S) or None."""
+        if key_padding_mask is not None:
+            _check_key_padding_mask(key_padding_mask, q.shape[0], k.shape[2])
         if needs_weights and k.shape[2] > MANY_TOKENS:
             warn_of_dense_weights(k.shape[2])
         q, k, v = autocast(q, k, v)
@@ -483,9 +490,7 @@ def check_layer(mha: nn.MultiheadAttention, layer_mask: LayerMask | Mask) -> Non
         ConfigError: the backend cannot be used there.
         ValueError: the sizes, the dropout or the appended keys of ``mha`` do not go with the mask.
     """
-    embed_dim = None if layer_mask.config is None else layer_mask.config.embed_dim
-    if embed_dim not in (None, mha.embed_dim):
-        raise ValueError(f"embed_dim: the configuration is for {embed_dim}, but it is used with {mha.embed_dim}")
+    check_sizes(layer_mask.config, mha.num_heads, mha.embed_dim)
     if mha.bias_k is not None or mha.add_zero_attn:
         if layer_mask.config is not None and not layer_mask.config.uses_edges:
             raise config_error(

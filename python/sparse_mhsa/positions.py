@@ -24,6 +24,7 @@ def edges_at(
         layer_mask: the mask of the whole sequence.
         token_positions: (B, n) int64: where token i of each sample stands in the whole sequence of N tokens, prefix
             included; all different within a sample.
+            What `check_positions` lets through.
         num_heads: H.
         num_tokens: N, where the mask does not know it.
 
@@ -31,14 +32,8 @@ def edges_at(
         One edge list per sample and head; None where positions make no difference: the dense mask, and ``topk``.
 
     Raises:
-        TypeError: ``token_positions`` is no int64 tensor.
-        ValueError: its shape or values do not fit, N is unknown, or the mask cannot be taken apart.
+        ValueError: the positions do not fit, N is unknown, or the mask cannot be taken apart.
     """
-    if not isinstance(token_positions, Tensor) or token_positions.dtype != torch.int64:
-        got = token_positions.dtype if isinstance(token_positions, Tensor) else type(token_positions).__name__
-        raise TypeError(f"token_positions: expected an int64 tensor, got {got}")
-    if token_positions.dim() != 2:
-        raise ValueError(f"token_positions: expected shape (B, n), got {tuple(token_positions.shape)}")
     if layer_mask.is_dense:
         return None
     if layer_mask.by_content:
@@ -58,6 +53,21 @@ def edges_at(
     device = token_positions.device
     ((_, row_ptr, col),) = layer_mask.source(whole).per_head(1, num_heads, whole, whole, device)
     return EdgeSource(None, *restrict_edges(row_ptr, col, token_positions))
+
+
+def check_positions(token_positions: object, shape: tuple[int, ...]) -> None:
+    """Raise unless ``token_positions`` is an int64 tensor of a shape, (B, n) or without a batch (n,).
+
+    Raises:
+        TypeError: it is no int64 tensor.
+        ValueError: its shape is another.
+    """
+    if not isinstance(token_positions, Tensor) or token_positions.dtype != torch.int64:
+        got = token_positions.dtype if isinstance(token_positions, Tensor) else type(token_positions).__name__
+        raise TypeError(f"token_positions: expected an int64 tensor, got {got}")
+    if tuple(token_positions.shape) != shape:
+        letters = "(B, n)" if len(shape) == 2 else "(n,)"
+        raise ValueError(f"token_positions: expected shape {letters} = {shape}, got {tuple(token_positions.shape)}")
 
 
 @torch.library.custom_op("sparse_mhsa::restrict_edges", mutates_args=())

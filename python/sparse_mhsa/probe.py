@@ -19,7 +19,7 @@ from .backends import Backend, Place
 from .calibration import Calibration, Kept
 from .config import ConfigLike, config_error, load_config
 from .content import edges_of
-from .functional import attend, dense_mask
+from .functional import attend, bias_as, dense_mask
 from .layer import SparseLayer
 from .layer_mask import LayerMask, draw_seed
 from .module import SparseMHSA
@@ -167,7 +167,7 @@ class Probe(Backend, ABC):
         with torch.autocast(q.device.type, enabled=False):
             # lse of half types is no better than theirs.
             q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-            bias = None if bias is None else bias.to(q.dtype)
+            bias = None if bias is None else bias_as(q.dtype, bias)
             options: dict[str, Any] = {"key_mask": key_mask, "bias": bias, "scale": scale}
             dense, lse = attend(q, k, v, dense_mask(q.shape[1]), needs_lse=True, **options)
             self.observe(Seen(q, k, v, dense, lse, **options, embeddings=self.embeddings))

@@ -1,8 +1,8 @@
 //! JSON Schema (draft 2020-12) of a configuration, made from the types that read it and from the registries, so that a new mask,
 //! key or backend is in it without being listed.
 //!
-//! It knows names, types, closed choices, the ranges of single values, and which mask takes which parameters. Conditions between
-//! several keys, and between a key and the size of the input, are the loader's; so are the parameters of a mask inside another.
+//! It knows names, types, closed choices, the ranges of single values, and which mask takes which parameters, inside another mask
+//! too. Conditions between several keys, and between a key and the size of the input, are the loader's.
 
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
@@ -15,13 +15,18 @@ use crate::pattern::user;
 
 const DENSE: &str = "none";
 
+/// What schemars calls the entries of `masks`.
+const PART: &str = "Part";
+
 /// The schema of every document that [`AttentionConfig::parse`](super::AttentionConfig::parse) may accept, with lower-case names.
 pub fn json_schema() -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
     let mut document = object(Document::json_schema(&mut generator).to_value());
     let mut layer = document.clone();
     let mut definitions = Map::new();
-    let mut conditions = mask_conditions(&mut generator, &mut definitions);
+    let of_masks = mask_conditions(&mut generator, &mut definitions);
+    let mut conditions = vec![absent("mask", "mask_kwargs")];
+    conditions.extend(of_masks.iter().cloned());
     conditions.extend(backend_conditions(&mut generator, &mut definitions));
 
     // A layer takes what it does not replace from the document: parameters can be judged where it names mask or backend itself.
@@ -45,9 +50,12 @@ pub fn json_schema() -> Value {
     }
 
     definitions.extend(generator.take_definitions(true));
+    let part = definitions.get_mut(PART).and_then(Value::as_object_mut).expect("some mask is made of masks");
+    part["properties"]["mask"] = json!({ "enum": registry::names() });
+    part.insert("allOf".into(), of_masks.into());
     definitions.insert("document".into(), document.into());
     definitions.insert("layer".into(), layer.into());
-    json!({
+    let mut schema = json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "sparse_mhsa attention configuration",
         "type": "object",
@@ -55,7 +63,30 @@ pub fn json_schema() -> Value {
         "then": { "properties": { "attention": { "$ref": "#/$defs/document" } }, "additionalProperties": false },
         "else": { "$ref": "#/$defs/document" },
         "$defs": definitions,
-    })
+    });
+    bound_integers(&mut schema);
+    schema
+}
+
+/// Give every integer the bounds of the type that reads it where it has no narrower ones.
+fn bound_integers(schema: &mut Value) {
+    match schema {
+        Value::Object(map) => {
+            let (low, high) = match map.get("format").and_then(Value::as_str) {
+                Some("int64") => (json!(i64::MIN), json!(i64::MAX)),
+                Some("uint" | "uint64") => (json!(u64::MIN), json!(u64::MAX)),
+                _ => (Value::Null, Value::Null),
+            };
+            for (key, bound) in [("minimum", low), ("maximum", high)] {
+                if !bound.is_null() {
+                    map.entry(key).or_insert(bound);
+                }
+            }
+            map.values_mut().for_each(bound_integers);
+        }
+        Value::Array(list) => list.iter_mut().for_each(bound_integers),
+        _ => {}
+    }
 }
 
 /// The schema of the `mask_kwargs` of one mask, complete in itself. Its description is the definition of the mask.
@@ -113,7 +144,7 @@ fn absent(key: &str, section: &str) -> Value {
 }
 
 fn mask_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<String, Value>) -> Vec<Value> {
-    let mut conditions = vec![absent("mask", "mask_kwargs")];
+    let mut conditions = Vec::new();
     for mask in MASKS.iter().chain(user::all()) {
         let definition = format!("mask_{}", mask.name);
         let parameters = mask_kwargs(mask, generator);

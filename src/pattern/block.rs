@@ -29,6 +29,7 @@ pub struct Block {
 /// Which blocks see which.
 #[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
+#[schemars(deny_unknown_fields)]
 enum Layout {
     /// `diagonal` (each its own) or `full` (all).
     Named(#[schemars(extend("enum" = NAMES))] String),
@@ -38,7 +39,7 @@ enum Layout {
         band: i64,
     },
     /// 0 or 1 for each query block (row) and key block (column).
-    Matrix(#[schemars(inner(inner(range(min = 0, max = 1))))] Vec<Vec<i64>>),
+    Matrix(#[schemars(inner(length(min = 1), inner(range(min = 0, max = 1))))] Vec<Vec<i64>>),
 }
 
 const NAMES: &[&str] = &["diagonal", "full"];

@@ -3,8 +3,9 @@
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::algebra::Operation;
 use super::part::{self, Part, as_its_parts};
@@ -29,10 +30,18 @@ pub trait Combine: Debug + Send + Sync + 'static {
 #[schemars(rename = "Combination", bound = "")]
 pub struct Combination<C> {
     /// List of `{mask, mask_kwargs}`.
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1), transform = without_heads)]
     masks: Vec<Part>,
     #[serde(skip)]
     operation: PhantomData<C>,
+}
+
+/// The schema of a list of masks of which none has `heads`.
+fn without_heads(masks: &mut Schema) {
+    if let Some(part) = masks.get_mut("items").and_then(Value::as_object_mut) {
+        let properties = part.entry("properties").or_insert_with(|| json!({}));
+        properties["heads"] = json!({ "type": "null" });
+    }
 }
 
 impl<C: Combine> Pattern for Combination<C> {

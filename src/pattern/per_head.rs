@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PerHead {
     /// List of `{mask, mask_kwargs, heads}`.
+    #[schemars(length(min = 1))]
     masks: Vec<Part>,
 }
 

@@ -53,7 +53,7 @@ pub struct Pruning {
     /// Digest of that file; filled in when it is read, so that another file in its place is an error.
     scores_digest: Option<String>,
     /// Importance by head, or by layer and head, or `measured` (from `scores`); null is equal.
-    #[schemars(extend("items" = { "minimum": 0, "items": { "minimum": 0 } }))]
+    #[schemars(extend("not" = { "type": "number" }, "items" = { "minimum": 0, "items": { "minimum": 0 } }))]
     weights: Option<Weights>,
     /// Seed of `random`; null draws one when a mask or module is built.
     seed: Option<i64>,

@@ -44,7 +44,7 @@ pub struct Random {
     per_head_same: bool,
     /// Seed of the draws; null draws one when a mask or module is built.
     #[serde(deserialize_with = "seed_or_none")]
-    #[schemars(extend("type" = ["integer", "string", "null"]))]
+    #[schemars(extend("type" = ["integer", "string", "null"], "pattern" = "^[Nn][Oo][Nn][Ee]$"))]
     seed: Option<i64>,
     /// Draw anew in every epoch.
     reseed_each_epoch: bool,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._core import AttentionConfig, ConfigError
 from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
-from ..layer_mask import LayerMask
+from ..layer_mask import LayerMask, check_sizes
 from . import timesformer, timm, torch_nn, transformers
 from .dropped_tokens import follow_dropped_tokens
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported, why_unsupported
@@ -138,6 +138,7 @@ def _finish(model: nn.Module) -> None:
 def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     """The mask of a layer, built once where its number of tokens is known, to see that it can be."""
     num_heads, head_dim = site.adapter.heads(site.module)
+    check_sizes(config, num_heads, site.adapter.embed_dim(site.module))
     layer_mask = LayerMask(
         _ordered(config.for_layer(site.name), site.token_order),
         num_heads,

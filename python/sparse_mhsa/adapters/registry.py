@@ -32,6 +32,10 @@ class Adapter(ABC):
     def heads(self, module: nn.Module) -> tuple[int, int]:
         """Number of heads and head dimension."""
 
+    def embed_dim(self, module: nn.Module) -> int | None:
+        """Width of the tokens that ``module`` takes, or None if it does not tell."""
+        return None
+
     @abstractmethod
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap ``module`` in place, or give an already swapped one another mask."""

@@ -8,6 +8,7 @@ The attention of the original repository is recognised by the timm adapter, as a
 without projections (``with_qkv=False``), and what both kinds of model tell about their tokens.
 """
 
+import math
 import sys
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..layer_mask import LayerMask
 from ..mask import Mask
 from .registry import Adapter, Layout, random_image, register_adapter, sides
-from .timm_layers import SparseAttention, dropout_probability, head_dim_of
+from .timm_layers import SparseAttention, dropout_probability, embed_dim_of, head_dim_of
 from .transformers_attention import attention_forward
 
 
@@ -76,6 +77,10 @@ class TimesformerAdapter(Adapter):
             return module.num_heads, head_dim_of(module)
         assert isinstance(module.scale, float)
         return module.num_heads, round(module.scale**-2)
+
+    def embed_dim(self, module: nn.Module) -> int | None:
+        """C, which without projections is that of all heads together."""
+        return embed_dim_of(module) if hasattr(module, "qkv") else math.prod(self.heads(module))
 
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""

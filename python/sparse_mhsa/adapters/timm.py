@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .._core import AttentionConfig
 from ..config import ConfigLike, load_config
 from ..functional import dense_mask
-from ..layer_mask import LayerMask
+from ..layer_mask import LayerMask, check_sizes
 from ..mask import Mask
 from .registry import Adapter, Layout, random_image, register_adapter
-from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, head_dim_of
+from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, embed_dim_of, head_dim_of
 
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
@@ -43,6 +43,9 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
         num_heads: H.
         *args: as timm's `Attention` takes them.
         **kwargs: likewise.
+
+    Raises:
+        ValueError: the configuration names another ``embed_dim`` or ``num_heads``.
     """
 
     config: ClassVar[AttentionConfig] = AttentionConfig.parse("mask: none")
@@ -55,6 +58,7 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
 
         self.__dict__.update(Attention(dim, num_heads, *args, **kwargs).__dict__)  # type: ignore[arg-type]
         self.dense_class = Attention
+        check_sizes(self.config, num_heads, dim)
         if _depends_on_place(self.config, num_heads):
             self.unplaced = self.config
             layer_mask = dense_mask(num_heads)
@@ -166,6 +170,10 @@ class TimmAdapter(Adapter):
         """Number of heads and head dimension."""
         assert isinstance(module.num_heads, int)
         return module.num_heads, head_dim_of(module)
+
+    def embed_dim(self, module: nn.Module) -> int | None:
+        """C."""
+        return embed_dim_of(module)
 
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""

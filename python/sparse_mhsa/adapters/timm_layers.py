@@ -189,10 +189,21 @@ def head_dim_of(module: nn.Module) -> int:
     num_heads = module.num_heads
     assert isinstance(num_heads, int)
     packed = getattr(module, "qkv", None)
+    return _projection(module).shape[0] // (num_heads if packed is None else 3 * num_heads)
+
+
+def embed_dim_of(module: nn.Module) -> int:
+    """C, from the same projection."""
+    return _projection(module).shape[1]
+
+
+def _projection(module: nn.Module) -> Tensor:
+    """The weight of the projection of the queries, alone or together with keys and values."""
+    packed = getattr(module, "qkv", None)
     # A layer that wraps the projection, such as LoRA's, shows its weight too.
     weight = (module.get_submodule("q_proj") if packed is None else packed).weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0] // (num_heads if packed is None else 3 * num_heads)
+    return weight
 
 
 def dropout_probability(module: nn.Module) -> float:

@@ -26,6 +26,11 @@ class TorchAdapter(Adapter):
         assert isinstance(module, nn.MultiheadAttention)
         return module.num_heads, module.head_dim
 
+    def embed_dim(self, module: nn.Module) -> int | None:
+        """E."""
+        assert isinstance(module, nn.MultiheadAttention)
+        return int(module.embed_dim)
+
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
         assert isinstance(module, nn.MultiheadAttention)

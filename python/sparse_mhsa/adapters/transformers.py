@@ -131,6 +131,14 @@ class TransformersAdapter(Adapter):
             head_dim = width // heads
         return int(heads), int(head_dim)
 
+    def embed_dim(self, module: nn.Module) -> int | None:
+        """Of the layer, or of its configuration."""
+        for owner in (module, getattr(module, "config", None)):
+            width = _first_number(owner, ("embed_dim", "hidden_size"))
+            if width is not None:
+                return int(width)
+        return None
+
     def sparsify(self, module: nn.Module, layer_mask: LayerMask | Mask) -> None:
         """Swap in place."""
         register()
