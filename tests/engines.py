@@ -80,6 +80,7 @@ OWN_CHOICE = {
     "attacks/test_hostile_input.py::test_the_command_line": "runs programs that choose for themselves",
     "test_bench.py": "compares the engines, and others",
     "test_cli.py": "runs programs that choose for themselves",
+    "test_extras.py": "runs a program that chooses for itself",
     "test_flex.py": "FlexAttention computes, which is no engine of ours",
     "test_engine.py": "is about the choice; what compares engines says so itself",
     "test_notebooks.py": "runs notebooks in processes of their own",

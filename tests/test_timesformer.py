@@ -147,6 +147,16 @@ class TestOriginal:
         temporal = model.blocks[1].temporal_attn
         assert torch.equal(temporal.mask(4).to_dense()[0], torch.ones(4, 4).tril(1).triu(-1).bool())
 
+    def test_the_prefix_tokens_of_the_model_are_not_those_of_time(self):
+        model = VisionTransformer("divided_space_time")
+        config = {**LOCAL, "num_prefix_tokens": 1}
+        sm.sparsify(model, config, include="attn", verify=True)
+        block, window = model.blocks[0], torch.ones(4, 4).tril(1).triu(-1).bool()
+        assert block.attn.mask(17).to_dense()[0, 0].all()
+        assert torch.equal(block.temporal_attn.mask(4).to_dense()[0], window)
+        sm.sparsify(model, config, include="temporal", overrides={"temporal": {"num_prefix_tokens": 1}})
+        assert block.temporal_attn.mask(4).to_dense()[0, 0].all()
+
     @pytest.mark.parametrize("kind", ["space", "time", "divided"])
     def test_joint_attention_has_time_fastest(self, kind):
         model = VisionTransformer("joint_space_time")

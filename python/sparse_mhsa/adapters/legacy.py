@@ -23,10 +23,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
-import timm.models.vision_transformer
 import torch.nn.modules.linear
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+
+from ..extras import needed_for
+
+with needed_for("legacy_imports", "timm"):
+    import timm.models.vision_transformer
+    from timm.models.vision_transformer import Block, VisionTransformer
 
 
 class LegacyBlock(Block):

@@ -90,6 +90,11 @@ class Site:
     dense_by_design: str | None
 
     @property
+    def is_temporal(self) -> bool:
+        """The layer attends between the frames of one patch."""
+        return _is_temporal(self.name)
+
+    @property
     def num_heads(self) -> int:
         """H."""
         return self.adapter.heads(self.module)[0]

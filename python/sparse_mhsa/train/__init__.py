@@ -31,6 +31,8 @@ def require_packages(*names: str) -> None:
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
+        extra = "video" if {"av", "skvideo"} & set(missing) else "train"
         raise UsageError(
-            f"{', '.join(missing)} is not installed; install what training needs with: pip install 'sparse_mhsa[train]'"
+            f"{', '.join(missing)} is not installed; install what training needs with: "
+            f"pip install 'sparse_mhsa[{extra}]'"
         )
