@@ -88,6 +88,8 @@ OWN_CHOICE = {
     "test_robustness.py": "forks, threads, signals and memory of the kernels; those of ATen operators: test_engine.py",
     "test_bench_latency.py": "compares methods, and others",
     "test_bench_accuracy.py": "runs programs that choose for themselves",
+    "test_toolbox.py::TestWholeGraphs::test_inductor": "what inductor makes of the operators does not depend on it",
+    "test_toolbox.py::test_two_processes": "trains in processes of their own",
     "train/": "trains for seconds through layers that are compared elsewhere",
 }
 """Tests that choose an engine themselves, or are about one."""
