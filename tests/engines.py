@@ -82,6 +82,7 @@ OWN_CHOICE = {
     "attacks/test_hostile_input.py::test_the_command_line": "runs programs that choose for themselves",
     "test_bench.py": "compares the engines, and others",
     "test_cli.py": "runs programs that choose for themselves",
+    "test_extras.py": "runs a program that chooses for itself",
     "test_flex.py": "FlexAttention computes, which is no engine of ours",
     "test_engine.py": "is about the choice; what compares engines says so itself",
     "test_notebooks.py": "runs notebooks in processes of their own",
@@ -89,6 +90,8 @@ OWN_CHOICE = {
     "test_robustness.py": "forks, threads, signals and memory of the kernels; those of ATen operators: test_engine.py",
     "test_bench_latency.py": "compares methods, and others",
     "test_bench_accuracy.py": "runs programs that choose for themselves",
+    "test_toolbox.py::TestWholeGraphs::test_inductor": "what inductor makes of the operators does not depend on it",
+    "test_toolbox.py::test_two_processes": "trains in processes of their own",
     "train/": "trains for seconds through layers that are compared elsewhere",
 }
 """Tests that choose an engine themselves, or are about one."""

@@ -114,14 +114,17 @@ def test_a_bad_configuration_is_named_by_file_line_and_key_before_anything_runs(
     assert out == ""
 
 
-def test_a_missing_package_is_named_with_what_installs_it(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "package", "extra"), [("finetune", "mlxtend", "train"), ("video --epochs 1", "av", "video")]
+)
+def test_a_missing_package_is_named_with_what_installs_it(run, monkeypatch, command, package, extra):
     from sparse_mhsa import train
 
-    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "mlxtend" else find_spec(name))
-    code, _, err = run("finetune")
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == package else find_spec(name))
+    code, _, err = run(command)
     assert one_line_error(code, err)
-    assert "mlxtend is not installed" in err
-    assert "pip install 'sparse_mhsa[train]'" in err
+    assert f"{package} is not installed" in err
+    assert f"pip install 'sparse_mhsa[{extra}]'" in err
 
 
 def test_ctrl_c_exits_with_130_and_without_a_traceback(run, monkeypatch, local):

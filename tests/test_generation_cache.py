@@ -362,6 +362,18 @@ class TestRefused:
         with pytest.raises(ValueError, match="mask: a cache can apply `none` and `local`"):
             generated(model, prompts(), cache=cache)
 
+    @pytest.mark.parametrize("how", ["a model", "the prompt"])
+    def test_assisted_generation_takes_tokens_back(self, how):
+        model, inputs = swapped(decoder()), prompts(samples=1)
+        options = {"assistant_model": decoder()} if how == "a model" else {"prompt_lookup_num_tokens": 3}
+        with pytest.raises(ValueError, match="Assisted decoding requires a cache that can be cropped"):
+            model.generate(
+                **inputs, max_new_tokens=NEW, cache=sm.generation_cache(model, CachePolicy("full")), **options
+            )
+        # With transformers' own cache it works, as long as the mask keeps every key.
+        expected = decoder().generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options), expected)
+
     def test_layers_that_see_chunks(self):
         model = swapped(decoder())
         model.config.layer_types = ["full_attention", "chunked_attention"]

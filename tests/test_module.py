@@ -276,8 +276,14 @@ class TestConstruction:
     def test_repr_shows_the_mask_and_the_density_where_n_is_known(self):
         assert "mask=fibottention, layer=2" in repr(SparseMHSA(12, 3, config=FIBOTTENTION, layer=2))
         text = repr(SparseMHSA(12, 3, config=FIBOTTENTION, grid=[4, 4], num_prefix_tokens=1))
-        density = sm.masks.fibottention(num_tokens=17, num_heads=3).density
-        assert f"num_tokens=17, density={density:.4f}" in text
+        mask = sm.masks.fibottention(num_tokens=17, num_heads=3)
+        low, high = min(mask.nnz_per_head) / 17**2, max(mask.nnz_per_head) / 17**2
+        assert low < high
+        assert f"num_tokens=17, density={mask.density:.4f}, density of heads={low:.4f}..{high:.4f}" in text
+        local = {"mask": "local", "mask_kwargs": {"window": 1}}
+        same_heads = repr(SparseMHSA(12, 3, config=local, grid=[4, 4], num_prefix_tokens=1))
+        assert "density=" in same_heads
+        assert "heads=0" not in same_heads
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
     def test_copies_and_pickles_carry_the_mask(self, how):

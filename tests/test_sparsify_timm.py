@@ -33,6 +33,19 @@ class TestTimm:
         for a, b in zip(mine, truth, strict=True):
             assert_same(a, b, atol=1e-10)
 
+    @pytest.mark.parametrize("side", [9, 10])
+    def test_an_image_encoder_of_a_policy(self, side):
+        """82 or 101 tokens, and the mean of the patches instead of the class token."""
+        model = vit(img_size=8 * side, global_pool="avg", num_classes=0).eval()
+        tokens = side * side + 1
+        place = {"num_layers": 3, "grid": [side, side], "num_prefix_tokens": 1}
+        masks = [sm.Mask.from_config(FIBOTTENTION, tokens, 3, layer=i, **place).to_dense() for i in range(3)]
+        expected_model = masked_attention(model, masks)
+        report = sm.sparsify(model, FIBOTTENTION, verify=True)
+        assert {row.num_tokens for row in report.swapped} == {tokens}
+        x = images(model)
+        assert_same(model(x).detach(), expected_model(x).detach(), atol=1e-12)
+
     def test_dropout_with_masked_logits_zero_is_refused_before_anything_is_swapped(self):
         model = vit(attn_drop_rate=0.1)
         with pytest.raises(sm.ConfigError, match=r"blocks.0.attn: dropout: expected 0 with `masked_logits: zero`"):

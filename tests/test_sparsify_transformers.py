@@ -335,7 +335,62 @@ class TestInterface:
         torch._dynamo.reset()
 
 
+SAVED = {
+    # what is saved: its configuration, beside those of VISION
+    **{name: options for name, options, _, _ in VISION.values()},
+    "ViTForImageClassification": {"num_labels": 3},
+    "DeiTForImageClassificationWithTeacher": {},
+    "ViTMAEForPreTraining": {
+        "decoder_hidden_size": 24,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 3,
+        "decoder_intermediate_size": 32,
+    },
+    "VideoMAEForVideoClassification": {"num_frames": 4, "tubelet_size": 2},
+    "TimesformerModel": {"num_frames": 4},
+    "TimesformerForVideoClassification": {"num_frames": 4, "attention_type": "joint_space_time"},
+    "CLIPModel": None,
+    "SiglipModel": None,
+    "LlamaForCausalLM": None,
+}
+
+
 class TestRestore:
+    @pytest.mark.parametrize("name", SAVED)
+    def test_every_family_keeps_its_attention_beside_the_weights(self, name, tmp_path):
+        model_class, options = getattr(transformers, name), SAVED[name]
+        if options is not None:
+            model = build(name, **options)
+        elif name == "LlamaForCausalLM":
+            model = randomised(model_class(model_class.config_class(**TEXT)))
+        else:
+            text = {**TEXT, "projection_size": 24} if name == "SiglipModel" else TEXT
+            model = randomised(
+                model_class(model_class.config_class(text_config=text, vision_config={**SIZES, **IMAGE}))
+            )
+        causal = name == "LlamaForCausalLM"
+        inputs = {"use_cache": False} if causal else {"pixel_values": pixels(model, 1)}
+        if causal or options is None:
+            inputs["input_ids"] = torch.randint(2, 50, (1, 16))
+
+        def run(model):
+            torch.manual_seed(3)  # of what masked autoencoders drop
+            found = model(**inputs)
+            names = ("last_hidden_state", "logits", "image_embeds")
+            return next(found[key] for key in names if found.get(key) is not None).detach()
+
+        dense = run(model)
+        config = {"mask": "local", "mask_kwargs": {"window": 1, "causal": causal}}
+        swapped = sm.sparsify(model, config, include="self_attn" if causal else None).swapped
+        sparse = run(model)
+        assert not torch.allclose(sparse, dense)
+        model.save_pretrained(tmp_path)
+        loaded = model_class.from_pretrained(tmp_path, dtype=torch.float64).eval()
+        # Rotary frequencies are not saved, and float32 when they are computed anew.
+        assert_same(run(loaded), dense, atol=1e-7)
+        assert [row.module for row in restore(loaded).swapped] == [row.module for row in swapped]
+        assert_same(run(loaded), sparse, atol=1e-7)
+
     def test_a_model_without_a_saved_configuration_is_named(self):
         with pytest.raises(ValueError, match="the configuration of ViTModel has no `sparse_mhsa`"):
             restore(build("ViTModel"))

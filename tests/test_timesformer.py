@@ -147,6 +147,16 @@ class TestOriginal:
         temporal = model.blocks[1].temporal_attn
         assert torch.equal(temporal.mask(4).to_dense()[0], torch.ones(4, 4).tril(1).triu(-1).bool())
 
+    def test_the_prefix_tokens_of_the_model_are_not_those_of_time(self):
+        model = VisionTransformer("divided_space_time")
+        config = {**LOCAL, "num_prefix_tokens": 1}
+        sm.sparsify(model, config, include="attn", verify=True)
+        block, window = model.blocks[0], torch.ones(4, 4).tril(1).triu(-1).bool()
+        assert block.attn.mask(17).to_dense()[0, 0].all()
+        assert torch.equal(block.temporal_attn.mask(4).to_dense()[0], window)
+        sm.sparsify(model, config, include="temporal", overrides={"temporal": {"num_prefix_tokens": 1}})
+        assert block.temporal_attn.mask(4).to_dense()[0, 0].all()
+
     @pytest.mark.parametrize("kind", ["space", "time", "divided"])
     def test_joint_attention_has_time_fastest(self, kind):
         model = VisionTransformer("joint_space_time")
@@ -196,11 +206,16 @@ import timm.models.vision_transformer
 from torch._six import container_abcs
 from torch.nn.modules.linear import _LinearWithBias
 import numpy as np
+import timm
+import timm.optim.optim_factory as optim_factory
 from timm.models.vision_transformer import Block
+
+assert timm.__version__ == "0.3.2"
 
 frequencies = np.arange(4, dtype=np.float)
 block = Block(24, 3, 4.0, qkv_bias=True, qk_scale=None)
 scaled = Block(24, 3, 4.0, qkv_bias=True, qk_scale=0.25)
+groups = optim_factory.add_weight_decay(block, 0.05)
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
     def forward_features(self, x):
@@ -223,6 +238,8 @@ class TestLegacyImports:
                 img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
             )
         assert old_models_vit.scaled.attn.scale == 0.25
+        decayed, kept = old_models_vit.groups
+        assert (decayed["weight_decay"], kept["weight_decay"]) == (0.0, 0.05)
         model = model.double().eval()
         x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
         dense = copy.deepcopy(model)(x).detach()
@@ -235,12 +252,15 @@ class TestLegacyImports:
 
     def test_everything_is_as_it_was_afterwards(self):
         vision_transformer = timm.models.vision_transformer
+        version = timm.__version__
         before = (vision_transformer.Block, vision_transformer.VisionTransformer, "torch._six" in sys.modules)
         with legacy_imports():
             assert vision_transformer.Block is not before[0]
             assert np.float is float
         after = (vision_transformer.Block, vision_transformer.VisionTransformer, "torch._six" in sys.modules)
         assert after == before
+        assert timm.__version__ == version != "0.3.2"
+        assert not hasattr(sys.modules.get("timm.optim.optim_factory"), "add_weight_decay")
         assert not hasattr(np, "float")
         assert not hasattr(torch.nn.modules.linear, "_LinearWithBias")
 

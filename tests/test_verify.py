@@ -64,6 +64,18 @@ class TestVerify:
         with pytest.raises(ValueError, match="sample: expected an input for TransformerEncoder"):
             sm.sparsify(encoder(), LOCAL, verify=True)
 
+    def test_a_model_that_is_nothing_but_a_wrapper_tells_what_is_inside(self):
+        class Wrapper(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                return self.model(x)
+
+        report = sm.sparsify(Wrapper(Wrapper(vit())), LOCAL, verify=True)
+        assert report.swapped[0].module == "model.model.blocks.0.attn"
+
     def test_nothing_is_swapped_where_the_sample_is_missing(self):
         model = encoder()
         with pytest.raises(ValueError, match="sample"):

@@ -4,7 +4,8 @@ Counted are the two matrix products of attention, q k^T and p v, not the project
 multiply-accumulates per layer, summed over heads. A multiply-accumulate counts as one in GMACs and as two in
 GFLOPs; published tables that say "GFLOPs" often mean GMACs, so every number here names its unit.
 
-Importing this module teaches `torch.utils.flop_counter.FlopCounterMode` what our operators cost.
+Importing this module teaches `torch.utils.flop_counter.FlopCounterMode` what our operators cost. For dense attention on
+the CPU that counter says 0; `flop_counter` makes one that knows better.
 """
 
 import math
@@ -14,13 +15,14 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import flex, ops  # noqa: F401  (define the operators that the formulas are for)
 from ._core import Edges, expected_edges
 from .layer_mask import LayerMask
 
 _OPS = torch.ops.sparse_mhsa
+_ATEN = torch.ops.aten
 _Shape: TypeAlias = Sequence[int]
 
 Unit: TypeAlias = Literal["GMACs", "GFLOPs"]
@@ -191,6 +193,52 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
             macs = None
         layers.append(LayerCost(site.name, name, num_heads, num_tokens, prefix, head_dim, edges, patches, macs))
     return AttentionCost(tuple(layers))
+
+
+def flop_counter(*, depth: int = 2, display: bool = False) -> FlopCounterMode:
+    """A counter of operations that counts attention on the CPU too, sparse and dense.
+
+        with flop_counter() as counter:
+            model(x)
+        counter.get_total_flops()
+
+    torch's own counter takes the kernels that `scaled_dot_product_attention` and, in evaluation, torch's attention and
+    encoder layers call on the CPU for free, so that a dense model looks cheaper than it is.
+
+    Args:
+        depth: of the modules in the table.
+        display: print the table on leaving.
+
+    Returns:
+        The context; it leaves torch's registry of formulas alone.
+    """
+    formulas = {
+        _ATEN._scaled_dot_product_flash_attention_for_cpu: _flops_of_sdpa,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _flops_of_sdpa_backward,
+        _ATEN._native_multi_head_attention: _flops_of_self_attention,
+        _ATEN._transformer_encoder_layer_fwd: _flops_of_encoder_layer,
+    }
+    return FlopCounterMode(depth=depth, display=display, custom_mapping=formulas)
+
+
+def _flops_of_sdpa(q: _Shape, k: _Shape, v: _Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def _flops_of_sdpa_backward(grad: _Shape, q: _Shape, k: _Shape, v: _Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(q[:3]) * k[2] * (3 * q[3] + 2 * v[3])
+
+
+def _flops_of_self_attention(q: _Shape, *_: object, **__: object) -> int:
+    """Of a layer with its four projections."""
+    batch, tokens, width = q
+    return 2 * batch * tokens * width * (4 * width + 2 * tokens)
+
+
+def _flops_of_encoder_layer(x: _Shape, *rest: _Shape, **__: object) -> int:
+    batch, tokens, width = x
+    hidden = rest[13][0]  # of `ffn_weight_1`
+    return _flops_of_self_attention(x) + 2 * batch * tokens * width * 2 * hidden
 
 
 # FLOP formulas: a multiply-accumulate counts as two. The forward pass multiplies q.k and p.v, the backward

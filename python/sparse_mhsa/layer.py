@@ -109,6 +109,10 @@ class SparseLayer(nn.Module):
             except ValueError:  # a grid that does not fit; forward says so, a repr must not raise
                 return ", ".join(parts)
             parts += [f"num_tokens={mask.num_tokens}", f"density={mask.density:.4f}"]
+            counts = mask.nnz_per_head
+            if min(counts) < max(counts):
+                low, high = (count / mask.num_tokens**2 for count in (min(counts), max(counts)))
+                parts.append(f"density of heads={low:.4f}..{high:.4f}")
         return ", ".join(parts)
 
 

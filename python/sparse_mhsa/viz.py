@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .extras import needed_for
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -39,10 +41,8 @@ def plot(
         ValueError: ``heads`` is empty or names a head the mask does not have, or ``ax`` is given with
             several.
     """
-    try:
+    with needed_for("a plot", "matplotlib"):
         from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install sparse_mhsa[plot]") from error
 
     chosen = list(range(mask.num_heads)) if heads is None else list(heads)
     if not chosen or any(not 0 <= head < mask.num_heads for head in chosen):
@@ -89,10 +89,8 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
+    with needed_for("a plot", "matplotlib"):
         from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install sparse_mhsa[plot]") from error
 
     heads = max((len(line) for shares in maps.values() for line in shares), default=1)
     size = (1.6 + len(maps) * (0.6 + 0.22 * heads), 1.2 + 0.28 * len(rows))

@@ -5,7 +5,7 @@ only its class changes. Optimisers, tied weights, wrappers and state dicts do no
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -56,8 +56,9 @@ def sparsify(
     model calls them: seen in a run on ``sample``, or without one taken from the order in which the modules are
     registered, which is the same in torch's, torchvision's and timm's models. The
     grid and the number of prefix tokens are read from the model where it tells them. Cross-attention,
-    temporal attention and decoders stay dense unless ``include`` names them. Doing it again gives swapped
-    layers another configuration.
+    temporal attention and decoders stay dense unless ``include`` names them. Temporal attention has no prefix
+    tokens, whatever the configuration says of the model; an override may give it some. Doing it again gives
+    swapped layers another configuration.
 
     Args:
         model: the model; it is changed only if every selected layer can take the configuration.
@@ -139,6 +140,7 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     """The mask of a layer, built once where its number of tokens is known, to see that it can be."""
     num_heads, head_dim = site.adapter.heads(site.module)
     check_sizes(config, num_heads, site.adapter.embed_dim(site.module))
+    config = _without_prefix(config) if site.is_temporal else config
     layer_mask = LayerMask(
         _ordered(config.for_layer(site.name), site.token_order),
         num_heads,
@@ -178,6 +180,11 @@ def _ordered(config: AttentionConfig, token_order: str) -> AttentionConfig:
         return config
 
 
+def _without_prefix(config: AttentionConfig) -> AttentionConfig:
+    """The configuration with only those prefix tokens that it gives to layers by name."""
+    return load_config({**json.loads(config.to_json()), "num_prefix_tokens": None})
+
+
 def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str, object]] | None) -> AttentionConfig:
     if not overrides:
         return config
@@ -207,12 +214,21 @@ def _checked_sample(model: nn.Module, verify: bool, sample: Sample | None) -> Sa
             f"sample: expected a tensor, positional arguments or keyword arguments, got {type(sample).__name__}"
         )
     if verify and sample is None:
-        sample = next((x for x in (adapter.sample(model) for adapter in adapters()) if x is not None), None)
+        parts = (adapter.sample(part) for part in _unwrapped(model) for adapter in adapters())
+        sample = next((x for x in parts if x is not None), None)
         if sample is None:
             raise ValueError(
                 f"sample: expected an input for {type(model).__name__}, which does not tell its size; got None"
             )
     return sample
+
+
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and while there is nothing but one module in it that one, which takes what the model takes."""
+    yield model
+    children = list(model.children())
+    if len(children) == 1:
+        yield from _unwrapped(children[0])
 
 
 def _verify(model: nn.Module, plan: Sequence[tuple[Site, LayerMask]], sample: Sample) -> None:

@@ -10,6 +10,8 @@ What they rely on and what stands in for it:
 - ``timm.models.vision_transformer.Block(..., qk_scale=None)``: accepted; any other ``qk_scale`` sets the scale.
 - subclasses of ``timm.models.vision_transformer.VisionTransformer`` with ``forward_features(self, x)`` that pools:
   the head is applied to what it returns, as timm 0.3 did.
+- ``timm.__version__``: 0.3.2, which MAE's programs insist on.
+- ``timm.optim.optim_factory.add_weight_decay``: its successor under the old name.
 - ``torch._six`` with ``container_abcs``, ``string_classes``, ``int_classes`` and ``inf``.
 - ``torch.nn.modules.linear._LinearWithBias``: its successor under the old name.
 - ``numpy.float``: Python's ``float``.
@@ -23,10 +25,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
-import timm.models.vision_transformer
 import torch.nn.modules.linear
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+
+from ..extras import needed_for
+
+with needed_for("legacy_imports", "timm"):
+    import timm.models.vision_transformer
+    import timm.optim
+    from timm.models.vision_transformer import Block, VisionTransformer
 
 
 class LegacyBlock(Block):
@@ -75,21 +82,27 @@ class LegacyVisionTransformer(VisionTransformer):
 @contextmanager
 def legacy_imports() -> Iterator[None]:
     """Within it, such files can be imported and their models built; what it changes elsewhere is changed back."""
-    six = types.ModuleType("torch._six")
-    contents = {"container_abcs": collections.abc, "string_classes": (str, bytes), "int_classes": int, "inf": math.inf}
-    vars(six).update(contents)
+    six = {"container_abcs": collections.abc, "string_classes": (str, bytes), "int_classes": int, "inf": math.inf}
+    # What timm has under this name warns as soon as it is imported.
+    optimizers = {name: value for name, value in vars(timm.optim).items() if not name.startswith("__")}
+    optimizers["add_weight_decay"] = optimizers["param_groups_weight_decay"]
     linear = torch.nn.modules.linear
     with ExitStack() as stack:
+        for path, contents in (("torch._six", six), ("timm.optim.optim_factory", optimizers)):
+            stack.callback(_restore_module, path, sys.modules.get(path))
+            sys.modules[path] = types.ModuleType(path)
+            vars(sys.modules[path]).update(contents)
         for owner, name, value in (
+            # `import a.b as c` looks here first.
+            (timm.optim, "optim_factory", sys.modules["timm.optim.optim_factory"]),
             (timm.models.vision_transformer, "Block", LegacyBlock),
             (timm.models.vision_transformer, "VisionTransformer", LegacyVisionTransformer),
+            (timm, "__version__", "0.3.2"),
             (linear, "_LinearWithBias", linear.NonDynamicallyQuantizableLinear),
             (np, "float", float),
         ):
             stack.callback(_restore, owner, name, vars(owner).get(name))
             setattr(owner, name, value)
-        stack.callback(_restore_module, sys.modules.get("torch._six"))
-        sys.modules["torch._six"] = six
         yield
 
 
@@ -100,8 +113,8 @@ def _restore(owner: types.ModuleType, name: str, value: object) -> None:
         setattr(owner, name, value)
 
 
-def _restore_module(before: types.ModuleType | None) -> None:
+def _restore_module(name: str, before: types.ModuleType | None) -> None:
     if before is None:
-        sys.modules.pop("torch._six", None)
+        sys.modules.pop(name, None)
     else:
-        sys.modules["torch._six"] = before
+        sys.modules[name] = before

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends import Backend
 from ..layer import SparseLayer
@@ -92,6 +93,11 @@ class Site:
     num_prefix_tokens: int | None
     token_order: str
     dense_by_design: str | None
+
+    @property
+    def is_temporal(self) -> bool:
+        """The layer attends between the frames of one patch."""
+        return _is_temporal(self.name)
 
     @property
     def num_heads(self) -> int:
@@ -189,6 +195,8 @@ def unsupported(model: nn.Module, sites: list[Site]) -> Iterator[tuple[str, nn.M
 def why_unsupported(module: nn.Module) -> str:
     """What is known of the reason why no adapter handles an attention module."""
     kind = f"no adapter for {type(module).__qualname__}"
+    if is_parametrized(module):
+        return f"{kind}, whose own weights are parametrized: swap it first"
     if any("relative_position" in name or name.startswith("rel_pos") for name, _ in _tensors_and_parts(module)):
         return f"{kind}, which adds biases by relative position"
     return f"{kind}, which attends within windows already" if hasattr(module, "window_size") else kind

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._core import AttentionConfig
 from ..config import ConfigLike, load_config
+from ..extras import needed_for
 from ..functional import dense_mask
 from ..layer_mask import LayerMask, check_sizes
 from ..mask import Mask
@@ -54,7 +55,8 @@ class SparseTimmAttention(SparseAttention, metaclass=_Configurable):
 
     def __init__(self, dim: int, num_heads: int = 8, *args: object, **kwargs: object) -> None:
         super().__init__()
-        from timm.layers.attention import Attention
+        with needed_for("SparseTimmAttention", "timm"):
+            from timm.layers.attention import Attention
 
         self.__dict__.update(Attention(dim, num_heads, *args, **kwargs).__dict__)  # type: ignore[arg-type]
         self.dense_class = Attention

