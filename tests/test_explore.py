@@ -143,7 +143,7 @@ class TestOverlay:
 
     def test_without_matplotlib_the_extra_is_named(self, mask, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError, match=r"pip install sparse_mhsa\[plot\]"):
+        with pytest.raises(ImportError, match=r"pip install 'sparse_mhsa\[plot\]'"):
             mask.overlay(None, query=1)
 
 
@@ -169,7 +169,7 @@ class TestExplorer:
         assert "token 25 (patch (3, 3))" in bundle["text/html"]
         assert "data:image/png;base64," in bundle["text/html"]
         assert bundle["text/plain"] == f"Explorer({mask!r}, query=25)"
-        with pytest.raises(ImportError, match=r"pip install sparse_mhsa\[notebook\]"):
+        with pytest.raises(ImportError, match=r"pip install 'sparse_mhsa\[notebook\]'"):
             explorer.widget()
 
     def test_many_heads_are_counted_and_not_all_drawn(self):

@@ -98,6 +98,18 @@ class TestModels:
             assert_same(each, expected, atol=1e-12)
         assert not torch.allclose(expected, dense)
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_layers_that_are_computed_again_are_an_error(self, reentrant):
+        model = vit().train()
+        for block in model.blocks:
+            block.forward = lambda x, forward=block.attn.forward: torch.utils.checkpoint.checkpoint(
+                forward, x, use_reentrant=reentrant
+            )
+        with sm.patch_sdpa(CONFIG):
+            loss = model(images(model).requires_grad_()).square().sum()
+            with pytest.raises(RuntimeError, match="patch_sdpa: gradient checkpointing"):
+                loss.backward()
+
     def test_a_failing_pass_does_not_disturb_the_numbers(self):
         model = vit()
         x = images(model)

@@ -163,6 +163,14 @@ class MaskedAutoencoder(nn.Module):
         return x
 
 
+def _encoded_by(model, x):
+    model.__dict__["blocks"] = model.encoder
+    try:
+        return MaskedAutoencoder.forward_encoder(model, x)
+    finally:
+        del model.__dict__["blocks"]
+
+
 def told(model, masks, positions_of):
     """The dense timm model whose layers get, as their attn_mask, their mask at the positions that are there."""
     model = copy.deepcopy(model)
@@ -240,6 +248,39 @@ class TestMaskedAutoencoder:
                     )
             gradients.append(torch.autograd.grad(model(x).square().sum(), x)[0])
         assert torch.equal(*gradients)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_two_views_cannot_be_computed_again_and_one_after_the_other_can(self, reentrant):
+        """The positions of the first would be those of the second."""
+        model = MaskedAutoencoder().double()
+        sm.sparsify(model, FIBOTTENTION)
+        for block in model.blocks:
+            block.forward = lambda x, forward=block.forward: torch.utils.checkpoint.checkpoint(
+                forward, x, use_reentrant=reentrant
+            )
+        a, b = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
+        together = model(a).square().sum() + model(b).square().sum()
+        with pytest.raises(RuntimeError, match="token_positions: with gradient checkpointing"):
+            together.backward()
+        del together  # what nobody waits for any more does no harm
+        for view in (a, b, a):
+            loss = model(view).square().sum()
+            with torch.no_grad():
+                model.eval()
+            loss.backward()
+
+    def test_a_copy_whose_blocks_have_another_name_is_followed(self):
+        model = MaskedAutoencoder().double()
+        other = copy.deepcopy(model)
+        other.encoder, other.blocks = other.blocks, None
+        other.forward_encoder = lambda x: _encoded_by(other, x)
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        outputs = []
+        for each in (model, other):
+            sm.sparsify(each, LOCAL)
+            torch.manual_seed(3)
+            outputs.append(each(x))
+        assert torch.equal(*outputs)
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
     def test_copies_follow_their_own_masking(self, how):

@@ -231,15 +231,19 @@ class TestInPlace:
         model = make().eval()
         before = copy.deepcopy(model)
         sm.sparsify(model, LOCAL)
-        sm.sparsify(model, FIBOTTENTION)
-        sm.densify(model)
+        swapped = sm.sparsify(model, FIBOTTENTION).swapped
+        report = sm.densify(model)
+        assert [(row.module, row.mask, row.layer) for row in report.restored] == [
+            (row.module, "fibottention", row.layer) for row in swapped
+        ]
+        assert "restored" in str(report)
         for (name, module), (_, original) in zip(model.named_modules(), before.named_modules(), strict=True):
             assert type(module) is type(original), name
             assert module.__dict__.keys() == original.__dict__.keys(), name
             assert len(module._forward_pre_hooks) == len(original._forward_pre_hooks)
         x = images(model) if make is vit else torch.randn(2, 9, 12, dtype=torch.float64)
         assert torch.equal(model(x), before(x))
-        sm.densify(model)
+        assert {row.reason for row in sm.densify(model).skipped} == {"dense already"}
 
     @pytest.mark.parametrize("make", [vit, encoder])
     def test_doing_it_again_gives_another_configuration(self, make):

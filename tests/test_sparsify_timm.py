@@ -249,3 +249,20 @@ class TestTimmAttnLayer:
     def test_a_bad_configuration_is_refused_when_the_class_is_made(self):
         with pytest.raises(sm.ConfigError, match="fibotention"):
             SparseTimmAttention.configured("mask: fibotention")
+
+
+@pytest.mark.parametrize(
+    ("name", "reported"),
+    [
+        ("convit_tiny", "GPSA"),
+        ("xcit_nano_12_p16_224", "XCA"),
+        ("efficientvit_b0", "LiteMLA"),
+        ("shvit_s1", "SHSA"),
+        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
+    ],
+)
+def test_attention_by_another_name_is_reported(name, reported):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    report = sm.sparsify(model, "mask: none", strict=False)
+    assert any(f"no adapter for {reported}" in row.reason for row in report.skipped)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .config import integer, integers
+from .extras import needed_for
 from .viz import GAMMA, encode_png
 
 if TYPE_CHECKING:
@@ -181,10 +182,8 @@ def overlay(
         TypeError: an argument is of another kind.
         ValueError: an argument does not fit the mask.
     """
-    try:
+    with needed_for("a plot", "matplotlib"):
         from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install sparse_mhsa[plot]") from error
 
     view = PatchView.of(mask, image, grid)
     chosen = list(range(mask.num_heads)) if heads is None else list(heads)
@@ -253,10 +252,8 @@ class Explorer:
         Raises:
             ImportError: ipywidgets is not installed.
         """
-        try:
+        with needed_for("a slider", "ipywidgets"):
             import ipywidgets
-        except ImportError as error:
-            raise ImportError("sliders need ipywidgets: pip install sparse_mhsa[notebook]") from error
 
         head = ipywidgets.IntSlider(0, 0, self.mask.num_heads - 1, description="head")
         query = ipywidgets.IntSlider(self.query, 0, self.mask.num_tokens - 1, description="query")

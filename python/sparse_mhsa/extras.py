@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_EXTRAS = {"matplotlib": "plot", "timm": "timm", "transformers": "hf"}
+_EXTRAS = {"ipywidgets": "notebook", "matplotlib": "plot", "timm": "timm", "transformers": "hf"}
 
 
 @contextmanager

@@ -6,9 +6,19 @@ where the remaining ones stood, and the sparse layers behind it read that.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+
+class _Awaited:
+    """A forward pass whose backward pass has not come to its end."""
+
+
+def is_backward() -> bool:
+    """Whether this thread is inside a backward pass, where gradient checkpointing computes layers again."""
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 class TokenPositions:
@@ -17,6 +27,7 @@ class TokenPositions:
     def __init__(self) -> None:
         self.positions: Tensor | None = None
         self.num_tokens = 0
+        self._awaited: WeakSet[_Awaited] = WeakSet()
 
     def __reduce__(self) -> tuple[type["TokenPositions"], tuple[()]]:
         return TokenPositions, ()
@@ -36,8 +47,25 @@ class TokenPositions:
         self.positions = torch.cat([prefix, kept + num_prefix_tokens], dim=1)
         self.num_tokens = num_prefix_tokens + num_patches
 
+    def hold_until_backward(self, kept: Tensor) -> None:
+        """The layers may be computed again until the gradient of ``kept``, what they begin with, is there."""
+        if torch.compiler.is_compiling() or not kept.requires_grad or torch._C._functorch.peek_interpreter_stack():
+            return
+        awaited = _Awaited()
+        self._awaited.add(awaited)
+        kept.register_hook(lambda _: self._awaited.discard(awaited))  # type: ignore[no-untyped-call]
+
     def of(self, num_tokens: int) -> Tensor | None:
-        """The positions of ``num_tokens`` tokens, or None if these are all there are."""
+        """The positions of ``num_tokens`` tokens, or None if these are all there are.
+
+        Raises:
+            RuntimeError: a layer is computed again in a backward pass, and it cannot be told for which batch.
+        """
+        if is_backward() and len(self._awaited) > 1:
+            raise RuntimeError(
+                "token_positions: with gradient checkpointing, layers behind dropped tokens are computed again in the "
+                "backward pass, at the positions of the last batch; call backward after each forward pass"
+            )
         if self.positions is None or self.positions.is_meta:
             return None
         return None if num_tokens == self.num_tokens != self.positions.shape[1] else self.positions

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .config import ConfigLike, config_error, load_config
 from .functional import additive_bias, attend, causal_bias
 from .layer_mask import LayerMask
+from .presence import is_backward
 
 
 class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
@@ -27,15 +28,18 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
     which layer is which, and the grid and the prefix tokens of the model; here they are those of the configuration.
     Calls are numbered as layers in their order within a call of the outermost module.
 
-    Only self-attention is replaced: (B, H, N, D) with as many keys as queries. It does not see attention that
-    calls other kernels, such as torch's transformer layers and torchvision's Vision Transformers in evaluation.
-    Masks and ``is_causal`` of the calls, and a ``scale`` unless the configuration has one, are kept.
+    Only self-attention is replaced: (B, H, N, D) with as many keys as queries. It does not see attention inside
+    functions of torch, which is that of `nn.MultiheadAttention`, of torch's transformer layers and of torchvision's
+    Vision Transformers. With gradient checkpointing the backward pass is an error inside the context, and outside of
+    it computes layers densely: use `sparsify` there. Masks and ``is_causal`` of the calls, and a ``scale`` unless the
+    configuration has one, are kept.
 
     Args:
         config: whatever `load_config` takes.
 
     Raises:
         ConfigError: the configuration cannot be honoured, or has a backend without edges, which has no place here.
+        RuntimeError: inside the context, a backward pass computes modules again.
 
     Warns:
         UserWarning: on leaving, if no call was replaced.
@@ -80,6 +84,11 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
             )
 
     def _on_call(self, *_: object) -> None:
+        if is_backward():
+            raise RuntimeError(
+                "patch_sdpa: gradient checkpointing computes modules again in the backward pass, where nobody can tell "
+                "which layer they are; use sparsify"
+            )
         if self._depth == 0:
             self._layer = 0
         self._depth += 1

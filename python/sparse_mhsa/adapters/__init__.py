@@ -117,16 +117,25 @@ def sparsify(
     return report
 
 
-def densify(model: nn.Module) -> None:
+def densify(model: nn.Module) -> Report:
     """Undo `sparsify`: every swapped layer becomes the class it was, with the same parameters.
 
     Args:
         model: the model, changed in place; layers that are dense already are left alone.
+
+    Returns:
+        What was restored, from which mask, and what was dense already; prints as a table.
     """
+    rows = []
     for site in find_attention(model):
-        if site.layer_mask is not None:
-            site.adapter.densify(site.module)
+        place = (site.name, site.adapter.name)
+        if site.layer_mask is None:
+            rows.append(Row(*place, "skipped", "dense already"))
+            continue
+        rows.append(Row(*place, "restored", mask=site.layer_mask.name, layer=site.layer, num_tokens=site.num_tokens))
+        site.adapter.densify(site.module)
     _finish(model)
+    return Report(tuple(rows))
 
 
 def _finish(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layer import SparseLayer
 from ..presence import TokenPositions
 from .mixing import Mixed, mixed_class
+from .registry import adapters
 
 
 class _Noting(Mixed):
@@ -31,6 +32,7 @@ class _RandomMasking(_Noting):
         self.noted.keep_patches(
             ids_keep, ids_restore.shape[1], int(isinstance(getattr(self, "cls_token", None), Tensor))
         )
+        self.noted.hold_until_backward(kept)
         return result
 
 
@@ -46,6 +48,7 @@ class _VideoMasking(_Noting):
         else:
             self.noted.keep_patches(None, 0, 0)
         result: Tensor = super().forward(pixel_values, bool_masked_pos)
+        self.noted.hold_until_backward(result)
         return result
 
 
@@ -62,6 +65,7 @@ class _PatchDropout(_Noting):
 
         out, kept = patch_dropout_forward(x, self.prob, self.num_prefix_tokens, self.ordered, self.training)
         self.noted.keep_patches(kept, x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens)
+        self.noted.hold_until_backward(out)
         return (out, kept) if self.dense_class.__name__ == "PatchDropoutWithIndices" else out
 
 
@@ -87,15 +91,19 @@ def _droppers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, type[_No
     dropout = sys.modules.get("timm.layers.patch_dropout")
     videomae = sys.modules.get("transformers.models.videomae.modeling_videomae")
     for owner in model.modules():
-        if callable(getattr(owner, "random_masking", None)) and hasattr(owner, "blocks"):
+        if callable(getattr(owner, "random_masking", None)) and _has_attention(owner):
             yield owner, owner, _RandomMasking
         for module in owner.children():
-            if callable(getattr(module, "random_masking", None)) and not hasattr(module, "blocks"):
+            if callable(getattr(module, "random_masking", None)) and not _has_attention(module):
                 yield owner, module, _RandomMasking
             elif videomae is not None and isinstance(module, videomae.VideoMAEEmbeddings):
                 yield owner, module, _VideoMasking
             elif dropout is not None and isinstance(module, (dropout.PatchDropout, dropout.PatchDropoutWithIndices)):
                 yield owner, module, _PatchDropout
+
+
+def _has_attention(module: nn.Module) -> bool:
+    return any(adapter.matches(part) for part in module.modules() for adapter in adapters())
 
 
 def _encoder_layers(owner: nn.Module) -> Iterator[nn.Module]:

@@ -184,12 +184,30 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
 def unsupported(model: nn.Module, sites: list[Site]) -> Iterator[tuple[str, nn.Module]]:
     """Modules that call themselves attention, but are not handled and do not contain what is."""
     known = [site.name for site in sites]
+
+    def contains(name: str, others: list[str]) -> bool:
+        return any(other == name or other.startswith(f"{name}.") or not name for other in others)
+
+    # A subclass of torch's layer is not swapped, because it may compute something else, whatever it is called.
+    named = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or re.search(r"Attention|Attn", type(module).__name__)
+    ]
     for name, module in model.named_modules():
-        # A subclass of torch's layer is not swapped, because it may compute something else, whatever it is called.
-        if not (isinstance(module, nn.MultiheadAttention) or re.search(r"Attention|Attn", type(module).__name__)):
-            continue
-        if not any(site == name or site.startswith(f"{name}.") or not name for site in known):
+        by_name = name in named
+        inside = any(name.startswith(f"{other}.") for other in [*named, *known] if other)
+        if (by_name or (_projects_queries(module) and not inside and not contains(name, named))) and not contains(
+            name, known
+        ):
             yield name, module
+
+
+def _projects_queries(module: nn.Module) -> bool:
+    """Whether a module looks like attention by what is in it, whatever its name."""
+    parts = dict(module.named_children()).keys()
+    several_heads = isinstance(getattr(module, "num_heads", None), int)
+    return not parts.isdisjoint({"qkv", "to_qkv", "qk"}) or (several_heads and "in_proj" in parts)
 
 
 def why_unsupported(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""What `sparsify` did, layer by layer."""
+"""What `sparsify` or `densify` did, layer by layer."""
 
 import html
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ class Row:
     """Name in the model."""
     adapter: str
     """Which adapter handled it; empty where none does."""
-    status: Literal["swapped", "skipped"]
+    status: Literal["swapped", "skipped", "restored"]
     reason: str = ""
     """Why it was skipped."""
     mask: str = ""
@@ -36,6 +36,11 @@ class Report:
     def swapped(self) -> tuple[Row, ...]:
         """Rows of the layers that are sparse now."""
         return tuple(row for row in self.rows if row.status == "swapped")
+
+    @property
+    def restored(self) -> tuple[Row, ...]:
+        """Rows of the layers that are dense again."""
+        return tuple(row for row in self.rows if row.status == "restored")
 
     @property
     def skipped(self) -> tuple[Row, ...]:
