@@ -266,7 +266,7 @@ class TestPictures:
 
     def test_without_matplotlib_the_extra_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(ImportError, match=r"pip install sparse_mhsa\[plot\]"):
+        with pytest.raises(ImportError, match=r"pip install 'sparse_mhsa\[plot\]'"):
             viz.plot(sm.masks.local(num_tokens=4, num_heads=1, window=1))
 
 

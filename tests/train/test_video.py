@@ -94,7 +94,7 @@ def test_the_divided_block_is_that_of_the_reference(case):
             include=r"\.attn$",
         )
         assert len(layer.rows) == 2
-        block.attn.layer_mask = replace(block.attn.layer_mask, layer=case["depth"])
+        block.attn.layer_mask = replace(block.attn.layer_mask, layer=case["depth"], num_layers=None)
     out = block(torch.from_numpy(arrays[case["inputs"]["x"]]), case["frames"])
     expected = torch.from_numpy(arrays[case["arrays"]["out"]])
     torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
