@@ -64,7 +64,7 @@ def by_content(document, place):
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVABLE if name != "pruning"])
-@pytest.mark.parametrize("target", [0.01, 0.06, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("target", [0.022, 0.06, 0.2, 0.5, 0.9])
 def test_no_other_value_comes_closer(name, target):
     config, place = problem(name)
     values = list(every_value(name, config, place))
@@ -90,7 +90,7 @@ def test_widths_reach_from_end_to_end(causal, target):
 
 
 @pytest.mark.parametrize("name", ["bigbird", "vertical_slash_estimated"])
-@pytest.mark.parametrize("target", [0.01, 0.02, 0.05, 0.1, 0.4])
+@pytest.mark.parametrize("target", [0.02, 0.05, 0.1, 0.4])
 @pytest.mark.parametrize("tokens", [50, 197])
 def test_parameters_are_set_together_where_that_comes_closer(name, tokens, target):
     """Any one of columns, distances and window alone leaves what the other two keep."""
@@ -108,6 +108,19 @@ def test_parameters_are_set_together_where_that_comes_closer(name, tokens, targe
     assert all(one.values == {key: one.value} for key, one in alone.items())
     changed = json.loads(solution.config.to_json())["mask_kwargs"]
     assert {**given["mask_kwargs"], **solution.values} == changed
+
+
+@pytest.mark.parametrize("target", [0.05, 0.1, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("name", ["bigbird", "vertical_slash_estimated"])
+def test_no_value_alone_brings_the_parameters_closer(name, target):
+    config, place = CONFIGS / f"{name}.yaml", {"num_tokens": 26, "num_heads": 2, "density": target}
+    solution = sm.solve_budget(config, **place)
+    missed = abs(solution.density - target)
+    for key, *_ in REGISTERED[sm.load_config(config).mask]["budget_keys"]:
+        again = sm.solve_budget(solution.config, parameter=key, **place)
+        assert abs(again.density - target) >= missed
+    # Set one after the other, the first would take all it can: bigbird missed by 22 of 676 pairs at a density of 0.5.
+    assert missed <= 0.02 * target or target < 0.3
 
 
 @pytest.mark.parametrize("summary", [None, 1, 3, 4])
@@ -247,6 +260,11 @@ def test_a_mask_of_the_program_says_which_parameter():
         ("mask: topk", {"density": 0.1, "flops": 1.0}, ValueError, "budget: give exactly one"),
         ("mask: topk", {"density": 0.0}, ValueError, "density: expected more than 0 and at most 1, got 0"),
         ("mask: topk", {"pruning_ratio": 1.0}, ValueError, "pruning_ratio: .*got 1"),
+        ("mask: topk", {"density": 0.019}, ValueError, "density: expected at least one key for each query, a density "
+         "of 2.0000%, got 0.019, which is 1.9000%"),
+        ("mask: topk", {"pruning_ratio": 0.99}, ValueError, "pruning_ratio: expected at least one key for each query"),
+        ("mask: topk", {"flops": 0.7, "unit": "GMACs", "head_dim": 10**6, "num_layers": 2}, ValueError,
+         "flops: expected at least one key for each query"),
         ("mask: topk", {"flops": 1.0}, ValueError, "unit: expected a value with flops"),
         ("mask: topk", {"flops": 1.0, "unit": "GMACs"}, ValueError, "head_dim: expected a value with flops"),
         ("mask: topk", {"flops": 1.0, "unit": "TOPs", "head_dim": 4, "num_layers": 2}, ValueError, "unit: expected"),

@@ -20,6 +20,10 @@ _Value = TypeVar("_Value")
 
 _EVERY_VALUE = 4096
 """Values that are tried one by one where more of a parameter does not always mean more pairs."""
+_NEAR = 8
+"""Values on either side of the first parameter's that are tried with the other parameters set anew."""
+_CLOSE = 5e-3
+"""Share of a budget by which it may be missed before values nearby are tried."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class _Count:
     patches: float
     dense_edges: int
     dense_patches: int
+    queries: int
+    patch_queries: int
 
     @property
     def density(self) -> float:
@@ -87,8 +93,10 @@ def solve_budget(
     So methods are compared at matched cost. The parameter is searched by counting edges, never with an N x N array:
     by bisection where more of it always means more pairs (or fewer), otherwise value by value. Of two values equally
     close the cheaper one, and of equal costs the lower value, is taken. Of several parameters (bigbird, vertical_slash)
-    the one that comes closest is set, and another with it only where that comes closer still. A mask that chooses keys
-    by content is counted in the mean over contents for which every key is equally likely to be chosen.
+    the one that comes closest is set, and another with it only where that comes closer still; where this misses by more
+    than a two-hundredth of the budget, the first parameter's values up to 8 away are tried with the others set anew. In
+    the end no other value of one of them, with the others as they are, comes closer. A mask that chooses keys by
+    content is counted in the mean over contents for which every key is equally likely to be chosen.
 
     Args:
         config: whatever `load_config` takes; a mapping may leave out the parameter itself.
@@ -112,26 +120,19 @@ def solve_budget(
     Raises:
         ConfigError: the configuration cannot be honoured, the backend has no edges, or the mask has no such
             parameter (the message says its density).
-        ValueError: not exactly one budget is given, or it is out of range.
+        ValueError: not exactly one budget is given, or it is out of range, such as less than one key for each
+                query.
     """
     document = _document(config)
     place = _Place(num_tokens, num_heads, layer, num_layers, grid, num_prefix_tokens, head_dim)
     budget = _Budget(density, pruning_ratio, flops, unit)
     keys = [parameter] if parameter is not None else _budget_keys(document, place)
-    values: dict[str, int | float] = {}
-    best: _Found | None = None
-    while keys:
-        found = _closest_of(document, keys, place, budget)
-        if best is None and isinstance(found, ConfigError):
-            raise found
-        if isinstance(found, ConfigError) or (best and not found.missed < best.missed):
-            break
-        best = found
-        values[found.key] = found.value
-        keys = [key for key in keys if key != found.key]
-        document = document | {"mask_kwargs": dict(document.get("mask_kwargs") or {}) | {found.key: found.value}}
-    assert best is not None
-    return Solution(values, load_config(document), best.count.density, best.count.pruning_ratio, best.count.edges)
+    chosen = _set_in_turn(document, keys, place, budget)
+    if len(keys) > 1:
+        chosen = _closest_nearby(document, keys, chosen, place, budget)
+        chosen = _none_alone_closer(document, keys, chosen, place, budget)
+    finished = load_config(_with_values(document, chosen.values))
+    return Solution(chosen.values, finished, chosen.count.density, chosen.count.pruning_ratio, chosen.count.edges)
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,9 @@ class _Place:
         masks = [LayerMask(config, self.num_heads, layer, *rest) for layer in layers]
         of_spec = {spec: self._edges(spec, masks[0].by_content) for spec in {mask.spec for mask in masks}}
         edges, patches = (sum(of_spec[mask.spec][which] for mask in masks) for which in (0, 1))
-        heads, prefix = self.num_heads * len(masks), masks[0].num_prefix_tokens_used
-        return _Count(edges, patches, heads * self.num_tokens**2, heads * max(0, self.num_tokens - prefix) ** 2)
+        heads, num_patches = self.num_heads * len(masks), max(0, self.num_tokens - masks[0].num_prefix_tokens_used)
+        queries, patch_queries = heads * self.num_tokens, heads * num_patches
+        return _Count(edges, patches, queries * self.num_tokens, patch_queries * num_patches, queries, patch_queries)
 
     def _edges(self, spec: str, by_content: bool) -> tuple[float, float]:
         if by_content:
@@ -225,7 +227,20 @@ class _Budget:
         return count.edges if self.pruning_ratio is None else count.patches
 
     def target(self, place: _Place, like: _Count) -> float:
-        """Edges to keep, between patches for a pruning ratio."""
+        """Edges to keep, between patches for a pruning ratio: at least one for each query."""
+        kept = self._edges(place, like)
+        dense, queries = (
+            (like.dense_edges, like.queries) if self.pruning_ratio is None else (like.dense_patches, like.patch_queries)
+        )
+        if kept < queries * (1 - 1e-12):
+            name = next(name for name in ("density", "pruning_ratio", "flops") if getattr(self, name) is not None)
+            raise ValueError(
+                f"{name}: expected at least one key for each query, a density of {queries / dense:.4%}, got "
+                f"{getattr(self, name)}, which is {kept / dense:.4%}"
+            )
+        return kept
+
+    def _edges(self, place: _Place, like: _Count) -> float:
         given = {"density": self.density, "pruning_ratio": self.pruning_ratio, "flops": self.flops}
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"budget: give exactly one of {', '.join(given)}")
@@ -248,6 +263,69 @@ class _Budget:
         assert self.unit is not None
         assert place.head_dim is not None
         return self.flops / in_unit(attention_macs(1, place.head_dim), self.unit)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Values that are set together."""
+
+    values: Mapping[str, int | float]
+    count: _Count
+    missed: float
+    """Edges between what they spend and the target."""
+
+
+def _with_values(document: Mapping[str, Any], values: Mapping[str, int | float]) -> dict[str, Any]:
+    return {**document, "mask_kwargs": dict(document.get("mask_kwargs") or {}) | dict(values)}
+
+
+def _set_in_turn(document: Mapping[str, Any], keys: Sequence[str], place: _Place, budget: _Budget) -> _Chosen:
+    """The key that alone comes closest, then of the others each that comes closer still."""
+    chosen: _Chosen | None = None
+    while keys:
+        found = _closest_of(document, keys, place, budget)
+        if chosen is None and isinstance(found, ConfigError):
+            raise found
+        if isinstance(found, ConfigError) or (chosen and not found.missed < chosen.missed):
+            break
+        values = {} if chosen is None else chosen.values
+        chosen = _Chosen({**values, found.key: found.value}, found.count, found.missed)
+        document = _with_values(document, chosen.values)
+        keys = [key for key in keys if key != found.key]
+    assert chosen is not None
+    return chosen
+
+
+def _closest_nearby(
+    document: Mapping[str, Any], keys: Sequence[str], chosen: _Chosen, place: _Place, budget: _Budget
+) -> _Chosen:
+    """Set in turn, the first value takes all it can; another of it may leave what the others keep more exactly."""
+    (first, value), *_ = chosen.values.items()
+    others = [key for key in keys if key != first]
+    for step in (sign * distance for distance in range(1, _NEAR + 1) for sign in (-1, 1)):
+        if chosen.missed <= _CLOSE * budget.target(place, chosen.count):
+            break
+        fixed = {first: value + step}
+        if value + step < 0:  # which some masks of the reference take for 0
+            continue
+        try:
+            found = _set_in_turn(_with_values(document, fixed), others, place, budget)
+        except ConfigError:  # no value of the first, or none of the others with it
+            continue
+        if found.missed < chosen.missed and all(found.values.values()):  # no part of the mask is dropped for it
+            chosen = replace(found, values=fixed | dict(found.values))
+    return chosen
+
+
+def _none_alone_closer(
+    document: Mapping[str, Any], keys: Sequence[str], chosen: _Chosen, place: _Place, budget: _Budget
+) -> _Chosen:
+    """Each of them again, with the others as they are now."""
+    while True:
+        found = _closest_of(_with_values(document, chosen.values), keys, place, budget)
+        if isinstance(found, ConfigError) or not found.missed < chosen.missed:
+            return chosen
+        chosen = _Chosen({**chosen.values, found.key: found.value}, found.count, found.missed)
 
 
 @dataclass(frozen=True)
@@ -278,8 +356,6 @@ def _closest_of(
 
 
 def _closest_value(document: Mapping[str, Any], key: str, place: _Place, budget: _Budget) -> _Found:
-    kwargs = dict(document.get("mask_kwargs") or {})
-
     @functools.cache
     def count(value: float) -> _Count | None:
         try:
@@ -288,7 +364,7 @@ def _closest_value(document: Mapping[str, Any], key: str, place: _Place, budget:
             return None
 
     def with_value(value: float) -> AttentionConfig:
-        return load_config({**document, "mask_kwargs": kwargs | {key: value}})
+        return load_config(_with_values(document, {key: value}))
 
     rises = _rises_with(key, document)
     # Widths go to twice the tokens; where the last head's is set, those of the others are fractions of it.
@@ -385,15 +461,15 @@ def _closest(cost: Callable[[int], float | None], count: int, target: float, *, 
         looked |= {index: _known(cost, index) for index in (round((count - 1) * i / 16) for i in range(17))}
     if len(set(looked.values())) == 1:
         return None
+    falls = {index: -found for index, found in looked.items()}
     if _rises(looked):
-        candidates = [0, 1, *_around(cost, max(looked) + 1, target, rising=True)]
+        candidates = [0, 1, *_around(cost, looked, target)]
+    elif _rises(falls):
+        candidates = [0, 1, *_around(lambda index: -_known(cost, index), falls, -target)]
     else:
-        if _rises({-index: found for index, found in looked.items()}):
-            candidates = [0, 1, *_around(cost, count, target, rising=False)]
-        else:
-            stride = -(-count // _EVERY_VALUE)
-            near = min(range(0, count, stride), key=lambda index: abs(_known(cost, index) - target))
-            candidates = range(max(0, near - stride + 1), min(count, near + stride)) if stride > 1 else range(count)
+        stride = -(-count // _EVERY_VALUE)
+        near = min(range(0, count, stride), key=lambda index: abs(_known(cost, index) - target))
+        candidates = range(max(0, near - stride + 1), min(count, near + stride)) if stride > 1 else range(count)
     return min(candidates, key=lambda i: (abs(_known(cost, i) - target), _known(cost, i), i))
 
 
@@ -409,11 +485,42 @@ def _rises(looked: Mapping[int, float]) -> bool:
     return all(a <= b for a, b in itertools.pairwise(costs))
 
 
-def _around(cost: Callable[[int], float | None], count: int, target: float, *, rising: bool) -> Sequence[int]:
-    """The first indices of the two costs around ``target``."""
+def _around(cost: Callable[[int], float | None], looked: Mapping[int, float], target: float) -> Sequence[int]:
+    """The first indices of the two costs around ``target``. Costs rise from index 1 on; the last has been looked at."""
 
-    def reached(bound: float) -> int:
-        return _first(count, lambda i: _known(cost, i) >= bound if rising else _known(cost, i) <= bound)
+    def known(index: int) -> float:
+        return _known(cost, index)
 
-    after = reached(target)
-    return [*([after] if after < count else []), *([reached(_known(cost, after - 1))] if after > 0 else [])]
+    last = max(looked)
+    after = _reached(known, looked, target)
+    if after == 1:
+        return [after]
+    # Of equal costs the first; seldom are there many.
+    bound, distance = known(after - 1), 1
+    while (least := max(1, after - 1 - distance)) > 1 and known(least) >= bound:
+        distance *= 2
+    before = least + _first(after - 1 - least, lambda i: known(least + i) >= bound)
+    return [before] if after > last else [after, before]
+
+
+def _reached(cost: Callable[[int], float], looked: Mapping[int, float], target: float) -> int:
+    """The first index from 1 on whose cost is at least ``target``, or the one after the last.
+
+    Counting is dear where masks are large, and costs are mostly close to a straight line: two guesses are on that line,
+    the third halves what is left.
+    """
+    below = max((i for i, found in looked.items() if i > 0 and found < target), default=0)
+    reached = min((i for i, found in looked.items() if i > 0 and found >= target), default=max(looked) + 1)
+    guesses = 0
+    while reached - below > 1:
+        guesses += 1
+        guess = (below + reached) // 2
+        if guesses % 3 and below > 0:
+            low, high = cost(below), cost(reached)
+            on_line = below + math.ceil((target - low) / (high - low) * (reached - below))
+            guess = min(max(on_line, below + 1), reached - 1)
+        if cost(guess) < target:
+            below = guess
+        else:
+            reached = guess
+    return reached

@@ -10,7 +10,8 @@ use super::{Context, Domain, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
 
 /// Query i keeps the k keys j with the highest scaled scores `scale * q_i . k_j`; of equal scores the lower j. A k of more tokens
-/// than there are keeps all of them, with a warning.
+/// than there are keeps all of them, with a warning; k = 0 keeps the dense prefix alone, and without it no key, so that outputs are
+/// zero.
 ///
 /// The choice is made per sample and head, and no gradient passes through it. `causal` chooses among keys j <= i, fewer than k
 /// where there are fewer. `symmetric` adds the pair (j, i) for every chosen (i, j). `keep_cls_dense` keeps the prefix dense: its
