@@ -160,6 +160,11 @@ def test_a_folder_keeps_to_one_recipe_and_budget(finished, capsys):
     assert "holds another configuration" in capsys.readouterr().err
 
 
+def test_a_budget_below_one_key_for_each_query_names_the_option(tmp_path, capsys):
+    assert table(tmp_path / "none", "--budget", "1e-7", "--dry-run") == 2
+    assert "--budget: flops: expected at least one key for each query" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_the_plan(tmp_path, capsys):
     assert table(tmp_path / "none", "--dry-run") == 0
     out = capsys.readouterr().out

@@ -22,6 +22,7 @@ from ..train import TrainingError, UsageError, require_packages
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
 
+from .._core import ConfigError  # noqa: E402
 from ..machine import environment  # noqa: E402
 from ..train.checkpoint import make_folder, replacing  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
@@ -91,7 +92,12 @@ def bench_accuracy(
         if name not in METHODS:
             raise UsageError(f"--methods: there is no {name!r}; allowed: {', '.join(METHODS)}")
     logger.info("setting %d methods to the same budget", len(names))
-    solved = solve_methods(model, num_tokens(model), names, options.budget)
+    try:
+        solved = solve_methods(model, num_tokens(model), names, options.budget)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--budget: {error}") from error
     for method in solved:
         value = "" if method.value is None else f", {METHODS[method.name].parameter or 'parameter'} {method.value:g}"
         logger.info("%s%s: %s", method.name, value, method.cost)

@@ -105,6 +105,7 @@ def solve_methods(model: nn.Module, num_tokens: int, names: Iterable[str], budge
 
     Raises:
         ConfigError: a method cannot be applied to the model.
+        ValueError: the budget is below one key for each query.
     """
     from .. import densify
 
