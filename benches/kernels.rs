@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sparse_mhsa::kernel::{Attention, Gradients, Isa, MaskedLogits, Run, View};
+use sparse_mhsa::kernel::{Attention, Gradients, Isa, MaskedLogits, Run, View, ViewMut4};
 use sparse_mhsa::pattern::edges::EdgeSet;
 use sparse_mhsa::plan::Plan;
 use sparse_mhsa::pool::{Never, Pool};
@@ -67,6 +67,7 @@ fn kernels(criterion: &mut Criterion) {
             let [q, k, v, grad] = [1, 2, 3, 4].map(|seed| values(size, seed));
             let (mut out, mut lse) = (vec![0.0f32; size], vec![0.0; size / DIM]);
             let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![0.0f32; size]);
+            let room = |data| ViewMut4::contiguous("room", data, shape).expect("fits");
             let view = |data| View::contiguous("tensor", data, shape).expect("fits");
             let problem = Attention {
                 plan: &plan,
@@ -86,14 +87,15 @@ fn kernels(criterion: &mut Criterion) {
                 .measurement_time(Duration::from_millis(800));
             group.throughput(Throughput::Elements(edges as u64));
             group.bench_function(BenchmarkId::new("forward", tokens), |bencher| {
-                bencher.iter(|| problem.forward(black_box(&mut out), &mut lse, &run).expect("valid"));
+                bencher.iter(|| problem.forward(room(black_box(&mut out)), &mut lse, &run).expect("valid"));
             });
-            problem.forward(&mut out, &mut lse, &run).expect("valid");
+            problem.forward(room(&mut out), &mut lse, &run).expect("valid");
             group.bench_function(BenchmarkId::new("backward", tokens), |bencher| {
                 bencher.iter(|| {
                     let out = View::contiguous("out", &out, shape).expect("fits");
                     let lse = View::contiguous("lse", &lse, [batch, HEADS, tokens]).expect("fits");
-                    let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: black_box(&mut dv) };
+                    let gradients =
+                        Gradients { dq: room(&mut dq), dk: room(&mut dk), dv: room(black_box(&mut dv)) };
                     problem.backward(view(&grad), out, lse, gradients, &run).expect("valid");
                 });
             });

@@ -253,7 +253,7 @@ def forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` (B, H, N, Dv) and ``lse`` (B, H, N); any strides in, contiguous out.
+    """``out`` (B, H, N, Dv), in memory (B, N, H, Dv), and contiguous ``lse`` (B, H, N); any strides in.
 
     ``engine`` is ``cpu`` (kernels for CPU tensors) or ``aten`` (ATen operators, tensors of any device).
     ``key_mask`` (B, S) bool, True = keep; ``bias`` broadcasts to (B, H, N, S) and is added to the scaled scores;
@@ -276,7 +276,7 @@ def backward(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq``, ``dk``, ``dv`` in the dtypes and shapes of q, k, v, contiguous."""
+    """``dq``, ``dk``, ``dv`` in the dtypes and shapes of q, k, v, in memory with the heads of a token side by side."""
 
 def forward_edges(
     engine: Literal["cpu", "aten"],

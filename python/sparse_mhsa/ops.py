@@ -9,7 +9,7 @@ backward are all right. `attention` is the door to use from Python.
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -43,14 +43,20 @@ def has_background(spec: str | None) -> bool:
     return spec is not None and json.loads(spec).get("masked_logits") == "zero"
 
 
+def _new_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, H, N, D), the heads of a token side by side in memory, so that merging them costs nothing."""
+    batch, heads, tokens, dim = shape
+    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.device))
+    return _new_heads(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_lse_dtype(q.device))
 
 
 def _fake_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _new_heads(q, q.shape), _new_heads(k, k.shape), _new_heads(v, v.shape)
 
 
 def _kernel(name: str) -> Callable[..., Any]:

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use crate::config::Spec;
 use crate::error::{Error, Result};
 use crate::kernel::{
-    Attention, Element, Gradients, MaskedLogits, NO_KEY, Real, Run, Selection, View, View2, View4, best,
+    Attention, Element, Gradients, MaskedLogits, NO_KEY, Real, Run, Selection, View, View2, View4, ViewMut4,
+    best,
 };
 use crate::pattern::choice::{Choice, Importance, OfHead, Pool};
 use crate::pattern::edges::EdgeSet;
@@ -462,14 +463,18 @@ fn received_attention<T: Element>(
     };
     let dim = content.q.shape()[3];
     let (mut out, mut lse) = (zeros.clone(), vec![0.0; tokens]);
-    attention.forward(&mut out, &mut lse, run)?;
+    attention.forward(ViewMut4::contiguous("out", &mut out, column)?, &mut lse, run)?;
     let mut dq = vec![T::from_acc(T::Acc::ZERO); tokens * dim];
     let (mut dk, mut dv) = (dq.clone(), zeros.clone());
     attention.backward(
         View::contiguous("grad_out", &ones, column)?,
         View::contiguous("out", &out, column)?,
         View::contiguous("lse", &lse, [1, 1, tokens])?,
-        Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv },
+        Gradients {
+            dq: ViewMut4::contiguous("dq", &mut dq, [1, 1, tokens, dim])?,
+            dk: ViewMut4::contiguous("dk", &mut dk, [1, 1, tokens, dim])?,
+            dv: ViewMut4::contiguous("dv", &mut dv, column)?,
+        },
         run,
     )?;
     Ok(dv.into_iter().map(Element::to_acc).collect())

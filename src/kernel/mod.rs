@@ -30,7 +30,7 @@ pub use selection::{NO_KEY, Selection, best};
 pub use shape::{Shapes, Sizes};
 pub use simd::Isa;
 pub use sums::WeightSums;
-pub use view::{View, View2, View4};
+pub use view::{View, View2, View4, ViewMut4};
 
 use crate::error::Result;
 use crate::plan::Plan;
@@ -71,15 +71,15 @@ pub struct Attention<'a, T: Element> {
     pub masked_logits: MaskedLogits,
 }
 
-/// Where the gradients go. Contiguous, in the shapes of q, k and v.
+/// Where the gradients go, in the shapes of q, k and v.
 #[derive(Debug)]
 pub struct Gradients<'a, T> {
     /// (B, H, N, D)
-    pub dq: &'a mut [T],
+    pub dq: ViewMut4<'a, T>,
     /// (B, Hkv, S, D)
-    pub dk: &'a mut [T],
+    pub dk: ViewMut4<'a, T>,
     /// (B, Hkv, S, Dv)
-    pub dv: &'a mut [T],
+    pub dv: ViewMut4<'a, T>,
 }
 
 /// How to compute: with which threads, which instructions, and who may stop it. None of it changes a result, except that
@@ -95,13 +95,13 @@ pub struct Run<'a> {
 }
 
 impl<T: Element> Attention<'_, T> {
-    /// Write `out` (B, H, N, Dv) and `lse` (B, H, N), both contiguous. `lse` has more digits than f32, because the backward pass finds
+    /// Write `out` (B, H, N, Dv) and `lse` (B, H, N), contiguous. `lse` has more digits than f32, because the backward pass finds
     /// the weights from it: an error of `lse` is a relative error of every weight of the row.
     ///
     /// # Errors
     /// [`crate::error::Error::Shape`] or [`crate::error::Error::Value`] naming the argument that does not fit, before anything is
     /// written; [`crate::error::Error::Interrupted`], after which the outputs hold anything.
-    pub fn forward(&self, out: &mut [T], lse: &mut [f64], run: &Run) -> Result<()> {
+    pub fn forward(&self, out: ViewMut4<'_, T>, lse: &mut [f64], run: &Run) -> Result<()> {
         cpu::forward(self, out, lse, run)
     }
 

@@ -66,7 +66,7 @@ pub fn forward<P: Element, T: Element>(problem: &Attention<T>) -> Result<Forward
 /// As [`forward`].
 pub fn backward<P: Element, T: Element>(problem: &Attention<T>, grad_out: &View4<T>) -> Result<Backward> {
     let sizes = problem.check()?;
-    sizes.check_out("grad_out", grad_out)?;
+    sizes.check_out("grad_out", grad_out.shape())?;
     let Sizes { dim, value_dim, .. } = sizes;
     let mut dq = vec![P::Acc::ZERO; sizes.batch * sizes.heads * sizes.queries * dim];
     let mut dk = vec![P::Acc::ZERO; sizes.batch * sizes.kv_heads * sizes.keys * dim];

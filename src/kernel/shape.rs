@@ -1,6 +1,6 @@
 //! The sizes of a problem, and the checks that every argument agrees with them.
 
-use super::{Attention, Dropout, Element, MaskedLogits, View, View4};
+use super::{Attention, Dropout, Element, MaskedLogits, View};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
@@ -112,8 +112,14 @@ impl<T: Element> Attention<'_, T> {
 }
 
 impl Sizes {
-    pub(super) fn check_out<T>(&self, name: &str, view: &View4<'_, T>) -> Result<()> {
-        expect(name, view.shape(), [self.batch, self.heads, self.queries, self.value_dim])
+    pub(super) fn check_out(&self, name: &str, shape: [usize; 4]) -> Result<()> {
+        expect(name, shape, [self.batch, self.heads, self.queries, self.value_dim])
+    }
+
+    pub(super) fn check_gradients(&self, dq: [usize; 4], dk: [usize; 4], dv: [usize; 4]) -> Result<()> {
+        expect("dq", dq, [self.batch, self.heads, self.queries, self.dim])?;
+        expect("dk", dk, [self.batch, self.kv_heads, self.keys, self.dim])?;
+        expect("dv", dv, [self.batch, self.kv_heads, self.keys, self.value_dim])
     }
 
     pub(super) fn check_lse<T>(&self, view: &View<'_, T, 3>) -> Result<()> {

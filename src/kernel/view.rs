@@ -1,4 +1,5 @@
-//! Read-only views of tensors: any strides, every reachable element checked once to lie inside the storage.
+//! Views of tensors. Those that are read may have any strides, every reachable element checked once to lie inside the storage; those
+//! that are written have contiguous rows, which tasks fill side by side.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -186,6 +187,102 @@ impl<T, const RANK: usize> fmt::Debug for View<'_, T, RANK> {
     }
 }
 
+/// A tensor `(batch, head, token, channel)` to be written. Rows are contiguous, and no two of them share elements.
+#[derive(Debug)]
+pub struct ViewMut4<'a, T> {
+    data: *mut T,
+    shape: [usize; 4],
+    /// Steps of batch, head and token in elements.
+    steps: [usize; 3],
+    owner: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> ViewMut4<'a, T> {
+    /// In memory in the order of its dimensions. `name` is what errors call it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `data` does not hold exactly `shape`.
+    pub fn contiguous(name: &str, data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
+        check_room(name, data.len(), &shape)?;
+        let [_, heads, tokens, width] = shape;
+        Ok(Self::new(data, shape, [heads * tokens * width, tokens * width, width]))
+    }
+
+    /// In memory `(batch, token, head, channel)`: the rows of a token's heads lie side by side, as the projections around attention
+    /// have them, so that merging the heads costs nothing.
+    ///
+    /// # Errors
+    /// As [`Self::contiguous`].
+    pub fn merged_heads(name: &str, data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
+        check_room(name, data.len(), &shape)?;
+        let [_, heads, tokens, width] = shape;
+        Ok(Self::new(data, shape, [heads * tokens * width, width, heads * width]))
+    }
+
+    fn new(data: &'a mut [T], shape: [usize; 4], steps: [usize; 3]) -> Self {
+        ViewMut4 { data: data.as_mut_ptr(), shape, steps, owner: PhantomData }
+    }
+
+    /// Length of every dimension.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// The rows of one head.
+    pub(super) fn head(&self, batch: usize, head: usize) -> RowsMut<'_, T> {
+        assert!(batch < self.shape[0] && head < self.shape[1], "head {head} of {batch} in {:?}", self.shape);
+        let [batch_step, head_step, step] = self.steps;
+        let place = if self.shape.contains(&0) { 0 } else { batch * batch_step + head * head_step };
+        RowsMut {
+            data: self.data.wrapping_add(place),
+            rows: self.shape[2],
+            width: self.shape[3],
+            step,
+            owner: PhantomData,
+        }
+    }
+}
+
+// SAFETY: rows are only handed out by `RowsMut`, under the contract of its `row_mut`.
+unsafe impl<T: Send> Send for ViewMut4<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for ViewMut4<'_, T> {}
+
+/// The rows of one head of a [`ViewMut4`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowsMut<'a, T> {
+    data: *mut T,
+    rows: usize,
+    width: usize,
+    step: usize,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: rows are only handed out under the contract of `row_mut`.
+unsafe impl<T: Send> Send for RowsMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
+
+impl<'a, T> RowsMut<'a, T> {
+    /// Row `row`.
+    ///
+    /// # Safety
+    /// No other borrow of this row exists: every row belongs to one task.
+    pub(super) unsafe fn row_mut(&self, row: usize) -> &'a mut [T] {
+        assert!(row < self.rows);
+        // SAFETY: the row lies inside the tensor and meets no other; the caller promises that nobody else holds it.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.step), self.width) }
+    }
+}
+
+fn check_room(name: &str, len: usize, shape: &[usize]) -> Result<()> {
+    let size = shape.iter().try_fold(1usize, |size, &extent| size.checked_mul(extent));
+    if size == Some(len) {
+        return Ok(());
+    }
+    Err(Error::Shape(format!("{name}: expected contiguous room for shape {shape:?}, got {len} elements")))
+}
+
 /// A contiguous output `(rows, width)` that tasks fill side by side.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Output<'a, T> {
@@ -203,13 +300,7 @@ unsafe impl<T: Send> Sync for Output<'_, T> {}
 impl<'a, T> Output<'a, T> {
     /// `data` in rows of `width`.
     pub(super) fn new(name: &str, data: &'a mut [T], shape: &[usize]) -> Result<Self> {
-        let size = shape.iter().try_fold(1usize, |size, &extent| size.checked_mul(extent));
-        if size != Some(data.len()) {
-            return Err(Error::Shape(format!(
-                "{name}: expected contiguous room for shape {shape:?}, got {} elements",
-                data.len()
-            )));
-        }
+        check_room(name, data.len(), shape)?;
         let width = shape.last().copied().unwrap_or(1);
         Ok(Output {
             data: data.as_mut_ptr(),

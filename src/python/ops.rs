@@ -13,7 +13,8 @@ use super::edge_lists::compressed_rows;
 use super::enter::enter;
 use super::error::{from_torch, to_python};
 use super::tensor::{
-    Output, PyTensor, Stored, TensorRef, double_tensor, dtype_name, int64_tensor, seed_value, slice, view,
+    HeadsOutput, Output, PyTensor, Stored, TensorRef, double_tensor, dtype_name, int64_tensor, seed_value,
+    slice, view,
 };
 use crate::attention::{ResolvedMask, resolve, resolve_edge_lists};
 use crate::error::{Error, Result, unknown_name};
@@ -236,16 +237,16 @@ impl<'a> Call<'a> {
     fn forward<T: Element + Stored>(&self, py: Python<'_>) -> PyResult<(PyTensor, PyTensor)> {
         let [batch, heads, queries, _] = Self::shape("q", &self.q)?;
         let [.., value_dim] = Self::shape::<4>("v", &self.v)?;
-        let mut out = Output::new(&[batch, heads, queries, value_dim], T::KIND)?;
+        let mut out = HeadsOutput::new([batch, heads, queries, value_dim], T::KIND)?;
         let mut lse = Output::new(&[batch, heads, queries], Kind::Double)?;
         let (pool, isa) = (pool(), isa(py)?);
-        let (out_elements, lse_elements) = (out.elements::<T>(), lse.elements::<f64>());
+        let (to_out, to_lse) = (out.heads::<T>("out"), lse.elements::<f64>());
         enter(py, |interrupt| {
             self.attention::<T, _>(|attention| {
-                attention.forward(out_elements, lse_elements, &Run { pool, isa, interrupt })
+                attention.forward(to_out?, to_lse, &Run { pool, isa, interrupt })
             })
         })?;
-        Ok((out.finish(), lse.finish()))
+        Ok((out.finish()?, lse.finish()))
     }
 
     fn backward<T: Element + Stored>(
@@ -255,18 +256,21 @@ impl<'a> Call<'a> {
         out: TensorRef<'_>,
         lse: TensorRef<'_>,
     ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
-        let like = |name, tensor: TensorRef<'_>| Output::new(&Self::shape::<4>(name, &tensor)?, T::KIND);
+        let like = |name, tensor: TensorRef<'_>| HeadsOutput::new(Self::shape::<4>(name, &tensor)?, T::KIND);
         let (mut dq, mut dk, mut dv) = (like("q", self.q)?, like("k", self.k)?, like("v", self.v)?);
         let (pool, isa) = (pool(), isa(py)?);
-        let gradients = Gradients { dq: dq.elements::<T>(), dk: dk.elements(), dv: dv.elements() };
+        let gradients =
+            [("dq", &mut dq), ("dk", &mut dk), ("dv", &mut dv)].map(|(name, to)| to.heads::<T>(name));
         enter(py, |interrupt| {
             self.attention::<T, _>(|attention| {
                 let (grad_out, out, lse) =
                     (view("grad_out", &grad_out)?, view("out", &out)?, view("lse", &lse)?);
+                let [dq, dk, dv] = gradients;
+                let gradients = Gradients { dq: dq?, dk: dk?, dv: dv? };
                 attention.backward(grad_out, out, lse, gradients, &Run { pool, isa, interrupt })
             })
         })?;
-        Ok((dq.finish(), dk.finish(), dv.finish()))
+        Ok((dq.finish()?, dk.finish()?, dv.finish()?))
     }
 }
 

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::error::from_torch;
 use crate::error::{Error, Result};
-use crate::kernel::View;
+use crate::kernel::{View, ViewMut4};
 
 /// A `torch.Tensor` argument or return value.
 pub(super) struct PyTensor(pub Tensor);
@@ -240,6 +240,27 @@ impl Output {
 
     pub(super) fn finish(self) -> PyTensor {
         PyTensor(self.0)
+    }
+}
+
+/// A new CPU tensor `(batch, head, token, channel)` that a kernel is about to fill. In memory it is as [`ViewMut4::merged_heads`] has
+/// it, like the outputs of torch's own attention.
+pub(super) struct HeadsOutput(Output);
+
+impl HeadsOutput {
+    pub(super) fn new([batch, heads, tokens, width]: [usize; 4], kind: Kind) -> PyResult<Self> {
+        Output::new(&[batch, tokens, heads, width], kind).map(HeadsOutput)
+    }
+
+    /// Its heads, for writing. `name` is what errors call it.
+    pub(super) fn heads<T: Stored>(&mut self, name: &str) -> Result<ViewMut4<'_, T>> {
+        let size = self.0.0.size();
+        let [batch, tokens, heads, width] = std::array::from_fn(|axis| size[axis] as usize);
+        ViewMut4::merged_heads(name, self.0.elements(), [batch, heads, tokens, width])
+    }
+
+    pub(super) fn finish(self) -> PyResult<PyTensor> {
+        self.0.0.f_transpose(1, 2).map(PyTensor).map_err(from_torch)
     }
 }
 

@@ -6,7 +6,7 @@ use super::tasks::Call;
 use super::{by_key, by_query, lines, panel};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
-use crate::kernel::view::Output;
+use crate::kernel::view::ViewMut4;
 use crate::kernel::{Attention, Gradients, Run, View, View4};
 
 /// The tensors that only the backward pass reads.
@@ -20,9 +20,9 @@ pub(super) struct Saved<'a, T: Element> {
 /// Where gradients go.
 #[derive(Clone, Copy)]
 pub(super) struct Outputs<'a, T> {
-    pub dq: &'a Output<'a, T>,
-    pub dk: &'a Output<'a, T>,
-    pub dv: &'a Output<'a, T>,
+    pub dq: &'a ViewMut4<'a, T>,
+    pub dk: &'a ViewMut4<'a, T>,
+    pub dv: &'a ViewMut4<'a, T>,
 }
 
 impl<'a, T: Element> Saved<'a, T> {
@@ -61,16 +61,15 @@ pub(in crate::kernel) fn backward<T: Element>(
     run: &Run,
 ) -> Result<()> {
     let sizes = problem.check()?;
-    sizes.check_out("grad_out", &grad_out)?;
-    sizes.check_out("out", &out)?;
+    sizes.check_out("grad_out", grad_out.shape())?;
+    sizes.check_out("out", out.shape())?;
     sizes.check_lse(&lse)?;
+    let Gradients { dq, dk, dv } = gradients;
+    sizes.check_gradients(dq.shape(), dk.shape(), dv.shape())?;
     let (mut copies, mut copy) = Default::default();
     let problem = &pack_rows(problem, &mut copies);
     let grad_out = pack(grad_out, &mut copy);
     let call = Call::new(problem)?;
-    let dq = Output::new("dq", gradients.dq, &[sizes.batch, sizes.heads, sizes.queries, sizes.dim])?;
-    let dk = Output::new("dk", gradients.dk, &[sizes.batch, sizes.kv_heads, sizes.keys, sizes.dim])?;
-    let dv = Output::new("dv", gradients.dv, &[sizes.batch, sizes.kv_heads, sizes.keys, sizes.value_dim])?;
     let saved = Saved { grad_out, out, lse };
     let queries = sizes.batch * sizes.heads * sizes.queries;
 

@@ -21,7 +21,7 @@ use crate::kernel::Run;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::exp;
-use crate::kernel::view::Output;
+use crate::kernel::view::{RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
 
 /// Write `dk` and `dv`.
@@ -30,8 +30,8 @@ pub(super) fn run<T: Element>(
     saved: &Saved<T>,
     delta: &[T::Acc],
     background: Option<Share<T::Acc>>,
-    dk: &Output<T>,
-    dv: &Output<T>,
+    dk: &ViewMut4<T>,
+    dv: &ViewMut4<T>,
     run: &Run,
 ) -> Result<()> {
     let sizes = call.sizes;
@@ -59,6 +59,7 @@ pub(super) fn run<T: Element>(
             if call.is_regular(batch, kv_head * sizes.group()) {
                 return;
             }
+            let (dk, dv) = (dk.head(batch, kv_head), dv.head(batch, kv_head));
             let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };
             // SAFETY: every index is one task, and tasks do not share rows.
             unsafe { isa.run::<T>(task) };
@@ -76,8 +77,8 @@ struct Task<'a, T: Element> {
     batch: usize,
     kv_head: usize,
     rows: Range<usize>,
-    dk: &'a Output<'a, T>,
-    dv: &'a Output<'a, T>,
+    dk: RowsMut<'a, T>,
+    dv: RowsMut<'a, T>,
     scratch: &'a mut Scratch<T>,
 }
 
@@ -208,11 +209,6 @@ impl<'a, T: Element> Task<'a, T> {
         }
     }
 
-    /// Where the first key lies in the outputs.
-    fn first_row(&self) -> usize {
-        (self.batch * self.call.sizes.kv_heads + self.kv_head) * self.call.sizes.keys
-    }
-
     /// Begin the sums of rows of the scratch.
     fn clear(&mut self, slots: Range<usize>) {
         let (stride, value_stride) = (padded(self.call.sizes.dim), padded(self.call.sizes.value_dim));
@@ -224,11 +220,10 @@ impl<'a, T: Element> Task<'a, T> {
     #[inline(always)]
     unsafe fn write<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, rows: Range<usize>, start: usize) {
         let (stride, value_stride) = (padded(self.call.sizes.dim), padded(self.call.sizes.value_dim));
-        let first = self.first_row();
         for row in rows {
             let slot = row - start;
             // SAFETY: the row belongs to this task.
-            let (to_dk, to_dv) = unsafe { (self.dk.row_mut(first + row), self.dv.row_mut(first + row)) };
+            let (to_dk, to_dv) = unsafe { (self.dk.row_mut(row), self.dv.row_mut(row)) };
             if self.call.problem.key_mask.is_some_and(|mask| mask.at([self.batch, row]) == 0) {
                 to_dk.fill(T::from_acc(T::Acc::ZERO));
                 to_dv.fill(T::from_acc(T::Acc::ZERO));
@@ -303,7 +298,6 @@ impl<'a, T: Element> Task<'a, T> {
         all: bool,
     ) {
         let head = queries.tensors;
-        let output = self.first_row();
         let Scratch { batch, scores, grads, terms, dk, dv, factors, .. } = &mut *self.scratch;
         // A bias is added to scores that are already scaled.
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { queries.scale };
@@ -323,10 +317,7 @@ impl<'a, T: Element> Task<'a, T> {
             let (to_dk, to_dv) = if all {
                 factors.clear();
                 factors.resize(batch.strips.len(), [T::Acc::ONE; STRIP]);
-                (
-                    Sums::Written { to: self.dk, first: output, factors },
-                    Sums::Written { to: self.dv, first: output, factors },
-                )
+                (Sums::Written { to: self.dk, factors }, Sums::Written { to: self.dv, factors })
             } else {
                 (Sums::Added { to: dk, first: start }, Sums::Added { to: dv, first: start })
             };

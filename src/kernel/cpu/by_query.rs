@@ -17,14 +17,14 @@ use crate::kernel::Run;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::{exp, exp_or_zero};
-use crate::kernel::view::Output;
+use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
 
 /// Write `dq`, `delta` of every query and, where there is a background, the weight that every query gives to a key in it.
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
-    dq: &Output<T>,
+    dq: &ViewMut4<T>,
     delta: &mut [T::Acc],
     background: &mut [T::Acc],
     run: &Run,
@@ -53,7 +53,7 @@ pub(super) fn run<T: Element>(
                 scale: call.scale,
                 first_row: (batch * sizes.heads + head) * sizes.queries,
                 rows,
-                dq,
+                dq: dq.head(batch, head),
                 delta: &delta,
                 background: background.as_ref(),
                 scratch,
@@ -73,10 +73,10 @@ struct Task<'a, T: Element> {
     out: Matrix<'a, T>,
     lse: Column<'a, f64>,
     scale: T::Acc,
-    /// Where the head's first query lies in what is written.
+    /// Where the head's first query lies in `delta` and `background`.
     first_row: usize,
     rows: Range<usize>,
-    dq: &'a Output<'a, T>,
+    dq: RowsMut<'a, T>,
     delta: &'a Output<'a, T::Acc>,
     background: Option<&'a Output<'a, T::Acc>>,
     scratch: &'a mut Scratch<T>,
@@ -251,7 +251,7 @@ impl<T: Element> Task<'_, T> {
             let Scratch { batch, scores, factors, .. } = &mut *self.scratch;
             factors.clear();
             factors.resize(batch.strips.len(), [T::Acc::ONE; STRIP]);
-            let to = Sums::Written { to: self.dq, first: self.first_row, factors };
+            let to = Sums::Written { to: self.dq, factors };
             weighted_sums::<V, T>(scores, &head.k, batch, to);
         }
     }
@@ -279,7 +279,7 @@ impl<T: Element> Task<'_, T> {
                 score_gradients::<V>(scores, grads, scale_left, shift, delta, self.scale);
                 add_long_weighted::<V, T>(&scores[..len], &head.k, columns, sum);
             }
-            write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(self.first_row + row));
+            write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
         }
     }
 
@@ -357,7 +357,7 @@ impl<T: Element> Task<'_, T> {
             }
             for (slot, row) in rows.enumerate() {
                 let sum = &tile.sums[slot * stride..(slot + 1) * stride];
-                write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(self.first_row + row));
+                write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
             }
         }
     }

@@ -16,14 +16,14 @@ use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::{Beside, Running};
-use crate::kernel::view::Output;
+use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::kernel::{Attention, Run};
 use crate::pattern::edges::EdgeSet;
 
 /// [`Attention::forward`].
 pub(in crate::kernel) fn forward<T: Element>(
     problem: &Attention<T>,
-    out: &mut [T],
+    out: ViewMut4<T>,
     lse: &mut [f64],
     run: &Run,
 ) -> Result<()> {
@@ -32,7 +32,7 @@ pub(in crate::kernel) fn forward<T: Element>(
     let problem = &pack_rows(problem, &mut copies);
     let call = Call::new(problem)?;
     let sizes = call.sizes;
-    let out = Output::new("out", out, &[sizes.batch, sizes.heads, sizes.queries, sizes.value_dim])?;
+    sizes.check_out("out", out.shape())?;
     let lse = Output::new("lse", lse, &[sizes.batch, sizes.heads, sizes.queries, 1])?;
     panel::forward(&call, &out, &lse, run)?;
     lines::forward(&call, &out, &lse, run)?;
@@ -57,7 +57,7 @@ pub(in crate::kernel) fn forward<T: Element>(
                 first_row: (batch * sizes.heads + head) * sizes.queries,
                 background: background.as_ref().map(|all| all.of_head(batch, head / sizes.group())),
                 rows,
-                out: &out,
+                out: out.head(batch, head),
                 lse: &lse,
                 scratch,
             };
@@ -73,12 +73,12 @@ struct Task<'a, T: Element> {
     edges: &'a EdgeSet,
     tensors: Head<'a, T>,
     scale: T::Acc,
-    /// Where the head's first row lies in the outputs.
+    /// Where the head's first row lies in `lse`.
     first_row: usize,
     /// The sum of all allowed values.
     background: Option<&'a [T::Acc]>,
     rows: Range<usize>,
-    out: &'a Output<'a, T>,
+    out: RowsMut<'a, T>,
     lse: &'a Output<'a, f64>,
     scratch: &'a mut Scratch<T>,
 }
@@ -205,7 +205,7 @@ impl<T: Element> Task<'_, T> {
             }
             head.drop_weights(batch, weights);
             let Some(values) = self.background else {
-                let to = Sums::Written { to: self.out, first: self.first_row, factors };
+                let to = Sums::Written { to: self.out, factors };
                 weighted_sums::<V, T>(weights, &head.v, batch, to);
                 return;
             };
@@ -217,7 +217,7 @@ impl<T: Element> Task<'_, T> {
                     let row = strip.row + slot;
                     let sum = &mut sums[(row - first) * stride..(row - first + 1) * stride];
                     add_scaled::<V>(values, background_weights[index][slot], sum);
-                    write_scaled::<V, T>(sum, factors[index][slot], self.out.row_mut(self.first_row + row));
+                    write_scaled::<V, T>(sum, factors[index][slot], self.out.row_mut(row));
                 }
             }
         }
@@ -249,7 +249,7 @@ impl<T: Element> Task<'_, T> {
                 add_scaled::<V>(values, running.background_weight(), sum);
             }
             let (factor, lse) = running.finish();
-            write_scaled::<V, T>(sum, factor, self.out.row_mut(self.first_row + row));
+            write_scaled::<V, T>(sum, factor, self.out.row_mut(row));
             self.lse.row_mut(self.first_row + row)[0] = lse;
         }
     }
@@ -303,7 +303,7 @@ impl<T: Element> Task<'_, T> {
             for (slot, row) in rows.enumerate() {
                 let (factor, lse) = tile.running[slot].finish();
                 let sum = &tile.sums[slot * value_stride..(slot + 1) * value_stride];
-                write_scaled::<V, T>(sum, factor, self.out.row_mut(self.first_row + row));
+                write_scaled::<V, T>(sum, factor, self.out.row_mut(row));
                 self.lse.row_mut(self.first_row + row)[0] = lse;
             }
         }

@@ -5,7 +5,7 @@ use super::batch::{BLOCK, Batch, GROUP, STRIP};
 use super::matrix::{Matrix, padded};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
-use crate::kernel::view::Output;
+use crate::kernel::view::RowsMut;
 
 /// `out[place] = rows[row of place] . matrix[column of place]` at every place of `batch` that is an edge, anything at the others.
 ///
@@ -160,11 +160,11 @@ unsafe fn four_dots<V: Vector<Lane = T::Acc> + Memory<T>, T: Element, const WHOL
 }
 
 /// Where weighted sums of the rows of a batch go.
-pub(super) enum Sums<'a, 'b, T: Element> {
+pub(super) enum Sums<'a, T: Element> {
     /// Added to [`padded`] rows of scratch, the first of which is for row `first`.
     Added { to: &'a mut [T::Acc], first: usize },
-    /// Times `factors` (one per strip and row) to row `first + row` of an output.
-    Written { to: &'a Output<'b, T>, first: usize, factors: &'a [[T::Acc; STRIP]] },
+    /// Times `factors` (one per strip and row) to the rows of an output.
+    Written { to: RowsMut<'a, T>, factors: &'a [[T::Acc; STRIP]] },
 }
 
 /// For every row of `batch`, the sum of `weights[place] * matrix[column of place]` over its edges.
@@ -186,14 +186,14 @@ pub(super) unsafe fn weighted_sums<V: Vector, T: Element>(
 }
 
 /// The arguments of [`weighted_sums`].
-struct WeightedSums<'a, 'b, T: Element> {
+struct WeightedSums<'a, T: Element> {
     weights: &'a [T::Acc],
     matrix: &'a Matrix<'a, T>,
     batch: &'a Batch,
-    sums: Sums<'a, 'b, T>,
+    sums: Sums<'a, T>,
 }
 
-impl<T: Element> Kernel<T> for WeightedSums<'_, '_, T> {
+impl<T: Element> Kernel<T> for WeightedSums<'_, T> {
     #[inline(always)]
     unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
         let width = self.matrix.width();
@@ -222,7 +222,7 @@ impl<T: Element> Kernel<T> for WeightedSums<'_, '_, T> {
     }
 }
 
-impl<T: Element> WeightedSums<'_, '_, T> {
+impl<T: Element> WeightedSums<'_, T> {
     /// The columns from `d` on that `N` registers hold, or with `PART` those that are left, fewer than a register.
     #[inline(always)]
     unsafe fn columns<V: Vector<Lane = T::Acc> + Memory<T>, const N: usize, const PART: bool>(
@@ -292,9 +292,9 @@ impl<T: Element> WeightedSums<'_, '_, T> {
                         (V::load(to) + totals[i]).store(to);
                     }
                 }
-                Sums::Written { to, first, factors } => {
+                Sums::Written { to, factors } => {
                     let factor = V::splat(factors[index][slot]);
-                    let to = &mut to.row_mut(*first + row)[d..];
+                    let to = &mut to.row_mut(row)[d..];
                     debug_assert!(to.len() == rest);
                     for i in 0..N {
                         let to = to.as_mut_ptr().add(i * V::LANES);

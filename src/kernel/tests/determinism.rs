@@ -117,11 +117,12 @@ fn an_interrupt_stops_a_long_call_within_a_moment() {
             true
         };
         let run = Run { pool: Pool::of(threads), isa: Isa::selected().unwrap(), interrupt: &stop };
-        assert_eq!(problem.forward(&mut out, &mut lse, &run), Err(Error::Interrupted));
+        assert_eq!(problem.forward(room(&mut out, [1, 1, n, 16]), &mut lse, &run), Err(Error::Interrupted));
         assert!(asked.get().unwrap().elapsed() < Duration::from_secs(1));
         let again = vec![0.0; n * 16];
         let (mut dq, mut dk, mut dv) = (again.clone(), again.clone(), again);
-        let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        let [dq, dk, dv] = [&mut dq, &mut dk, &mut dv].map(|data| room(data, [1, 1, n, 16]));
+        let gradients = Gradients { dq, dk, dv };
         let lse = View::contiguous("lse", &lse, [1, 1, n]).unwrap();
         assert_eq!(problem.backward(view, view, lse, gradients, &run), Err(Error::Interrupted));
     }

@@ -84,6 +84,54 @@ fn any_strides_give_the_same_bits_as_contiguous_tensors() {
     check_spread_tensors::<f16>(5200..5230);
 }
 
+/// `(batch, head, token, channel)` from memory in which the heads of a token lie side by side.
+fn unmerged<T: Element>(data: &[T], [b, h, n, d]: [usize; 4]) -> Vec<T> {
+    let strides = [h * n * d, d, h * d, 1].map(|stride| stride as i64);
+    let view = View::strided("merged", data, 0, [b, h, n, d], strides).unwrap();
+    let mut elements = Vec::with_capacity(data.len());
+    for (b, h) in (0..b).flat_map(|b| (0..h).map(move |h| (b, h))) {
+        elements.extend((0..n).flat_map(|i| (0..d).map(move |d| [b, h, i, d])).map(|index| view.at(index)));
+    }
+    elements
+}
+
+fn merged<T>(data: &mut [T], shape: [usize; 4]) -> ViewMut4<'_, T> {
+    ViewMut4::merged_heads("merged", data, shape).unwrap()
+}
+
+fn check_merged_heads<T: Element>(seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        let case = Case::<T>::random(&mut Random(seed));
+        let problem = case.problem();
+        let [b, h, g, n, s, d, dv] = case.sizes;
+        let [of_out, of_q, of_k, of_v] = [[b, h, n, dv], [b, h, n, d], [b, g, s, d], [b, g, s, dv]];
+        let poison = T::from_acc(T::Acc::from_f64(f64::NAN));
+        for isa in Isa::available() {
+            let run = run(isa, 1);
+            let [mut out, mut dq, mut dk, mut dv] =
+                [of_out, of_q, of_k, of_v].map(|shape| vec![poison; shape.iter().product()]);
+            let mut lse = vec![f64::NAN; b * h * n];
+            problem.forward(merged(&mut out, of_out), &mut lse, &run).unwrap();
+            let out = unmerged(&out, of_out);
+            let gradients =
+                Gradients { dq: merged(&mut dq, of_q), dk: merged(&mut dk, of_k), dv: merged(&mut dv, of_v) };
+            let out_view = View::contiguous("out", &out, of_out).unwrap();
+            let lse_view = View::contiguous("lse", &lse, [b, h, n]).unwrap();
+            problem.backward(case.grad_out(), out_view, lse_view, gradients, &run).unwrap();
+            let (dq, dk, dv) = (unmerged(&dq, of_q), unmerged(&dk, of_k), unmerged(&dv, of_v));
+            let merged = Results { out, lse, dq, dk, dv };
+            assert!(merged.same_bits(&case.results(isa)), "seed {seed} on {}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn outputs_with_merged_heads_hold_the_same_bits() {
+    check_merged_heads::<f32>(5300..5360);
+    check_merged_heads::<f64>(5400..5430);
+    check_merged_heads::<f16>(5500..5530);
+}
+
 #[test]
 fn a_stride_of_zero_repeats() {
     let mut random = Random(9);

@@ -217,17 +217,26 @@ pub(super) fn results<T: Element>(problem: &Attention<T>, grad_out: View4<T>, ru
         dk: poison(b * g * s * d),
         dv: poison(b * g * s * dv),
     };
-    problem.forward(&mut results.out, &mut results.lse, run).unwrap();
+    problem.forward(room(&mut results.out, [b, h, n, dv]), &mut results.lse, run).unwrap();
     problem
         .backward(
             grad_out,
             View::contiguous("out", &results.out, [b, h, n, dv]).unwrap(),
             View::contiguous("lse", &results.lse, [b, h, n]).unwrap(),
-            Gradients { dq: &mut results.dq, dk: &mut results.dk, dv: &mut results.dv },
+            Gradients {
+                dq: room(&mut results.dq, [b, h, n, d]),
+                dk: room(&mut results.dk, [b, g, s, d]),
+                dv: room(&mut results.dv, [b, g, s, dv]),
+            },
             run,
         )
         .unwrap();
     results
+}
+
+/// Contiguous room of the right size.
+pub(super) fn room<T>(data: &mut [T], shape: [usize; 4]) -> ViewMut4<'_, T> {
+    ViewMut4::contiguous("room", data, shape).unwrap()
 }
 
 pub(super) fn f64s<T: Element>(values: &[T]) -> Vec<f64> {

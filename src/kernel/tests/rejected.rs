@@ -22,11 +22,15 @@ fn messages(change: impl for<'a> Fn(&mut Attention<'a, f32>, &'a [f32], &'a [u8]
     let run = run(Isa::Scalar, 1);
     let nan = f32::NAN;
     let (mut out, mut lse) = (vec![nan; 2 * 4 * 6 * 2], vec![f64::NAN; 2 * 4 * 6]);
-    let forward = problem.forward(&mut out, &mut lse, &run).unwrap_err();
+    let forward = problem.forward(room(&mut out, [2, 4, 6, 2]), &mut lse, &run).unwrap_err();
     let (mut dq, mut dk, mut dv) =
         (vec![nan; case.q.len()], vec![nan; case.k.len()], vec![nan; case.v.len()]);
     let lse_view = View::contiguous("lse", &lse, [2, 4, 6]).unwrap();
-    let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    let gradients = Gradients {
+        dq: room(&mut dq, case.problem().q.shape()),
+        dk: room(&mut dk, case.problem().k.shape()),
+        dv: room(&mut dv, case.problem().v.shape()),
+    };
     let backward = problem.backward(case.grad_out(), case.grad_out(), lse_view, gradients, &run).unwrap_err();
     assert!([out, dq, dk, dv].iter().flatten().all(|value| value.is_nan()), "something was written");
     assert!(lse.iter().all(|value| value.is_nan()), "something was written");
@@ -75,7 +79,9 @@ fn a_plan_for_another_number_of_heads_is_refused() {
     let plan = Plan::new(&[edges.clone(), edges.clone(), edges]).unwrap();
     let case = case();
     let problem = Attention { plan: &plan, ..case.problem() };
-    let error = problem.forward(&mut [0.0; 96], &mut [0.0; 48], &run(Isa::Scalar, 1)).unwrap_err();
+    let mut out = [0.0; 96];
+    let out = room(&mut out, [2, 4, 6, 2]);
+    let error = problem.forward(out, &mut [0.0; 48], &run(Isa::Scalar, 1)).unwrap_err();
     assert!(
         matches!(&error, Error::Shape(text) if text.contains("edges: expected 1, 4 (heads) or 8")),
         "{error}"
@@ -107,23 +113,34 @@ fn outputs_of_the_wrong_size_are_named() {
     let case = case();
     let problem = case.problem();
     let run = run(Isa::Scalar, 1);
-    let error = problem.forward(&mut [0.0; 95], &mut [0.0; 48], &run).unwrap_err();
-    assert_eq!(
-        error,
-        Error::Shape("out: expected contiguous room for shape [2, 4, 6, 2], got 95 elements".into())
-    );
-    let error = problem.forward(&mut [0.0; 96], &mut [0.0; 49], &run).unwrap_err();
+    let mut few = [[0.0; 95]; 2];
+    for (new, few) in [ViewMut4::contiguous, ViewMut4::merged_heads].into_iter().zip(&mut few) {
+        assert_eq!(
+            new("out", few, [2, 4, 6, 2]).unwrap_err(),
+            Error::Shape("out: expected contiguous room for shape [2, 4, 6, 2], got 95 elements".into())
+        );
+    }
+    let error = problem.forward(room(&mut [0.0; 96], [2, 4, 2, 6]), &mut [0.0; 48], &run).unwrap_err();
+    assert_eq!(error, Error::Shape("out: expected shape [2, 4, 6, 2], got [2, 4, 2, 6]".into()));
+    let error = problem.forward(room(&mut [0.0; 96], [2, 4, 6, 2]), &mut [0.0; 49], &run).unwrap_err();
     assert!(error.to_string().starts_with("lse: expected contiguous room for shape [2, 4, 6"), "{error}");
 
     let (out, lse) = ([0.0; 96], [0.0; 48]);
     let lse_view = View::contiguous("lse", &lse, [2, 4, 6]).unwrap();
-    for (name, lengths) in [("dq", [143, 60, 40]), ("dk", [144, 61, 40]), ("dv", [144, 60, 0])] {
-        let [mut dq, mut dk, mut dv] = lengths.map(|len| vec![0.0; len]);
-        let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    let right = [problem.q.shape(), problem.k.shape(), problem.v.shape()];
+    for (index, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
+        let mut shapes = right;
+        shapes[index].swap(2, 3);
+        let [mut dq, mut dk, mut dv] = right.map(|shape| vec![0.0; shape.iter().product()]);
+        let gradients = Gradients {
+            dq: room(&mut dq, shapes[0]),
+            dk: room(&mut dk, shapes[1]),
+            dv: room(&mut dv, shapes[2]),
+        };
         let error = problem
             .backward(case.grad_out(), view(&out, [2, 4, 6, 2]), lse_view, gradients, &run)
             .unwrap_err();
-        assert!(error.to_string().starts_with(&format!("{name}: expected contiguous room")), "{error}");
+        assert!(error.to_string().contains(&format!("{name}: expected shape {:?}", right[index])), "{error}");
     }
     type Shapes = [[usize; 4]; 2];
     let wrong: [(&str, Shapes, [usize; 3]); 3] = [
@@ -132,8 +149,12 @@ fn outputs_of_the_wrong_size_are_named() {
         ("lse: expected shape [2, 4, 6], got [2, 4, 5]", [[2, 4, 6, 2], [2, 4, 6, 2]], [2, 4, 5]),
     ];
     for (expected, [grad_out, out_shape], lse_shape) in wrong {
-        let [mut dq, mut dk, mut dv] = [144, 60, 40].map(|len| vec![0.0; len]);
-        let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        let [mut dq, mut dk, mut dv] = right.map(|shape| vec![0.0; shape.iter().product()]);
+        let gradients = Gradients {
+            dq: room(&mut dq, right[0]),
+            dk: room(&mut dk, right[1]),
+            dv: room(&mut dv, right[2]),
+        };
         let (grad_out, out, lse) = (view(&out, grad_out), view(&out, out_shape), view(&lse, lse_shape));
         assert_eq!(
             problem.backward(grad_out, out, lse, gradients, &run),

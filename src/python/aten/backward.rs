@@ -6,10 +6,10 @@
 
 use tch::{Tensor, no_grad};
 
-use super::Arguments;
 use super::forward::{Background, Softmax};
 use super::groups::By;
 use super::problem::{Problem, either, fill};
+use super::{Arguments, merged_heads};
 use crate::error::Result;
 use crate::pool::Interrupt;
 
@@ -37,9 +37,9 @@ pub(crate) fn backward(
         let (dq, of_queries) = by_query(&problem, &grad_out, interrupt)?;
         let (dk, dv) = by_key(&problem, &grad_out, &of_queries, interrupt)?;
         Ok((
-            dq.f_reshape(arguments.q.size())?,
-            dk.f_reshape(arguments.k.size())?,
-            dv.f_reshape(arguments.v.size())?,
+            merged_heads(&dq.f_reshape(arguments.q.size())?)?,
+            merged_heads(&dk.f_reshape(arguments.k.size())?)?,
+            merged_heads(&dv.f_reshape(arguments.v.size())?)?,
         ))
     })
 }

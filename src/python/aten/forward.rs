@@ -2,9 +2,9 @@
 
 use tch::{Device, Kind, Tensor, no_grad};
 
-use super::Arguments;
 use super::groups::By;
 use super::problem::{Edges, Problem, Scores, either, fill};
+use super::{Arguments, merged_heads};
 use crate::error::Result;
 use crate::pool::Interrupt;
 
@@ -165,6 +165,7 @@ pub(crate) fn forward(arguments: &Arguments, interrupt: &dyn Interrupt) -> Resul
         })?;
         let [batch, heads, queries] =
             [problem.sizes.batch, problem.sizes.heads, problem.sizes.queries].map(|side| side as i64);
-        Ok((out.f_reshape([batch, heads, queries, value_dim])?, lse.f_reshape([batch, heads, queries])?))
+        let out = merged_heads(&out.f_reshape([batch, heads, queries, value_dim])?)?;
+        Ok((out, lse.f_reshape([batch, heads, queries])?))
     })
 }

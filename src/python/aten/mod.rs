@@ -59,6 +59,12 @@ impl Step {
     }
 }
 
+/// (batch, head, token, channel) in the order of memory in which the kernels give it, the heads of a token side by side: what an
+/// operator gives must not depend on the engine.
+fn merged_heads(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_transpose(1, 2)?.f_contiguous()?.f_transpose(1, 2)?)
+}
+
 /// `bias` as (batch, heads, queries, keys), at no cost: broadcasting is a matter of strides.
 pub(super) fn expand_bias(bias: &Tensor, full: [usize; 4]) -> Result<Tensor> {
     let size = full.map(|side| side as i64);

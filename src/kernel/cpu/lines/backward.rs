@@ -20,7 +20,7 @@ use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector, fence};
 use crate::kernel::softmax::exp;
-use crate::kernel::view::Output;
+use crate::kernel::view::{Output, RowsMut};
 use crate::plan::lines::{Line, Lines};
 
 /// Bytes of P and dS that are kept even if it is those of more heads than there are threads.
@@ -75,12 +75,13 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
                         past_caches,
                         lse: saved.lse(batch, head),
                         scale: call.scale,
-                        unit,
                         rows: tasks.rows(part),
                         keys,
                         kept: &numbers,
                         start: starts[place],
-                        outputs,
+                        dq: outputs.dq.head(batch, head),
+                        dk: outputs.dk.head(batch, head),
+                        dv: outputs.dv.head(batch, head),
                         scratch,
                     };
                     // SAFETY: every index is one task, and tasks do not share rows of what they write.
@@ -114,15 +115,15 @@ struct Task<'a, T: Element> {
     past_caches: bool,
     lse: Column<'a, f64>,
     scale: T::Acc,
-    /// Number of the head.
-    unit: usize,
     rows: Range<usize>,
     /// Whether rows are keys.
     keys: bool,
     /// P, then dS, of every edge of the head by its number, from `start` on.
     kept: &'a Output<'a, T::Acc>,
     start: usize,
-    outputs: Outputs<'a, T>,
+    dq: RowsMut<'a, T>,
+    dk: RowsMut<'a, T>,
+    dv: RowsMut<'a, T>,
     scratch: &'a mut Scratch<T::Acc>,
 }
 
@@ -243,8 +244,7 @@ impl<'a, T: Element> Task<'a, T> {
                 lines,
                 block: rows,
                 factors: None,
-                to: self.outputs.dq,
-                first: self.unit * q.rows(),
+                to: self.dq,
                 past_caches: self.past_caches,
                 active,
             });
@@ -281,7 +281,7 @@ impl<'a, T: Element> Task<'a, T> {
                 store(load::<V>(weights) * (load::<V>(grads) - delta) * scale, grads);
             }
             V::outline::<T>(RowSum { weights: grads, matrix: k, rows: keys, sum });
-            write_scaled::<V, T>(sum, T::Acc::ONE, self.outputs.dq.row_mut(self.unit * q.rows() + row));
+            write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
         }
     }
 
@@ -303,11 +303,10 @@ impl<'a, T: Element> Task<'a, T> {
         // SAFETY: the rows and the columns of their lines are those of this head, whose numbers were written by the first pass.
         unsafe {
             let [weights, grads] = self.kept();
-            let first = self.unit * self.tensors.k.rows();
             let Scratch { near: lines, active, .. } = &mut *self.scratch;
             near(&self.lines.by_key, &rows, lines);
             for (weights, matrix, to) in
-                [(grads, &self.tensors.q, self.outputs.dk), (weights, &self.grad_out, self.outputs.dv)]
+                [(grads, &self.tensors.q, self.dk), (weights, &self.grad_out, self.dv)]
             {
                 let block = rows.clone();
                 V::outline::<T>(Sums {
@@ -317,7 +316,6 @@ impl<'a, T: Element> Task<'a, T> {
                     block,
                     factors: None,
                     to,
-                    first,
                     past_caches: self.past_caches,
                     active,
                 });
@@ -331,9 +329,8 @@ impl<'a, T: Element> Task<'a, T> {
         // SAFETY: as above.
         unsafe {
             let [weights, grads] = self.kept();
-            let row = self.unit * self.tensors.k.rows() + key;
             for (weights, matrix, to) in
-                [(grads, &self.tensors.q, self.outputs.dk), (weights, &self.grad_out, self.outputs.dv)]
+                [(grads, &self.tensors.q, self.dk), (weights, &self.grad_out, self.dv)]
             {
                 let sum = &mut self.scratch.sum[..padded(matrix.width())];
                 sum.fill(T::Acc::ZERO);
@@ -341,7 +338,7 @@ impl<'a, T: Element> Task<'a, T> {
                     let weights = &weights[line.place(line.start)..][..line.end - line.start];
                     V::outline::<T>(RowSum { weights, matrix, rows: line.start..line.end, sum });
                 }
-                write_scaled::<V, T>(sum, T::Acc::ONE, to.row_mut(row));
+                write_scaled::<V, T>(sum, T::Acc::ONE, to.row_mut(key));
             }
         }
     }

@@ -17,13 +17,13 @@ use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector, fence};
 use crate::kernel::softmax::{Running, exp, log_sum_exp};
-use crate::kernel::view::Output;
+use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::plan::lines::{Line, Lines};
 
 /// Write `out` and `lse` of the heads in `call.lines`.
 pub(in crate::kernel::cpu) fn forward<T: Element>(
     call: &Call<T>,
-    out: &Output<T>,
+    out: &ViewMut4<T>,
     lse: &Output<f64>,
     run: &Run,
 ) -> Result<()> {
@@ -52,7 +52,7 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
                 scale: call.scale,
                 first_row: unit * sizes.queries,
                 rows: tasks.rows(index % per_head),
-                out,
+                out: out.head(unit / sizes.heads, unit % sizes.heads),
                 lse,
                 scratch,
             };
@@ -72,10 +72,10 @@ struct Task<'a, T: Element> {
     /// Whether the output goes past the caches.
     past_caches: bool,
     scale: T::Acc,
-    /// Where the head's first query lies in the outputs.
+    /// Where the head's first query lies in `lse`.
     first_row: usize,
     rows: Range<usize>,
-    out: &'a Output<'a, T>,
+    out: RowsMut<'a, T>,
     lse: &'a Output<'a, f64>,
     scratch: &'a mut Scratch<T::Acc>,
 }
@@ -173,7 +173,6 @@ impl<T: Element> Task<'_, T> {
                 block: rows,
                 factors: Some(factors),
                 to: self.out,
-                first: self.first_row,
                 past_caches: self.past_caches,
                 active,
             });
@@ -203,7 +202,7 @@ impl<T: Element> Task<'_, T> {
                 V::outline::<T>(RowSum { weights: &piece[..len], matrix: v, rows, sum });
             }
             let (factor, lse) = running.finish();
-            write_scaled::<V, T>(sum, factor, self.out.row_mut(self.first_row + row));
+            write_scaled::<V, T>(sum, factor, self.out.row_mut(row));
             self.lse.row_mut(self.first_row + row)[0] = lse;
         }
     }

@@ -6,7 +6,7 @@ use super::STRIP;
 use crate::kernel::cpu::matrix::Matrix;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
-use crate::kernel::view::Output;
+use crate::kernel::view::RowsMut;
 use crate::plan::lines::Line;
 
 /// For every row of a block, the sum of `weights[place of the edge] * matrix[column of the edge]` over the row's edges, line after line,
@@ -21,9 +21,7 @@ pub(super) struct Sums<'a, T: Element> {
     pub block: Range<usize>,
     /// One per row of the block; ones if there are none.
     pub factors: Option<&'a [T::Acc]>,
-    pub to: &'a Output<'a, T>,
-    /// Where the head's first row is in `to`.
-    pub first: usize,
+    pub to: RowsMut<'a, T>,
     /// Whether `to` is too large to stay in the caches: then it goes past them, and [`fence`] comes before another thread reads.
     ///
     /// [`fence`]: crate::kernel::simd::fence
@@ -135,7 +133,7 @@ impl<T: Element> Sums<'_, T> {
                     None => T::Acc::ONE,
                 };
                 let factor = V::splat(factor);
-                let to = self.to.row_mut(self.first + row + slot)[d..].as_mut_ptr();
+                let to = self.to.row_mut(row + slot)[d..].as_mut_ptr();
                 for i in 0..N {
                     let total = totals[slot][i] * factor;
                     if PART {

@@ -203,24 +203,22 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
             }
             self.scratch.squares = squares;
             if self.wants.queries {
-                let first = (batch * sizes.heads + head) * sizes.queries;
+                let dq = self.outputs.dq.head(batch, head);
                 for (row, sum) in self.rows.clone().zip(self.scratch.dq.chunks_exact(width)) {
                     // SAFETY: the row belongs to this task.
-                    unsafe {
-                        write_scaled::<V, T>(sum, self.call.scale, self.outputs.dq.row_mut(first + row))
-                    };
+                    unsafe { write_scaled::<V, T>(sum, self.call.scale, dq.row_mut(row)) };
                 }
             }
         }
         if self.wants.keys {
-            let first = self.unit * sizes.keys;
+            let (to_dk, to_dv) = (self.outputs.dk.head(batch, kv_head), self.outputs.dv.head(batch, kv_head));
             let keys = self.panels.start * PANEL..sizes.keys.min(self.panels.end * PANEL);
             let sums = self.scratch.dk.chunks_exact(width).zip(self.scratch.dv.chunks_exact(value_width));
             for (key, (dk, dv)) in keys.zip(sums) {
                 // SAFETY: the row belongs to this task.
                 unsafe {
-                    write_scaled::<V, T>(dk, T::Acc::ONE, self.outputs.dk.row_mut(first + key));
-                    write_scaled::<V, T>(dv, T::Acc::ONE, self.outputs.dv.row_mut(first + key));
+                    write_scaled::<V, T>(dk, T::Acc::ONE, to_dk.row_mut(key));
+                    write_scaled::<V, T>(dv, T::Acc::ONE, to_dv.row_mut(key));
                 }
             }
         }

@@ -14,7 +14,7 @@ use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::{exp_or_zero, exp2, log_sum_exp};
-use crate::kernel::view::Output;
+use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
 use crate::plan::panels::{PANEL, Square, Squares};
 
@@ -24,7 +24,7 @@ const ROWS: usize = 8 * PANEL;
 /// Write `out` and `lse` of the heads in `call.panels`.
 pub(in crate::kernel::cpu) fn forward<T: Element>(
     call: &Call<T>,
-    out: &Output<T>,
+    out: &ViewMut4<T>,
     lse: &Output<f64>,
     run: &Run,
 ) -> Result<()> {
@@ -54,7 +54,7 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
                 scale: call.scale,
                 first_row: (batch * sizes.heads + head) * sizes.queries,
                 rows: start..sizes.queries.min(start + ROWS),
-                out,
+                out: out.head(batch, head),
                 lse,
                 scratch,
             };
@@ -76,7 +76,7 @@ struct Task<'a, T: Element> {
     /// Where the head's first query lies in the outputs.
     first_row: usize,
     rows: Range<usize>,
-    out: &'a Output<'a, T>,
+    out: RowsMut<'a, T>,
     lse: &'a Output<'a, f64>,
     scratch: &'a mut Scratch<T::Acc>,
 }
@@ -148,7 +148,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
             let sum = &scratch.sums[place * width..(place + 1) * width];
             // SAFETY: the row belongs to this task.
             unsafe {
-                write_scaled::<V, T>(sum, factor, self.out.row_mut(self.first_row + row));
+                write_scaled::<V, T>(sum, factor, self.out.row_mut(row));
                 self.lse.row_mut(self.first_row + row)[0] = lse;
             }
         }
