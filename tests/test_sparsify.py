@@ -66,6 +66,15 @@ class TestSelection:
             ("blocks.2.attn", "not included"),
         ]
 
+    def test_a_layer_that_was_swapped_before_and_is_not_included_keeps_its_mask(self):
+        model = vit()
+        sm.sparsify(model, LOCAL, include=r"blocks\.0\.")
+        report = sm.sparsify(model, FIBOTTENTION, include=r"blocks\.1\.")
+        rows = {row.module: (row.mask, row.status, row.reason) for row in report.rows}
+        assert rows["blocks.0.attn"] == ("local", "skipped", "not included, keeps `local`")
+        assert rows["blocks.1.attn"] == ("fibottention", "swapped", "")
+        assert rows["blocks.2.attn"] == ("", "skipped", "not included")
+
     @pytest.mark.parametrize("size", ["embed_dim", "num_heads"])
     @pytest.mark.parametrize("framework", ["torch", "timm", "timm with rope", "timesformer", "bare", "transformers"])
     def test_a_configuration_for_layers_of_another_size_is_refused_in_every_framework(self, framework, size):

@@ -73,7 +73,7 @@ def sparsify(
             and for ``verify``, whose default is made from the model where it tells its input size.
 
     Returns:
-        A table of all attention layers: swapped, or skipped and why.
+        A table of all attention layers: swapped, or skipped and why; a skipped one keeps what it had.
 
     Raises:
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
@@ -104,7 +104,7 @@ def sparsify(
                 plan.append((site, layer_mask))
                 rows.append(row)
         if reason is not None:
-            rows.append(Row(site.name, site.adapter.name, "skipped", reason, layer=site.layer))
+            rows.append(_skipped(site, reason))
     rows += [Row(name, "", "skipped", why_unsupported(module)) for name, module in unsupported(model, sites)]
     report = Report(tuple(rows))
     if strict and not plan:
@@ -176,6 +176,14 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         nnz=nnz,
     )
     return layer_mask, row
+
+
+def _skipped(site: Site, reason: str) -> Row:
+    """A layer that stays as it is: dense, or with the mask of an earlier swap."""
+    if site.layer_mask is None:
+        return Row(site.name, site.adapter.name, "skipped", reason, layer=site.layer)
+    mask = site.layer_mask.name
+    return Row(site.name, site.adapter.name, "skipped", f"{reason}, keeps `{mask}`", mask, site.layer)
 
 
 def _ordered(config: AttentionConfig, token_order: str) -> AttentionConfig:

@@ -36,8 +36,10 @@ class SparseInterfaceLayer(Mixed, SparseLayer):
     """The attention implementation that its configuration named before, on the first of those that share one."""
 
     def extra_repr(self) -> str:
-        """Mask."""
-        return self._mask_repr()
+        """Mask, and whether it is in use: the attention implementation of a model can be set at any time."""
+        named = self.config._attn_implementation
+        in_use = "" if named == IMPLEMENTATION else f", not in use: attn_implementation is `{named}`"
+        return self._mask_repr() + in_use
 
 
 class JoiningTokens(Tensor):
