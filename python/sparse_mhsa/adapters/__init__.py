@@ -5,6 +5,7 @@ only its class changes. Optimisers, tied weights, wrappers and state dicts do no
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -81,6 +82,10 @@ def sparsify(
             no layer, or ``verify`` needs a ``sample``.
         TypeError: ``verify`` or ``sample`` is of the wrong type.
         RuntimeError: ``verify`` found a layer that stayed dense.
+
+    Warns:
+        UserWarning: a mask leaves queries without a key, such as Fibottention's among a few frames without a class
+            token; attention gives them 0.
     """
     parsed = _with_overrides(load_config(config), overrides)
     selection = Selection.of(include, exclude)
@@ -109,6 +114,7 @@ def sparsify(
     report = Report(tuple(rows))
     if strict and not plan:
         raise ValueError(f"model: nothing to swap in {type(model).__name__}\n{report}")
+    _warn_of_empty_rows(report)
     for site, layer_mask in plan:
         site.adapter.sparsify(site.module, layer_mask)
     _finish(model)
@@ -161,10 +167,10 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     )
     site.adapter.check(site.module, layer_mask)
     check_backend(layer_mask, head_dim, site.adapter.dropout(site.module), site.num_tokens)
-    density = nnz = None
+    density = nnz = empty_rows = None
     if site.num_tokens is not None and layer_mask.config.uses_edges and not layer_mask.by_content:
         mask = layer_mask.at(site.num_tokens)
-        density, nnz = mask.density, mask.nnz
+        density, nnz, empty_rows = mask.density, mask.nnz, sum(mask.num_empty_rows)
     row = Row(
         site.name,
         site.adapter.name,
@@ -174,8 +180,21 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         num_tokens=site.num_tokens,
         density=density,
         nnz=nnz,
+        empty_rows=empty_rows,
     )
     return layer_mask, row
+
+
+def _warn_of_empty_rows(report: Report) -> None:
+    layers = [row.module or "(root)" for row in report.swapped if row.empty_rows]
+    if layers:
+        warnings.warn(
+            f"{', '.join(layers)}: some queries keep no key, so that attention gives them 0; the report counts them. "
+            "Keys can be had by other parameters (`include_self`, where the mask has it), or in a `union` with "
+            "{mask: local, mask_kwargs: {window: 0}}, which is every query's own key; `on_empty_row: error` refuses "
+            "to run",
+            stacklevel=3,
+        )
 
 
 def _skipped(site: Site, reason: str) -> Row:
