@@ -1,6 +1,8 @@
 """TimeSformer: the block of the published data, models in the manner of the original code, and old model files."""
 
+import argparse
 import copy
+import pickle
 import sys
 
 import numpy as np
@@ -281,6 +283,21 @@ class TestLegacyImports:
         assert not hasattr(sys.modules.get("timm.optim.optim_factory"), "add_weight_decay")
         assert not hasattr(np, "float")
         assert not hasattr(torch.nn.modules.linear, "_LinearWithBias")
+
+    def test_a_checkpoint_with_the_arguments_of_the_program_is_loaded_within_it_alone(self, tmp_path):
+        path = tmp_path / "checkpoint-0.pth"
+        torch.save({"model": {}, "args": argparse.Namespace(blr=1e-3)}, path)
+        with legacy_imports():
+            assert torch.load(path)["args"].blr == 1e-3
+        with pytest.raises(pickle.UnpicklingError, match="Namespace"):
+            torch.load(path)
+
+    def test_the_size_of_an_image_has_its_old_name(self):
+        from torchvision.transforms import functional
+
+        with legacy_imports():
+            assert functional._get_image_size(torch.zeros(3, 5, 7)) == [7, 5]
+        assert not hasattr(functional, "_get_image_size")
 
     def test_a_scale_of_its_own_survives_the_swap(self):
         with legacy_imports():
