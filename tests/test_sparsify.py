@@ -128,6 +128,14 @@ class TestSelection:
         with pytest.raises(ValueError, match=rf"{argument}: `\(` is not a regular expression"):
             sm.sparsify(vit(), LOCAL, **{argument: ["blocks", "("]})
 
+    @pytest.mark.parametrize(
+        ("model", "got"), [("vit_base", "str"), (nn.MultiheadAttention, "the class MultiheadAttention"), ([], "list")]
+    )
+    def test_what_is_no_model_is_named(self, model, got):
+        for call in (lambda: sm.sparsify(model, LOCAL), lambda: sm.densify(model)):
+            with pytest.raises(TypeError, match=f"model: expected a torch.nn.Module, got {got}"):
+                call()
+
     def test_nothing_to_swap_is_an_error_with_the_table(self):
         with pytest.raises(ValueError, match="model: nothing to swap in Linear"):
             sm.sparsify(nn.Linear(2, 2), LOCAL)

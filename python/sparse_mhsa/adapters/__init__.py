@@ -80,13 +80,14 @@ def sparsify(
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
         ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
             no layer, or ``verify`` needs a ``sample``.
-        TypeError: ``verify`` or ``sample`` is of the wrong type.
+        TypeError: ``model``, ``verify`` or ``sample`` is of the wrong type.
         RuntimeError: ``verify`` found a layer that stayed dense.
 
     Warns:
         UserWarning: a mask leaves queries without a key, such as Fibottention's among a few frames without a class
             token; attention gives them 0.
     """
+    _check_model(model)
     parsed = _with_overrides(load_config(config), overrides)
     selection = Selection.of(include, exclude)
     sample = _checked_sample(model, verify, sample)
@@ -131,7 +132,11 @@ def densify(model: nn.Module) -> Report:
 
     Returns:
         What was restored, from which mask, and what was dense already; prints as a table.
+
+    Raises:
+        TypeError: ``model`` is no `torch.nn.Module`.
     """
+    _check_model(model)
     rows = []
     for site in find_attention(model):
         place = (site.name, site.adapter.name)
@@ -142,6 +147,13 @@ def densify(model: nn.Module) -> Report:
         site.adapter.densify(site.module)
     _finish(model)
     return Report(tuple(rows))
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"model: expected a torch.nn.Module, got {got}")
 
 
 def _finish(model: nn.Module) -> None:

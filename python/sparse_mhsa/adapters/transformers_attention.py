@@ -142,8 +142,8 @@ def attention_forward(
     if query.shape[2] != key.shape[2] and not layer_mask.is_dense:
         raise ValueError(
             f"key: expected as many keys as queries for the mask `{layer_mask.name}`, got {query.shape[2]} queries and "
-            f"{key.shape[2]} keys in {type(module).__name__}; generation needs sparse_mhsa.generation_cache(model, "
-            "policy) or use_cache=False"
+            f"{key.shape[2]} keys in {type(module).__name__}; generation needs use_cache=False, or "
+            "sparse_mhsa.generation_cache(model, policy), which takes the masks `none` and `local`"
         )
     key_mask, bias = _masks(attention_mask, query, key)
     # A mask that is causal itself needs no (N, S) array that says so.
