@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .._core import AttentionConfig, ConfigError
 from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
+from ..layer import SparseLayer
 from ..layer_mask import LayerMask, check_sizes
 from . import timesformer, timm, torch_nn, transformers
 from .dropped_tokens import follow_dropped_tokens
+from .mixing import Mixed
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported, why_unsupported
 from .report import Report, Row
 from .selection import Selection, matches_none
@@ -135,8 +137,10 @@ def densify(model: nn.Module) -> Report:
 
     Raises:
         TypeError: ``model`` is no `torch.nn.Module`.
+        RuntimeError: a swapped module was sharded or parametrized since, which would get lost.
     """
     _check_model(model)
+    _refuse_classes_of_torch(model)
     rows = []
     for site in find_attention(model):
         place = (site.name, site.adapter.name)
@@ -154,6 +158,17 @@ def _check_model(model: object) -> None:
         return
     got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     raise TypeError(f"model: expected a torch.nn.Module, got {got}")
+
+
+def _refuse_classes_of_torch(model: nn.Module) -> None:
+    """Raise if torch has derived the class of a swapped module, of which nothing would be left."""
+    for name, module in model.named_modules():
+        made = type(module)
+        if isinstance(module, (SparseLayer, Mixed)) and made.__module__.startswith("torch."):
+            raise RuntimeError(
+                f"{name or '(root)'}: torch has made it a {made.__name__} since the swap, by sharding or by a "
+                "parametrization; densify the model before that, or undo that first"
+            )
 
 
 def _finish(model: nn.Module) -> None:

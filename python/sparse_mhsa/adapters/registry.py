@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -219,9 +220,17 @@ def why_unsupported(module: nn.Module) -> str:
     kind = f"no adapter for {type(module).__qualname__}"
     if is_parametrized(module):
         return f"{kind}, whose own weights are parametrized: swap it first"
+    if is_sharded(module):
+        return f"{kind}, which is sharded by itself: swap it first"
     if any("relative_position" in name or name.startswith("rel_pos") for name, _ in _tensors_and_parts(module)):
         return f"{kind}, which adds biases by relative position"
     return f"{kind}, which attends within windows already" if hasattr(module, "window_size") else kind
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _tensors_and_parts(module: nn.Module) -> Iterator[tuple[str, object]]:
