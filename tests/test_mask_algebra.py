@@ -338,6 +338,7 @@ class TestValue:
         assert mask.nnz_per_head == dense.sum((1, 2)).tolist()
         for head in range(HEADS):
             assert torch.equal(mask.degrees(head), dense[head].sum(-1))
+        assert mask.num_empty_rows == tuple((~dense.any(-1)).sum(-1).tolist())
         prefix = mask.num_prefix_tokens
         assert mask.nnz_patches == dense[:, prefix:, prefix:].sum()
 

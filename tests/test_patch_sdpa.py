@@ -7,7 +7,7 @@ from torch import nn
 
 import sparse_mhsa as sm
 from comparison import assert_same
-from models import FIBOTTENTION, LOCAL, images, vit
+from models import FIBOTTENTION, LOCAL, CopiedAttention, encoder, images, vit
 
 CONFIG = {**FIBOTTENTION, "num_prefix_tokens": 1}
 
@@ -140,16 +140,105 @@ class TestModels:
         torch._dynamo.reset()
 
 
+class TestMultiheadAttention:
+    """Torch's layer calls a function of its own, which does not let a mode see what it calls."""
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("padded", [True, False])
+    def test_transformer_layers_leave_their_fast_path(self, training, grad, padded):
+        model = encoder().train(training)
+        x = torch.randn(2, 7, 12, dtype=torch.float64)
+        options = {"src_key_padding_mask": torch.arange(7).expand(2, 7) > 4} if padded else {}
+        with torch.set_grad_enabled(grad):
+            with sm.patch_sdpa(LOCAL) as patched:
+                got = model(x, **options)
+            sm.sparsify(model, LOCAL)
+            assert_same(got.detach(), model(x, **options).detach(), atol=1e-12)
+        assert (patched.calls, patched.skipped) == (2, 0)
+
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize(
+        "layer", [{}, {"batch_first": True}, {"kdim": 6, "vdim": 5}, {"add_bias_kv": True}, {"bias": False}], ids=str
+    )
+    @pytest.mark.parametrize("masked", ["", "attn_mask", "key_padding_mask", "is_causal"])
+    def test_the_contract_is_that_of_the_swapped_layer(self, need_weights, layer, masked):
+        torch.manual_seed(0)
+        dense = nn.MultiheadAttention(12, 2, dtype=torch.float64, **layer)
+        sparse = sm.SparseMHSA.from_dense(dense, LOCAL)
+        shape = (2, 5) if dense.batch_first else (5, 2)
+        q, k, v = (torch.randn(*shape, size, dtype=torch.float64) for size in (12, dense.kdim, dense.vdim))
+        causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        options = {
+            "": {},
+            "attn_mask": {"attn_mask": torch.randn(5, 5, dtype=torch.float64), "average_attn_weights": False},
+            "key_padding_mask": {"key_padding_mask": torch.arange(5).expand(2, 5) > 3},
+            "is_causal": {"attn_mask": causal, "is_causal": True},
+        }[masked]
+        with sm.patch_sdpa(LOCAL) as patched:
+            got = dense(q, k, v, need_weights=need_weights, **options)
+        expected = sparse(q, k, v, need_weights=need_weights, **options)
+        assert patched.calls == 1
+        assert_same(got[0].detach(), expected[0].detach(), atol=1e-12)
+        assert (got[1] is None) == (expected[1] is None) == (not need_weights)
+        if need_weights:
+            assert_same(got[1].detach(), expected[1].detach(), atol=1e-12)
+        wanted = list(dense.parameters())
+        grads = [torch.autograd.grad(out.square().sum(), wanted) for out in (got[0], expected[0])]
+        for mine, truth in zip(*grads, strict=True):
+            assert_same(mine, truth, atol=1e-10)
+
+    def test_cross_attention_is_left_alone(self):
+        layer = nn.MultiheadAttention(12, 2, dtype=torch.float64)
+        x, memory = torch.randn(5, 2, 12, dtype=torch.float64), torch.randn(7, 2, 12, dtype=torch.float64)
+        with sm.patch_sdpa(LOCAL) as patched:
+            layer(x, x, x)
+            cross, _ = layer(x, memory, memory)
+        assert torch.equal(cross, layer(x, memory, memory)[0])
+        assert (patched.calls, patched.skipped) == (1, 1)
+
+    def test_dropout_is_that_of_the_layer(self):
+        layer = nn.MultiheadAttention(12, 2, dropout=1.0, bias=False)
+        x = torch.randn(5, 2, 12)
+        with sm.patch_sdpa(LOCAL):
+            assert not layer(x, x, x)[0].any()
+            assert layer.eval()(x, x, x)[0].any()
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:Using .*torch.compile.* when there are global hooks:UserWarning")
+    @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")  # our wrapper of torch.empty
+    def test_torchvision(self, compiled):
+        torchvision = pytest.importorskip("torchvision")
+        torch._dynamo.reset()
+        model = torchvision.models.VisionTransformer(32, 8, 2, 3, 24, 32, num_classes=4).double().eval()
+        nn.init.normal_(model.heads.head.weight)
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        with torch.no_grad():
+            dense = model(x)
+            with sm.patch_sdpa(CONFIG) as patched:
+                got = run(x)
+            sm.sparsify(model, CONFIG)
+            assert_same(got, model(x), atol=1e-12)
+        assert patched.calls == 2
+        assert not torch.allclose(got, dense)
+        torch._dynamo.reset()
+
+
 class TestMessages:
     def test_no_call_is_warned_of(self):
-        encoder = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True).eval()
-        with (
-            pytest.warns(UserWarning, match=r"no call of scaled_dot_product_attention was replaced \(0 were"),
-            torch.no_grad(),
-            sm.patch_sdpa(LOCAL) as patched,
-        ):
-            encoder(torch.randn(1, 5, 12))
+        eager = CopiedAttention()
+        message = r"no nn.MultiheadAttention was replaced \(0 were no self-attention\); what spells attention out"
+        with pytest.warns(UserWarning, match=message), sm.patch_sdpa(LOCAL) as patched:
+            eager(torch.randn(1, 5, 24))
         assert patched.calls == 0
+
+    def test_what_a_layer_cannot_honour_is_an_error(self):
+        layer = nn.MultiheadAttention(12, 2, add_zero_attn=True)
+        x = torch.randn(5, 2, 12)
+        with sm.patch_sdpa({"mask": "topk"}), pytest.raises(ValueError, match="`topk` cannot be combined with add_b"):
+            layer(x, x, x)
 
     def test_an_error_is_not_joined_by_a_warning(self):
         with pytest.raises(KeyError), sm.patch_sdpa(LOCAL):

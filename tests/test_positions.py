@@ -168,6 +168,46 @@ def test_training_compiles_with_positions():
     torch.testing.assert_close(out, eager, atol=1e-12, rtol=0)
 
 
+class TestMappedSamples:
+    """`torch.func.vmap` over samples that keep different tokens, whose edge lists are of different lengths."""
+
+    x, positions = torch.randn(BATCH, 11, HEADS * DIM, dtype=torch.float64), picked()
+
+    @staticmethod
+    def loss(layer, need_weights=False):
+        def loss(x, positions):
+            out, _ = layer(x, x, x, token_positions=positions, need_weights=need_weights)
+            return out.square().sum()
+
+        return loss
+
+    @pytest.mark.parametrize("name", ["local", "bigbird", "topk"])
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_gradients(self, name, batched):
+        loss = self.loss(sparse_mha(name))
+        x, positions = (t[:, None] if batched else t for t in (self.x, self.positions))
+        got = torch.func.vmap(torch.func.grad(loss))(x, positions)
+        for sample in range(BATCH):
+            truth = torch.func.grad(loss)(x[sample], positions[sample])
+            torch.testing.assert_close(got[sample], truth, atol=1e-12, rtol=0)
+
+    def test_the_same_tokens_in_each(self):
+        loss = self.loss(sparse_mha())
+        got = torch.func.vmap(loss, (0, None))(self.x, self.positions[0])
+        truth = torch.stack([loss(x, self.positions[0]) for x in self.x])
+        torch.testing.assert_close(got, truth, atol=1e-12, rtol=1e-12)
+
+    def test_what_cannot_be_had_says_what_to_do(self):
+        layer = sparse_mha("local")
+        slope = torch.func.grad(self.loss(layer))
+        for function in (
+            self.loss(layer, need_weights=True),
+            torch.func.grad(lambda x, positions: slope(x, positions).square().sum()),
+        ):
+            with pytest.raises(NotImplementedError, match="call the function once per sample"):
+                torch.func.vmap(function)(self.x, self.positions)
+
+
 # Errors.
 
 

@@ -394,3 +394,63 @@ class TestPatchDropout:
         with torch.random.fork_rng():
             ids = torch.randn(batch, patches).argsort(dim=-1)[:, :kept]
         return with_class_token(ids)
+
+
+def _that_drops_tokens(kind):
+    """A model, its output for a batch of images, and the module that says how much is dropped and its name for it."""
+    torch.manual_seed(0)
+    if kind == "patch dropout":
+        model = vit(patch_drop_rate=0.5).train()
+        return model, model, (model.patch_drop, "prob")
+    if kind == "autoencoder":
+        model = MaskedAutoencoder().double()
+        return model, model, (model, "mask_ratio")
+    config = transformers.ViTMAEConfig(**SIZES, mask_ratio=0.5)
+    model = transformers.ViTMAEForPreTraining(config).double()
+    return model, lambda x: model(x).loss, (model.vit.embeddings.config, "mask_ratio")
+
+
+@pytest.mark.parametrize("kind", ["patch dropout", "autoencoder", "transformers"])
+class TestToolbox:
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+    def test_one_graph_serves_every_batch_and_another_share_compiles_again(self, kind):
+        torch._dynamo.reset()
+        model, run, (owner, share) = _that_drops_tokens(kind)
+        sm.sparsify(model, FIBOTTENTION)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch._dynamo.utils.counters.clear()
+        for batch, dropped, graphs in ((2, 0.5, 1), (3, 0.5, 1), (5, 0.5, 1), (3, 0.25, 2)):
+            setattr(owner, share, dropped)
+            x = torch.randn(batch, 3, 32, 32, dtype=torch.float64)
+            results = []
+            for each in (run, compiled):
+                torch.manual_seed(3)
+                out = each(x)
+                gradients = torch.autograd.grad(out.square().sum(), parameters, materialize_grads=True)
+                results.append([out.detach(), *gradients])
+            for mine, truth in zip(*results, strict=True):
+                assert_same(mine, truth, rtol=1e-9, atol=1e-12)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("config", [LOCAL, {"mask": "topk"}], ids=["local", "topk"])
+    @pytest.mark.filterwarnings("ignore:.*batching rule for aten:UserWarning")
+    def test_gradients_of_each_sample(self, kind, config):
+        model, *_ = _that_drops_tokens(kind)
+        sm.sparsify(model, config)
+        parameters = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+        def loss(parameters, sample):
+            out = torch.func.functional_call(model, parameters, (sample[None],))
+            return (out.loss if kind == "transformers" else out).square().sum()
+
+        # Each sample keeps the tokens that it keeps in a batch of its own.
+        torch.manual_seed(3)
+        got = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="same")(parameters, x)
+        for sample in range(3):
+            torch.manual_seed(3)
+            truth = torch.func.grad(loss)(parameters, x[sample])
+            for name in parameters:
+                assert_same(got[name][sample], truth[name], rtol=1e-9, atol=1e-10, what=name)

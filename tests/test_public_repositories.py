@@ -112,6 +112,57 @@ class TestMae:
         expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=kept)
         assert_same(seen[1].detach(), attention.proj(expected.transpose(1, 2).flatten(2)).detach(), atol=1e-12)
 
+    @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning")
+    def test_their_program_pretrains_resumes_and_finetunes_on_a_folder(self, repository, tmp_path, monkeypatch):
+        pytest.importorskip("tensorboard")
+        write_png = pytest.importorskip("torchvision.io").write_png
+        for place in ("train/a", "val/a"):
+            (tmp_path / place).mkdir(parents=True)
+            for i in range(4):
+                write_png((torch.rand(3, 64, 64) * 255).byte(), str(tmp_path / place / f"{i}.png"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+        sizes["norm_layer"] = partial(nn.LayerNorm, eps=1e-6)
+
+        def run(program, models, build, *options):
+            def swapped(img_size=64, **kwargs):
+                model = build(models, **kwargs)
+                swaps.append(sm.sparsify(model, FIBOTTENTION, verify=True))
+                return model
+
+            arguments = (
+                f"--model tiny --batch_size 2 --input_size 64 --device cpu --num_workers 0 --data_path {tmp_path}"
+            )
+            arguments = f"{arguments} --no_pin_mem --warmup_epochs 1 --output_dir {tmp_path} --log_dir {tmp_path}"
+            models.tiny = swapped
+            with Calls() as calls:
+                program.main(program.get_args_parser().parse_args([*arguments.split(), *options]))
+            assert calls.count["forward" if "forward" in calls.count else "forward_edges"] > 0
+            assert sum(calls.count[name] for name in ("backward", "backward_edges") if name in calls.count) > 0
+
+        def encoder(models, **kwargs):
+            decoder = {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 3}
+            return models.MaskedAutoencoderViT(**sizes, **decoder, **kwargs)
+
+        def classifier(models, **kwargs):
+            return models.VisionTransformer(**sizes, qkv_bias=True, **kwargs)
+
+        swaps = []
+        with legacy_imports():
+            import main_finetune
+            import main_pretrain
+            import models_mae
+            import models_vit
+
+            run(main_pretrain, models_mae, encoder, "--epochs", "1")
+            first = str(tmp_path / "checkpoint-0.pth")
+            run(main_pretrain, models_mae, encoder, "--epochs", "2", "--resume", first)
+            last = str(tmp_path / "checkpoint-1.pth")
+            run(main_finetune, models_vit, classifier, "--epochs", "1", "--nb_classes", "4", "--finetune", last)
+            dense = encoder(models_mae)
+            dense.load_state_dict(torch.load(last)["model"], strict=True)
+        assert [len(report.swapped) for report in swaps] == [2, 2, 2]
+
     @pytest.mark.parametrize("pooled", [False, True])
     def test_finetuning(self, repository, pooled):
         with legacy_imports():

@@ -66,6 +66,15 @@ class TestSelection:
             ("blocks.2.attn", "not included"),
         ]
 
+    def test_a_layer_that_was_swapped_before_and_is_not_included_keeps_its_mask(self):
+        model = vit()
+        sm.sparsify(model, LOCAL, include=r"blocks\.0\.")
+        report = sm.sparsify(model, FIBOTTENTION, include=r"blocks\.1\.")
+        rows = {row.module: (row.mask, row.status, row.reason) for row in report.rows}
+        assert rows["blocks.0.attn"] == ("local", "skipped", "not included, keeps `local`")
+        assert rows["blocks.1.attn"] == ("fibottention", "swapped", "")
+        assert rows["blocks.2.attn"] == ("", "skipped", "not included")
+
     @pytest.mark.parametrize("size", ["embed_dim", "num_heads"])
     @pytest.mark.parametrize("framework", ["torch", "timm", "timm with rope", "timesformer", "bare", "transformers"])
     def test_a_configuration_for_layers_of_another_size_is_refused_in_every_framework(self, framework, size):
@@ -118,6 +127,14 @@ class TestSelection:
     def test_a_pattern_that_is_no_regular_expression_is_named(self, argument):
         with pytest.raises(ValueError, match=rf"{argument}: `\(` is not a regular expression"):
             sm.sparsify(vit(), LOCAL, **{argument: ["blocks", "("]})
+
+    @pytest.mark.parametrize(
+        ("model", "got"), [("vit_base", "str"), (nn.MultiheadAttention, "the class MultiheadAttention"), ([], "list")]
+    )
+    def test_what_is_no_model_is_named(self, model, got):
+        for call in (lambda: sm.sparsify(model, LOCAL), lambda: sm.densify(model)):
+            with pytest.raises(TypeError, match=f"model: expected a torch.nn.Module, got {got}"):
+                call()
 
     def test_nothing_to_swap_is_an_error_with_the_table(self):
         with pytest.raises(ValueError, match="model: nothing to swap in Linear"):

@@ -192,6 +192,17 @@ class TestInterface:
         model.set_attn_implementation("sparse_mhsa")
         assert torch.equal(model(x).last_hidden_state, sparse)
 
+    def test_a_mask_that_is_not_in_use_says_so(self):
+        model = build("ViTModel")
+        sm.sparsify(model, LOCAL)
+        assert "not in use" not in repr(model)
+        model.set_attn_implementation("eager")
+        assert repr(model).count("mask=local") == repr(model).count("not in use: attn_implementation is `eager`") == 2
+        sm.sparsify(model, LOCAL, verify=True)
+        assert "not in use" not in repr(model)
+        sm.densify(model)
+        assert model.config._attn_implementation == "eager"
+
     def test_a_model_that_names_us_but_was_not_swapped_is_refused(self):
         sm.adapters.transformers.register()
         model = transformers.ViTModel._from_config(

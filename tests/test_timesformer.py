@@ -1,6 +1,8 @@
 """TimeSformer: the block of the published data, models in the manner of the original code, and old model files."""
 
+import argparse
 import copy
+import pickle
 import sys
 
 import numpy as np
@@ -157,6 +159,24 @@ class TestOriginal:
         sm.sparsify(model, config, include="temporal", overrides={"temporal": {"num_prefix_tokens": 1}})
         assert block.temporal_attn.mask(4).to_dense()[0, 0].all()
 
+    @pytest.mark.parametrize("source", ["original", "transformers"])
+    def test_frames_that_a_mask_leaves_without_a_key_are_told_and_can_be_helped(self, source):
+        if source == "original":
+            model = VisionTransformer("divided_space_time")
+        else:
+            sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 48, "num_hidden_layers": 2}
+            config = transformers.TimesformerConfig(**sizes, num_frames=4, image_size=32, patch_size=8)
+            model = transformers.TimesformerModel(config)
+        with pytest.warns(UserWarning, match=r"temporal\S*: some queries keep no key, so that attention gives them 0"):
+            report = sm.sparsify(model, FIBOTTENTION, include="temporal", verify=True)
+        # One head of three has distances as short as four frames.
+        assert {(row.num_tokens, row.empty_rows) for row in report.swapped} == {(4, 8)}
+        assert "swapped: 8 rows without a key" in str(report)
+        own_key = {"mask": "local", "mask_kwargs": {"window": 0}}
+        helped = {"mask": "union", "mask_kwargs": {"masks": [FIBOTTENTION, own_key]}}
+        report = sm.sparsify(model, helped, include="temporal", verify=True)
+        assert {row.empty_rows for row in report.swapped} == {0}
+
     @pytest.mark.parametrize("kind", ["space", "time", "divided"])
     def test_joint_attention_has_time_fastest(self, kind):
         model = VisionTransformer("joint_space_time")
@@ -263,6 +283,21 @@ class TestLegacyImports:
         assert not hasattr(sys.modules.get("timm.optim.optim_factory"), "add_weight_decay")
         assert not hasattr(np, "float")
         assert not hasattr(torch.nn.modules.linear, "_LinearWithBias")
+
+    def test_a_checkpoint_with_the_arguments_of_the_program_is_loaded_within_it_alone(self, tmp_path):
+        path = tmp_path / "checkpoint-0.pth"
+        torch.save({"model": {}, "args": argparse.Namespace(blr=1e-3)}, path)
+        with legacy_imports():
+            assert torch.load(path)["args"].blr == 1e-3
+        with pytest.raises(pickle.UnpicklingError, match="Namespace"):
+            torch.load(path)
+
+    def test_the_size_of_an_image_has_its_old_name(self):
+        from torchvision.transforms import functional
+
+        with legacy_imports():
+            assert functional._get_image_size(torch.zeros(3, 5, 7)) == [7, 5]
+        assert not hasattr(functional, "_get_image_size")
 
     def test_a_scale_of_its_own_survives_the_swap(self):
         with legacy_imports():

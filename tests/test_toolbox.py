@@ -64,6 +64,17 @@ class TestParametrize:
         assert type(attention) is sm.SparseMHSA
         assert_same(model(x).detach(), plain(x).detach(), atol=1e-12)
 
+    def test_a_layer_parametrized_since_the_swap_keeps_densify_from_losing_that(self):
+        model = encoder()
+        sm.sparsify(model, LOCAL)
+        attention = model.layers[1].self_attn
+        parametrize.register_parametrization(attention, "in_proj_weight", Doubled())
+        with pytest.raises(RuntimeError, match=r"layers.1.self_attn: torch has made it a ParametrizedSparseMHSA since"):
+            sm.densify(model)
+        assert [type(layer.self_attn) for layer in model.layers] == [sm.SparseMHSA, type(attention)]
+        parametrize.remove_parametrizations(attention, "in_proj_weight")
+        assert len(sm.densify(model).restored) == 2
+
     def test_a_dense_layer_that_is_parametrized_itself_is_skipped_with_the_reason(self):
         model = encoder()
         parametrize.register_parametrization(model.layers[0].self_attn, "in_proj_weight", Doubled())
@@ -242,6 +253,53 @@ def test_a_gradient_penalty_through_a_whole_model():
         assert_same(penalties[0], penalties[1], atol=1e-8)
         results.append(penalties[0])
     assert not torch.allclose(*results)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+class TestShards:
+    """`fully_shard` gives a module a class of its own."""
+
+    def test_a_model_that_drops_tokens_is_swapped_before_or_after(self, mesh):
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        expected = swapped(patch_drop_rate=0.5).train()
+        x = images(expected)
+        for first in ("swap", "shard"):
+            model = vit(patch_drop_rate=0.5).train()
+            if first == "swap":
+                sm.sparsify(model, FIBOTTENTION)
+            for part in (*model.blocks, model.patch_drop, model):
+                fully_shard(part, mesh=mesh)
+            if first == "shard":
+                sm.sparsify(model, FIBOTTENTION)
+            outputs = []
+            for each in (model, expected):
+                torch.manual_seed(3)
+                outputs.append(each(x).detach())
+            assert torch.equal(*outputs)
+            if first == "swap":
+                with pytest.raises(RuntimeError, match=r"patch_drop: torch has made it a FSDPSparsePatchDropout since"):
+                    sm.densify(model)
+            else:
+                sm.densify(model)
+                assert isinstance(model.patch_drop, FSDPModule)
+
+    @pytest.mark.parametrize("kind", ["timm", "torch.nn"])
+    def test_attention_that_is_sharded_by_itself_is_skipped_with_the_reason(self, mesh, kind):
+        from torch.distributed.fsdp import fully_shard
+
+        model = vit() if kind == "timm" else encoder()
+        first = model.blocks[0].attn if kind == "timm" else model.layers[0].self_attn
+        fully_shard(first, mesh=mesh)
+        (row,) = sm.sparsify(model, LOCAL).skipped
+        assert row.reason.endswith("which is sharded by itself: swap it first")
 
 
 def _train_in_a_group(rank, world, folder, how):

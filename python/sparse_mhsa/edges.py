@@ -12,10 +12,27 @@ cancels in ``p``.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class VmapInfo(Protocol):
+    """What torch tells a rule for `torch.func.vmap`."""
+
+    batch_size: int
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over a tensor right now."""
+    functorch = torch._C._functorch
+    # A gradient inside the map wraps its tensors once more.
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,6 +60,11 @@ class EdgeSource(NamedTuple):
             return [(everyone, row_ptr.to(device), col.to(device))]
         if self.row_ptr is None or self.col is None:
             raise ValueError("edges: expected a spec, or both row_ptr and col")
+        if is_mapped(self.row_ptr) or is_mapped(self.col):
+            raise NotImplementedError(
+                "torch.func.vmap: attention weights and second derivatives cannot be had of edges that differ between "
+                "the mapped samples (token_positions, or a mask by content); call the function once per sample"
+            )
         row_ptr, col = self.row_ptr.to(device), self.col.to(device)
         # Lists chosen by content have room to spare, which holds no edges.
         col = col[: int(row_ptr[-1, -1])] if row_ptr.numel() else col

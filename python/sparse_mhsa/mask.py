@@ -461,6 +461,11 @@ class Mask:
         """(N,) int64: keys kept by each query of a head."""
         return torch.from_numpy(self._edges.degrees(head))
 
+    @property
+    def num_empty_rows(self) -> tuple[int, ...]:
+        """Queries that keep no key, per head. Their context is 0, or an error with ``on_empty_row: error``."""
+        return tuple(int((self.degrees(head) == 0).sum()) for head in range(self.num_heads))
+
     def keys(self, head: int, query: int) -> Tensor:
         """(k,) int64: the keys that one query of a head keeps, ascending, without the lists of the others.
 

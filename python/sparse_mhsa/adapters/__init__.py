@@ -5,6 +5,7 @@ only its class changes. Optimisers, tied weights, wrappers and state dicts do no
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from .._core import AttentionConfig, ConfigError
 from ..backends import check_backend
 from ..config import ConfigLike, config_error, load_config
+from ..layer import SparseLayer
 from ..layer_mask import LayerMask, check_sizes
 from . import timesformer, timm, torch_nn, transformers
 from .dropped_tokens import follow_dropped_tokens
+from .mixing import Mixed
 from .registry import Adapter, Site, adapters, find_attention, register_adapter, unsupported, why_unsupported
 from .report import Report, Row
 from .selection import Selection, matches_none
@@ -73,15 +76,20 @@ def sparsify(
             and for ``verify``, whose default is made from the model where it tells its input size.
 
     Returns:
-        A table of all attention layers: swapped, or skipped and why.
+        A table of all attention layers: swapped, or skipped and why; a skipped one keeps what it had.
 
     Raises:
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
         ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
             no layer, or ``verify`` needs a ``sample``.
-        TypeError: ``verify`` or ``sample`` is of the wrong type.
+        TypeError: ``model``, ``verify`` or ``sample`` is of the wrong type.
         RuntimeError: ``verify`` found a layer that stayed dense.
+
+    Warns:
+        UserWarning: a mask leaves queries without a key, such as Fibottention's among a few frames without a class
+            token; attention gives them 0.
     """
+    _check_model(model)
     parsed = _with_overrides(load_config(config), overrides)
     selection = Selection.of(include, exclude)
     sample = _checked_sample(model, verify, sample)
@@ -104,11 +112,12 @@ def sparsify(
                 plan.append((site, layer_mask))
                 rows.append(row)
         if reason is not None:
-            rows.append(Row(site.name, site.adapter.name, "skipped", reason, layer=site.layer))
+            rows.append(_skipped(site, reason))
     rows += [Row(name, "", "skipped", why_unsupported(module)) for name, module in unsupported(model, sites)]
     report = Report(tuple(rows))
     if strict and not plan:
         raise ValueError(f"model: nothing to swap in {type(model).__name__}\n{report}")
+    _warn_of_empty_rows(report)
     for site, layer_mask in plan:
         site.adapter.sparsify(site.module, layer_mask)
     _finish(model)
@@ -125,7 +134,13 @@ def densify(model: nn.Module) -> Report:
 
     Returns:
         What was restored, from which mask, and what was dense already; prints as a table.
+
+    Raises:
+        TypeError: ``model`` is no `torch.nn.Module`.
+        RuntimeError: a swapped module was sharded or parametrized since, which would get lost.
     """
+    _check_model(model)
+    _refuse_classes_of_torch(model)
     rows = []
     for site in find_attention(model):
         place = (site.name, site.adapter.name)
@@ -136,6 +151,24 @@ def densify(model: nn.Module) -> Report:
         site.adapter.densify(site.module)
     _finish(model)
     return Report(tuple(rows))
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"model: expected a torch.nn.Module, got {got}")
+
+
+def _refuse_classes_of_torch(model: nn.Module) -> None:
+    """Raise if torch has derived the class of a swapped module, of which nothing would be left."""
+    for name, module in model.named_modules():
+        made = type(module)
+        if isinstance(module, (SparseLayer, Mixed)) and made.__module__.startswith("torch."):
+            raise RuntimeError(
+                f"{name or '(root)'}: torch has made it a {made.__name__} since the swap, by sharding or by a "
+                "parametrization; densify the model before that, or undo that first"
+            )
 
 
 def _finish(model: nn.Module) -> None:
@@ -161,10 +194,10 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
     )
     site.adapter.check(site.module, layer_mask)
     check_backend(layer_mask, head_dim, site.adapter.dropout(site.module), site.num_tokens)
-    density = nnz = None
+    density = nnz = empty_rows = None
     if site.num_tokens is not None and layer_mask.config.uses_edges and not layer_mask.by_content:
         mask = layer_mask.at(site.num_tokens)
-        density, nnz = mask.density, mask.nnz
+        density, nnz, empty_rows = mask.density, mask.nnz, sum(mask.num_empty_rows)
     row = Row(
         site.name,
         site.adapter.name,
@@ -174,8 +207,29 @@ def _plan(site: Site, config: AttentionConfig) -> tuple[LayerMask, Row]:
         num_tokens=site.num_tokens,
         density=density,
         nnz=nnz,
+        empty_rows=empty_rows,
     )
     return layer_mask, row
+
+
+def _warn_of_empty_rows(report: Report) -> None:
+    layers = [row.module or "(root)" for row in report.swapped if row.empty_rows]
+    if layers:
+        warnings.warn(
+            f"{', '.join(layers)}: some queries keep no key, so that attention gives them 0; the report counts them. "
+            "Keys can be had by other parameters (`include_self`, where the mask has it), or in a `union` with "
+            "{mask: local, mask_kwargs: {window: 0}}, which is every query's own key; `on_empty_row: error` refuses "
+            "to run",
+            stacklevel=3,
+        )
+
+
+def _skipped(site: Site, reason: str) -> Row:
+    """A layer that stays as it is: dense, or with the mask of an earlier swap."""
+    if site.layer_mask is None:
+        return Row(site.name, site.adapter.name, "skipped", reason, layer=site.layer)
+    mask = site.layer_mask.name
+    return Row(site.name, site.adapter.name, "skipped", f"{reason}, keeps `{mask}`", mask, site.layer)
 
 
 def _ordered(config: AttentionConfig, token_order: str) -> AttentionConfig:

@@ -26,6 +26,9 @@ class _RandomMasking(_Noting):
 
     def random_masking(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
         """As in the class that was, which shuffles the patches and keeps the first ones."""
+        config = getattr(self, "config", None)
+        shares = (getattr(owner, "mask_ratio", None) for owner in (self, config))
+        _take_as_constants(*args, *kwargs.values(), *shares)
         result: tuple[Tensor, ...] = super().random_masking(*args, **kwargs)  # type: ignore[misc]
         kept, _, ids_restore, *_ = result
         ids_keep = ids_restore.argsort(dim=1)[:, : kept.shape[1]]
@@ -63,10 +66,22 @@ class _PatchDropout(_Noting):
         """As in the class that was."""
         from timm.layers.patch_dropout import patch_dropout_forward
 
+        _take_as_constants(self.prob)
         out, kept = patch_dropout_forward(x, self.prob, self.num_prefix_tokens, self.ordered, self.training)
         self.noted.keep_patches(kept, x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens)
         self.noted.hold_until_backward(out)
         return (out, kept) if self.dense_class.__name__ == "PatchDropoutWithIndices" else out
+
+
+def _take_as_constants(*arguments: object) -> None:
+    """Have `torch.compile` take the shares of tokens among these for constants, and compile again for other shares.
+
+    With ``dynamic=True`` they would be symbols, and a size that follows from a symbolic float cannot enter an
+    `torch.autograd.Function` (torch 2.13 asserts that it has a source). To hash one settles its value.
+    """
+    for argument in arguments:
+        if isinstance(argument, float):
+            hash(argument)
 
 
 def follow_dropped_tokens(model: nn.Module) -> None:

@@ -15,8 +15,29 @@ What they rely on and what stands in for it:
 - ``torch._six`` with ``container_abcs``, ``string_classes``, ``int_classes`` and ``inf``.
 - ``torch.nn.modules.linear._LinearWithBias``: its successor under the old name.
 - ``numpy.float``: Python's ``float``.
+- ``torchvision.transforms.functional._get_image_size``: its successor without the underscore.
+- ``torch.load`` of checkpoints with an ``argparse.Namespace`` among the weights: that class counts as safe.
+
+Their programs build models and load checkpoints when they run, so they run within it as well, and models are swapped
+where they are built:
+
+    with legacy_imports():
+        import main_pretrain, models_mae
+        dense = models_mae.mae_vit_base_patch16
+
+        def sparse(**kwargs):
+            model = dense(**kwargs)
+            sparse_mhsa.sparsify(model, config, verify=True)
+            return model
+
+        models_mae.mae_vit_base_patch16 = sparse
+        main_pretrain.main(main_pretrain.get_args_parser().parse_args())
+
+MAE's programs synchronise with CUDA whatever their ``--device`` is. Where there is none, ``torch.cuda.synchronize``
+must be replaced by a function that does nothing.
 """
 
+import argparse
 import collections.abc
 import math
 import sys
@@ -26,6 +47,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch.nn.modules.linear
+import torch.serialization
 from torch import Tensor
 
 from ..extras import needed_for
@@ -33,6 +55,7 @@ from ..extras import needed_for
 with needed_for("legacy_imports", "timm"):
     import timm.models.vision_transformer
     import timm.optim
+    import torchvision.transforms.functional
     from timm.models.vision_transformer import Block, VisionTransformer
 
 
@@ -86,7 +109,7 @@ def legacy_imports() -> Iterator[None]:
     # What timm has under this name warns as soon as it is imported.
     optimizers = {name: value for name, value in vars(timm.optim).items() if not name.startswith("__")}
     optimizers["add_weight_decay"] = optimizers["param_groups_weight_decay"]
-    linear = torch.nn.modules.linear
+    linear, transforms = torch.nn.modules.linear, torchvision.transforms.functional
     with ExitStack() as stack:
         for path, contents in (("torch._six", six), ("timm.optim.optim_factory", optimizers)):
             stack.callback(_restore_module, path, sys.modules.get(path))
@@ -99,10 +122,12 @@ def legacy_imports() -> Iterator[None]:
             (timm.models.vision_transformer, "VisionTransformer", LegacyVisionTransformer),
             (timm, "__version__", "0.3.2"),
             (linear, "_LinearWithBias", linear.NonDynamicallyQuantizableLinear),
+            (transforms, "_get_image_size", transforms.get_image_size),
             (np, "float", float),
         ):
             stack.callback(_restore, owner, name, vars(owner).get(name))
             setattr(owner, name, value)
+        stack.enter_context(torch.serialization.safe_globals([argparse.Namespace]))
         yield
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,10 +124,14 @@ class Layout:
     num_prefix_tokens: int | None = None
     token_order: str = "row_major"
     """Of a grid of frames; as in the configuration."""
+    num_frames: int | None = None
+    """Of the clips that the model is made for; they are all tokens of temporal attention, which has no grid."""
 
     @property
     def num_tokens(self) -> int | None:
         """N."""
+        if self.grid is None and self.num_frames is not None:
+            return self.num_frames
         if self.grid is None or self.num_prefix_tokens is None:
             return None
         return math.prod(self.grid) + self.num_prefix_tokens
@@ -215,9 +220,17 @@ def why_unsupported(module: nn.Module) -> str:
     kind = f"no adapter for {type(module).__qualname__}"
     if is_parametrized(module):
         return f"{kind}, whose own weights are parametrized: swap it first"
+    if is_sharded(module):
+        return f"{kind}, which is sharded by itself: swap it first"
     if any("relative_position" in name or name.startswith("rel_pos") for name, _ in _tensors_and_parts(module)):
         return f"{kind}, which adds biases by relative position"
     return f"{kind}, which attends within windows already" if hasattr(module, "window_size") else kind
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _tensors_and_parts(module: nn.Module) -> Iterator[tuple[str, object]]:
@@ -244,18 +257,27 @@ def _is_temporal(name: str) -> bool:
 
 def _layout(model: nn.Module, name: str) -> Layout:
     """What the innermost module around ``name`` tells that tells anything."""
-    if _is_temporal(name):
-        # The frames of one patch: no class token among them, and their number is the clip's.
-        return Layout(None, 0)
     ancestors = [model]
     for part in name.split(".")[:-1]:
         ancestors.append(ancestors[-1].get_submodule(part))
+    if _is_temporal(name):
+        # The frames of one patch, and no class token among them.
+        return Layout(None, 0, num_frames=next(filter(None, map(_num_frames, reversed(ancestors))), None))
     for module in reversed(ancestors):
         for adapter in _ADAPTERS:
             layout = adapter.layout(module)
             if layout is not None:
                 return layout
     return Layout()
+
+
+def _num_frames(module: nn.Module) -> int | None:
+    """Of the clips that a video model takes, by its embedding of times or its configuration."""
+    times = getattr(module, "time_embed", None)
+    frames = (
+        times.shape[1] if isinstance(times, Tensor) else getattr(getattr(module, "config", None), "num_frames", None)
+    )
+    return frames if isinstance(frames, int) else None
 
 
 def sides(size: object) -> tuple[int, int] | None:

@@ -24,6 +24,8 @@ class Row:
     """Share of the whole matrix that is kept, where N is known."""
     nnz: int | None = None
     """Edges kept over all heads, where N is known."""
+    empty_rows: int | None = None
+    """Queries that keep no key, over all heads, where N is known."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         return "-" if value in (None, "") else str(value)
 
     density = "-" if row.density is None else f"{row.density:.2%}"
-    status = f"{row.status}: {row.reason}" if row.reason else row.status
+    reason = row.reason or (f"{row.empty_rows} rows without a key" if row.empty_rows else "")
+    status = f"{row.status}: {reason}" if reason else row.status
     name = row.module or "(root)"
     facts = (shown(row.adapter), shown(row.mask), shown(row.layer), shown(row.num_tokens))
     return (name, *facts, density, shown(row.nnz), status)

@@ -18,7 +18,7 @@ from ..extras import needed_for
 from ..functional import dense_mask
 from ..layer_mask import LayerMask, check_sizes
 from ..mask import Mask
-from .registry import Adapter, Layout, random_image, register_adapter
+from .registry import Adapter, Layout, is_sharded, random_image, register_adapter
 from .timm_layers import SparseAttention, SparseAttentionRope, dropout_probability, embed_dim_of, head_dim_of
 
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
@@ -166,7 +166,8 @@ class TimmAdapter(Adapter):
             return True
         if type(module) in (*_classes("timm.layers.attention", "Attention"), *_rotary_classes()):
             return True
-        return _has_the_structure(module) and _computes_attention(module)
+        # What is sharded by itself can be neither copied for the trial nor given another class.
+        return _has_the_structure(module) and not is_sharded(module) and _computes_attention(module)
 
     def heads(self, module: nn.Module) -> tuple[int, int]:
         """Number of heads and head dimension."""

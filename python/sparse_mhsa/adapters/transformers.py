@@ -149,9 +149,10 @@ class TransformersAdapter(Adapter):
         if not isinstance(module, SparseInterfaceLayer):
             module.__class__ = mixed_class(SparseInterfaceLayer, type(module))
             assert isinstance(module, SparseInterfaceLayer)
-            # Layers share their configuration: the first one finds what it was.
-            named = module.config._attn_implementation
-            module.dense_implementation = None if named == IMPLEMENTATION else named
+            module.dense_implementation = None
+        # Layers share their configuration: the first one finds what it was.
+        if module.config._attn_implementation != IMPLEMENTATION:
+            module.dense_implementation = module.config._attn_implementation
         module.__dict__.pop(STAYS_DENSE, None)
         module.config._attn_implementation = IMPLEMENTATION
         module._set_mechanism(layer_mask, self.heads(module)[1], self.dropout(module), next(module.parameters()))

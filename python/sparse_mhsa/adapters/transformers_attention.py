@@ -36,8 +36,10 @@ class SparseInterfaceLayer(Mixed, SparseLayer):
     """The attention implementation that its configuration named before, on the first of those that share one."""
 
     def extra_repr(self) -> str:
-        """Mask."""
-        return self._mask_repr()
+        """Mask, and whether it is in use: the attention implementation of a model can be set at any time."""
+        named = self.config._attn_implementation
+        in_use = "" if named == IMPLEMENTATION else f", not in use: attn_implementation is `{named}`"
+        return self._mask_repr() + in_use
 
 
 class JoiningTokens(Tensor):
@@ -140,8 +142,8 @@ def attention_forward(
     if query.shape[2] != key.shape[2] and not layer_mask.is_dense:
         raise ValueError(
             f"key: expected as many keys as queries for the mask `{layer_mask.name}`, got {query.shape[2]} queries and "
-            f"{key.shape[2]} keys in {type(module).__name__}; generation needs sparse_mhsa.generation_cache(model, "
-            "policy) or use_cache=False"
+            f"{key.shape[2]} keys in {type(module).__name__}; generation needs use_cache=False, or "
+            "sparse_mhsa.generation_cache(model, policy), which takes the masks `none` and `local`"
         )
     key_mask, bias = _masks(attention_mask, query, key)
     # A mask that is causal itself needs no (N, S) array that says so.
