@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparse_mhsa.bench.memory import footprint
 from sparse_mhsa.bench.methods import DENSE, METHODS, OURS, Flex, Method, Problem, Sparse, UnsupportedError
 from sparse_mhsa.bench.options import BenchOptions
 from sparse_mhsa.bench.run import bench
+from sparse_mhsa.cache_policy import PolicyName
 from sparse_mhsa.cli import main
 from sparse_mhsa.train import UsageError
 
@@ -465,6 +467,10 @@ def test_a_wrong_decoding_step_is_printed_as_failed_and_ends_the_command_with_1(
     assert methods.pop(decode.SDPA)["status"] == "ok"
     assert {result["status"] for result in methods.values()} == {"failed"}
     assert (tmp_path / "decode.md").read_text().count("FAILED") == len(methods)
+
+
+def test_every_policy_that_forgets_has_a_column():
+    assert {"full", *decode.policies(8)} == set(get_args(PolicyName))
 
 
 class ForgetsAnother(sm.LayerCache):

@@ -158,6 +158,19 @@ def test_importance_keeps_the_same_keys_for_every_query(score):
     assert torch.equal(got, expected.unsqueeze(2).expand_as(got))
 
 
+@pytest.mark.parametrize("score", ["key_norm", "embedding_norm", "attention"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_importance_is_compared_in_full_precision(score, dtype):
+    """Importances lie close together: rounded to half precision, the lower index would win among many."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (0.5 * torch.randn(BATCH, HEADS, 400, 16, generator=generator).to(dtype) for _ in range(2))
+    embeddings = torch.randn(BATCH, 400, 64, generator=generator).to(dtype)
+    mask = layer_mask("importance", score=score, k=200)
+    *_, in_half = edges_of(q, k, mask, embeddings=embeddings)
+    *_, in_double = edges_of(q.double(), k.double(), mask, embeddings=embeddings.double())
+    assert torch.equal(in_half, in_double)
+
+
 @pytest.mark.parametrize(
     ("name", "score"),
     [

@@ -1,6 +1,5 @@
 """Budgets over heads and layers: one whole number of edges or keys, split equally or by importance."""
 
-import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .config import integer
 
 Weights: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | NDArray[np.floating] | NDArray[np.integer]
 """One number per unit: (units,), or (layers, heads) or any other shape."""
@@ -38,13 +38,15 @@ def allocate(
         Whole shares of the shape of ``weights``.
 
     Raises:
-        TypeError: a count is not a whole number.
-        ValueError: weights are negative or not finite, or ``total`` lies outside the sums of minimum and maximum.
+        TypeError: a count is not a whole number, or a weight no number.
+        ValueError: weights are negative, not finite or ragged, or ``total`` lies outside the sums of minimum and
+            maximum.
     """
-    wanted = np.asarray(weights, dtype=np.float64)
-    total = operator.index(total)
-    if total < 0:
-        raise ValueError(f"total: expected at least 0, got {total}")
+    try:
+        wanted = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"weights: expected numbers, of one length in every layer: {error}") from error
+    total = integer("total", total)
     least = _counts("minimum", minimum, wanted.shape)
     most = [max(total, unit) for unit in least] if maximum is None else _counts("maximum", maximum, wanted.shape)
     shares = _core.allocate(total, wanted.ravel().tolist(), least, most)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import ConfigLike, config_error, load_config
 from .converters import edges_from_csr
-from .edges import EdgeSource
+from .edges import EdgeSource, accumulation_dtype
 from .layer_mask import LayerMask
 from .mask import Mask, MaskOptions
 
@@ -43,14 +43,16 @@ def edges_of(
     """
     if not layer_mask.by_content:
         return layer_mask.source(q.shape[2])
+    # Rounded to half precision, importances that differ would be equal, and the lower index would win.
+    dtype = accumulation_dtype(q.dtype)
     importance = None
     if layer_mask.needs_embeddings and embeddings is not None:
-        importance = embeddings.detach().to(q.dtype).norm(dim=-1)
+        importance = embeddings.detach().to(dtype).norm(dim=-1)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    bias = None if bias is None else bias.detach()
+    bias = None if bias is None else bias.detach().to(dtype)
     arguments = (layer_mask.spec, key_mask, bias, importance, scale)
-    row_ptr, col = torch.ops.sparse_mhsa.select_edges.default(q.detach(), k.detach(), *arguments)
+    row_ptr, col = torch.ops.sparse_mhsa.select_edges.default(q.detach().to(dtype), k.detach().to(dtype), *arguments)
     return EdgeSource(None, row_ptr, col)
 
 

@@ -30,7 +30,8 @@ use pairs::{best, drawn, nearest};
 /// query, and then any other pairs, all equally likely, by (seed, layer, head). `attention` and `magnitude` take the best key of
 /// every query, and then the pairs of the highest mean attention or mean magnitude of the scaled score in the file `scores`, which
 /// `sparse_mhsa.collect_scores` writes (of equal scores the lower i, then the lower j). Heads share the budget equally, or by
-/// `weights`, as `sparse_mhsa.budget.allocate` does with P as the least share. Source: static sparsification to an attention budget,
+/// `weights`, as `sparse_mhsa.budget.allocate` does with P as the least share; where weights differ by layer, all layers share
+/// what a ratio gives them together, and one layer may keep more than another. Source: static sparsification to an attention budget,
 /// promised by the vision benchmark; edge pruning by magnitude goes back to Han et al. (2015, arXiv 1506.02626).
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]

@@ -78,6 +78,7 @@ def policies(capacity: int) -> dict[str, CachePolicy]:
     return {
         "sliding_window": CachePolicy("sliding_window", capacity),
         "attention_sinks": CachePolicy("attention_sinks", capacity),
+        "score_based": CachePolicy("score_based", capacity),
         "combined": CachePolicy("combined", capacity, recent=half),
         "norm_based": CachePolicy("norm_based", capacity, recent=half),
     }
