@@ -96,7 +96,8 @@ def solve_budget(
     the one that comes closest is set, and another with it only where that comes closer still; where this misses by more
     than a two-hundredth of the budget, the first parameter's values up to 8 away are tried with the others set anew. In
     the end no other value of one of them, with the others as they are, comes closer. A mask that chooses keys by
-    content is counted in the mean over contents for which every key is equally likely to be chosen.
+    content is counted in the mean over contents for which every key is equally likely to be chosen. Parameters are
+    numbers: a list of them (a kernel by axis, widths by head) is not searched.
 
     Args:
         config: whatever `load_config` takes; a mapping may leave out the parameter itself.
