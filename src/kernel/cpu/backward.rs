@@ -6,6 +6,7 @@ use super::tasks::Call;
 use super::{by_key, by_query, lines, panel};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
+use crate::kernel::simd::Vector;
 use crate::kernel::view::ViewMut4;
 use crate::kernel::{Attention, Gradients, Run, View, View4};
 
@@ -49,6 +50,13 @@ pub(super) fn shift<R: Real>(lse: f64) -> [R; 2] {
     let most = R::from_f64(lse);
     let rest = lse - most.to_f64();
     [most, if rest.is_finite() { R::from_f64(rest) } else { R::ZERO }]
+}
+
+/// `sum / total` for totals that are 1 but for rounding, or 0 like their sum: `1 / (1 + e) = 1 - e` to the last bit.
+#[inline(always)]
+pub(super) unsafe fn mean<V: Vector>(sum: V, total: V) -> V {
+    // SAFETY: the caller's promise that the instructions of `V` are available.
+    unsafe { sum * (V::splat(V::Lane::from_f64(2.0)) - total) }
 }
 
 /// [`Attention::backward`].

@@ -1,10 +1,11 @@
 //! The backward pass over queries: `dq_i = scale * sum_j dS_ij k_j`, with `dS_ij = P_ij (dO_i . v_j - delta_i)` and
-//! `delta_i = dO_i . O_i`.
+//! `delta_i = dO_i . O_i = sum_j P_ij (dO_i . v_j)`: the sum where all terms of a query are at hand, for it rounds like what it is
+//! subtracted from.
 
 use std::ops::Range;
 
-use super::backward::{Saved, shift};
-use super::batch::{BLOCK, Batch, Cursor, Lists, Next, PIECE, PLACES, STRIP};
+use super::backward::{Saved, mean, shift};
+use super::batch::{BLOCK, Batch, Cursor, GROUP, Lists, Next, PIECE, PLACES, STRIP, Strip};
 use super::buffer::Buffer;
 use super::gather::{Sums, dots, weighted_sums};
 use super::long::{LONG_GROUP, add_long_weighted, long_dots};
@@ -15,7 +16,7 @@ use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
 use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::element::{Element, Real};
-use crate::kernel::simd::{Kernel, Memory, Vector};
+use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::softmax::{exp, exp_or_zero};
 use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
@@ -189,22 +190,28 @@ impl<T: Element> Task<'_, T> {
         self.scratch.lists = lists;
     }
 
-    /// Write what later passes need of query `row`, whose gradient is staged; returns its delta.
+    /// Write the weight that query `row` gives to a key in its background, where the call has any; returns whether the query has one.
     #[inline(always)]
-    unsafe fn describe<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, row: usize) -> T::Acc {
+    unsafe fn weigh_background(&self, row: usize) -> bool {
+        let Some(background) = self.background else { return false };
+        let has_keys = self.tensors.background_keys(self.edges, row) > 0;
+        // SAFETY: the row is one of this task's.
+        unsafe {
+            background.row_mut(self.first_row + row)[0] =
+                if has_keys { exp_or_zero(T::Acc::from_f64(-self.lse.at(row))) } else { T::Acc::ZERO };
+        }
+        has_keys
+    }
+
+    /// `dO . O` of query `row`, whose gradient is staged.
+    #[inline(always)]
+    unsafe fn dot_of_output<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, row: usize) -> T::Acc {
         let Scratch { grad_out, out, .. } = &mut *self.scratch;
         // SAFETY: the row is one of this task's; scratch rows have padded lengths.
         unsafe {
             self.grad_out.stage::<V>(row, grad_out);
             self.out.stage::<V>(row, out);
-            let delta = dot::<V>(grad_out, out);
-            self.delta.row_mut(self.first_row + row)[0] = delta;
-            if let Some(background) = self.background {
-                let has_keys = self.tensors.background_keys(self.edges, row) > 0;
-                background.row_mut(self.first_row + row)[0] =
-                    if has_keys { exp_or_zero(T::Acc::from_f64(-self.lse.at(row))) } else { T::Acc::ZERO };
-            }
-            delta
+            dot::<V>(grad_out, out)
         }
     }
 
@@ -225,27 +232,19 @@ impl<T: Element> Task<'_, T> {
             }
             for index in 0..self.scratch.batch.strips.len() {
                 let strip = self.scratch.batch.strips[index];
-                let (mut shifts, mut deltas) = ([[T::Acc::ZERO; STRIP]; 2], [T::Acc::ZERO; STRIP]);
+                let (mut shifts, mut known) = ([[T::Acc::ZERO; STRIP]; 2], [None; STRIP]);
                 for slot in 0..strip.rows {
-                    [shifts[0][slot], shifts[1][slot]] = shift(self.lse.at(strip.row + slot));
-                    deltas[slot] = self.describe::<V>(strip.row + slot);
+                    let row = strip.row + slot;
+                    [shifts[0][slot], shifts[1][slot]] = shift(self.lse.at(row));
+                    if self.weigh_background(row) {
+                        known[slot] = Some(self.dot_of_output::<V>(row));
+                    }
                 }
                 let Scratch { scores, grads, .. } = &mut *self.scratch;
-                let parts = BLOCK / V::LANES;
-                for part in 0..parts {
-                    let first = part * (STRIP / parts);
-                    let terms = Terms {
-                        scale_left: V::splat(scale_left),
-                        shift: [
-                            V::spread(shifts[0].as_ptr().add(first)),
-                            V::spread(shifts[1].as_ptr().add(first)),
-                        ],
-                        delta: V::spread(deltas.as_ptr().add(first)),
-                        scale: V::splat(self.scale),
-                    };
-                    for place in (strip.places().start + part * V::LANES..strip.places().end).step_by(BLOCK) {
-                        terms.apply(scores.as_mut_ptr().add(place), grads.as_ptr().add(place));
-                    }
+                let deltas =
+                    differentiate::<V>(&strip, scores, grads, [scale_left, self.scale], &shifts, known);
+                for slot in 0..strip.rows {
+                    self.delta.row_mut(self.first_row + strip.row + slot)[0] = deltas[slot];
                 }
             }
             let Scratch { batch, scores, factors, .. } = &mut *self.scratch;
@@ -263,7 +262,9 @@ impl<T: Element> Task<'_, T> {
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
         // SAFETY: the cursor names columns of this head only; scratch rows have padded lengths.
         unsafe {
-            let delta = self.describe::<V>(row);
+            let delta = self.dot_of_output::<V>(row);
+            self.delta.row_mut(self.first_row + row)[0] = delta;
+            self.weigh_background(row);
             let Scratch { query, grad_out, scores, grads, sum, .. } = &mut *self.scratch;
             head.q.stage::<V>(row, query);
             sum.fill(T::Acc::ZERO);
@@ -363,6 +364,65 @@ impl<T: Element> Task<'_, T> {
     }
 }
 
+/// Replace the dots of a strip by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shifts[0] - shifts[1])`; returns
+/// delta of every row, which is `sum P grad / sum P` where it is not known: sums of P are 1 but for the rounding of the log-sum-exp.
+#[inline(always)]
+unsafe fn differentiate<V: Vector>(
+    strip: &Strip,
+    dots: &mut [V::Lane],
+    grads: &[V::Lane],
+    [scale_left, scale]: [V::Lane; 2],
+    shifts: &[[V::Lane; STRIP]; 2],
+    known: [Option<V::Lane>; STRIP],
+) -> [V::Lane; STRIP] {
+    let places = strip.places();
+    assert!(places.end <= dots.len() && places.end <= grads.len());
+    let mut deltas = [V::Lane::ZERO; STRIP];
+    let whole = strip.common() / GROUP;
+    let mut order = [V::Lane::ZERO; MAX_LANES];
+    for (lane, place) in order.iter_mut().enumerate() {
+        *place = V::Lane::from_f64((lane % GROUP) as f64);
+    }
+    let lens = strip.lens.map(|len| V::Lane::from_f64(f64::from(len)));
+    let parts = BLOCK / V::LANES;
+    // SAFETY: parts of blocks are whole registers; every part has a number for each of its rows.
+    unsafe {
+        let (zero, order) = (V::splat(V::Lane::ZERO), V::load(order.as_ptr()));
+        let (scale_left, scale) = (V::splat(scale_left), V::splat(scale));
+        for part in 0..parts {
+            let first = part * (STRIP / parts);
+            let [most, rest] =
+                [V::spread(shifts[0].as_ptr().add(first)), V::spread(shifts[1].as_ptr().add(first))];
+            let start = places.start + part * V::LANES;
+            let (dots, grads) = (dots.as_mut_ptr().add(start), grads.as_ptr().add(start));
+            let len = V::spread(lens.as_ptr().add(first));
+            let (mut sum, mut total) = (zero, zero);
+            for block in 0..strip.blocks {
+                let (place, mut grad) = (dots.add(block * BLOCK), V::load(grads.add(block * BLOCK)));
+                let mut p = exp(V::load(place) * scale_left - most - rest);
+                p.store(place);
+                if block >= whole {
+                    let edge = order + V::splat(V::Lane::from_f64((block * GROUP) as f64));
+                    (p, grad) = (p.where_below(edge, len, zero), grad.where_below(edge, len, zero));
+                }
+                sum = p.mul_add(grad, sum);
+                total = total + p;
+            }
+            let mut lanes = [V::Lane::ZERO; MAX_LANES];
+            mean::<V>(sum.sum_of_four(), total.sum_of_four()).store(lanes.as_mut_ptr());
+            for row in 0..STRIP / parts {
+                deltas[first + row] = known[first + row].unwrap_or(lanes[row * GROUP]);
+            }
+            let delta = V::spread(deltas.as_ptr().add(first));
+            for block in 0..strip.blocks {
+                let place = dots.add(block * BLOCK);
+                (V::load(place) * (V::load(grads.add(block * BLOCK)) - delta) * scale).store(place);
+            }
+        }
+    }
+    deltas
+}
+
 /// Replace dots by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift[0] - shift[1])`.
 #[inline(always)]
 unsafe fn score_gradients<V: Vector>(
@@ -376,34 +436,12 @@ unsafe fn score_gradients<V: Vector>(
     debug_assert!(dots.len() == grads.len() && dots.len().is_multiple_of(V::LANES));
     // SAFETY: whole registers, as asserted.
     unsafe {
-        let terms = Terms {
-            scale_left: V::splat(scale_left),
-            shift: [V::splat(shift[0]), V::splat(shift[1])],
-            delta: V::splat(delta),
-            scale: V::splat(scale),
-        };
+        let (scale_left, delta, scale) = (V::splat(scale_left), V::splat(delta), V::splat(scale));
+        let [most, rest] = [V::splat(shift[0]), V::splat(shift[1])];
         for i in (0..dots.len()).step_by(V::LANES) {
-            terms.apply(dots.as_mut_ptr().add(i), grads.as_ptr().add(i));
-        }
-    }
-}
-
-/// What the gradients of a register of scores are computed from.
-struct Terms<V> {
-    scale_left: V,
-    shift: [V; 2],
-    delta: V,
-    scale: V,
-}
-
-impl<V: Vector> Terms<V> {
-    /// Replace the dots at `dots` by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift[0] - shift[1])`.
-    #[inline(always)]
-    unsafe fn apply(&self, dots: *mut V::Lane, grads: *const V::Lane) {
-        // SAFETY: the caller says that there is a register of both.
-        unsafe {
-            let p = exp(V::load(dots) * self.scale_left - self.shift[0] - self.shift[1]);
-            (p * (V::load(grads) - self.delta) * self.scale).store(dots);
+            let dot = dots.as_mut_ptr().add(i);
+            let p = exp(V::load(dot) * scale_left - most - rest);
+            (p * (V::load(grads.as_ptr().add(i)) - delta) * scale).store(dot);
         }
     }
 }

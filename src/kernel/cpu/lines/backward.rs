@@ -12,7 +12,7 @@ use super::sums::Sums;
 use super::{BLOCK, STRIP, bits, blocks, most_lines, near, rows_per_block};
 use crate::error::Result;
 use crate::kernel::Run;
-use crate::kernel::cpu::backward::{Outputs, Saved, shift};
+use crate::kernel::cpu::backward::{Outputs, Saved, mean, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
@@ -381,13 +381,6 @@ unsafe fn differentiate<V: Vector>(
             (V::load(weight) * (V::load(grad) - delta) * scale).store(grad);
         }
     }
-}
-
-/// `sum / total` for totals that are 1 but for rounding, or 0 like their sum: `1 / (1 + e) = 1 - e` to the last bit.
-#[inline(always)]
-unsafe fn mean<V: Vector>(sum: V, total: V) -> V {
-    // SAFETY: the caller's promise that the instructions of `V` are available.
-    unsafe { sum * (V::splat(V::Lane::from_f64(2.0)) - total) }
 }
 
 /// Up to a register of numbers, zeros in the other lanes.
