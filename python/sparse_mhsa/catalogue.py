@@ -65,9 +65,14 @@ def registered_from(entry: dict[str, Any]) -> Registered:
 
 
 def backends() -> tuple[Mechanism, ...]:
-    """Every backend that a configuration may name, those of users too."""
+    """Every backend that a configuration may name and this process has, those of users too."""
     definitions = json.loads(config_schema())["$defs"]
-    names = [name for name in definitions["document"]["properties"]["backend"]["enum"] if name is not None]
+    names = [
+        name
+        for name in definitions["document"]["properties"]["backend"]["enum"]
+        # The schema has titles for those with attention of their own.
+        if name and (has_attention_of_its_own(name) or "title" not in definitions.get(f"backend_{name}", {}))
+    ]
     # Names for the same are one backend: the configuration reads them as the same.
     groups: dict[str, list[str]] = {}
     for name in names:
