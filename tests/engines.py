@@ -18,6 +18,7 @@ NO_ATTENTION = (
     "test_backends.py::test_linformer",
     "test_backends.py::test_low_precision",
     "test_budget.py",
+    "test_catalogue.py::Test",
     "test_config.py",
     "test_explore.py",
     "test_golden.py::test_every_golden",

@@ -19,6 +19,7 @@ A backend of your own is a function or a `Backend`. Its keywords are the ``backe
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _core, flex
+from . import _core, flex, functional
 from .config import config_error
 from .layer_mask import LayerMask
 from .mask import Mask
@@ -212,10 +213,12 @@ class FunctionBackend(Backend):
 
 
 class Efficient(Backend):
-    """Efficient Attention: ``softmax_d(q) (softmax_n(k)^T v)`` (Shen et al., 2018, arXiv 1812.01243).
+    """Efficient Attention: ``softmax_d(q) (softmax_n(k)^T v)``.
 
     Queries are normalised over their channels and keys over the tokens, so that the implied weights are
     positive, each row sums to 1, and time and memory are O(N D^2). ``scale`` multiplies q; the paper has none.
+
+    Source: Shen et al., 2018 (arXiv 1812.01243).
     """
 
     linear_in_values = True
@@ -239,6 +242,8 @@ class EfficientLocal(Backend):
     `Efficient` over all tokens, and patches do not see them. With ``normalize: reference`` the keys of a
     block are normalised over the whole sequence, as published, and the weights of a row sum to less than 1;
     with ``blockwise`` they are normalised over their block and sum to 1.
+
+    Source: the vision benchmark's local baseline, after Efficient Attention (arXiv 1812.01243); ``blockwise`` is ours.
 
     Args:
         place: where it is used.
@@ -308,15 +313,15 @@ class EfficientLocal(Backend):
 
 
 class Linformer(Backend):
-    """``softmax(scale q (E_k^T k)^T) (E_v^T v)``: attention to r projected tokens.
-
-    Wang et al., 2020, arXiv 2006.04768.
+    """Linformer: ``softmax(scale q (E_k^T k)^T) (E_v^T v)``, attention to r projected tokens.
 
     The projections ``E_k`` and, unless shared, ``E_v`` of shape (max_seq_len - P, r), or (H, max_seq_len - P, r)
     without ``shared_heads``, are parameters of the layer; P is the number of prefix tokens. A sequence of n
     tokens uses the first n rows. Prefix tokens are kept beside the r projected ones unless ``separate_cls`` is
     false; they are then projected too, and N tokens need ``max_seq_len`` of at least N + P. A key that is
     masked is left out of the projection, so that a padded sequence gives what the shorter one gives.
+
+    Source: Wang et al., 2020 (arXiv 2006.04768).
 
     Args:
         place: where it is used.
@@ -516,6 +521,20 @@ def _implementation(name: str) -> type[Backend] | Attention:
         return _IMPLEMENTATIONS[name]
     except KeyError:
         raise config_error(f"backend: `{name}` is not registered in this process", key="backend") from None
+
+
+def documentation(name: str) -> str:
+    """The docstring of what computes the backend ``name``, without its sections of arguments and errors."""
+    if name == flex.NAME:
+        of: object = flex
+    else:
+        of = _IMPLEMENTATIONS.get(name, functional.sparse_attention)
+    return re.split(r"^(?:Args|Raises|Returns):$", inspect.getdoc(of) or "", maxsplit=1, flags=re.MULTILINE)[0].strip()
+
+
+def has_attention_of_its_own(name: str) -> bool:
+    """The backend is none of those that take softmax over the edges of a mask."""
+    return name in _IMPLEMENTATIONS
 
 
 def check_backend(layer_mask: LayerMask | Mask, head_dim: int, dropout: float, num_tokens: int | None) -> None:

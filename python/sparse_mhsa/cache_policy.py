@@ -2,25 +2,23 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 Worth = Literal["recency", "attention", "low_norm", "high_norm"]
 PolicyName = Literal["full", "sliding_window", "attention_sinks", "score_based", "combined", "norm_based"]
 
-DEFAULT_SINKS = 4
-"""Xiao et al. found that a handful of first tokens is enough."""
-
-_KEYS: Mapping[str, tuple[str, ...]] = {
-    "full": (),
-    "sliding_window": ("capacity",),
-    "attention_sinks": ("capacity", "sinks"),
-    "score_based": ("capacity",),
-    "combined": ("capacity", "recent", "sinks"),
-    "norm_based": ("capacity", "recent", "sinks", "keep"),
+POLICIES: Mapping[PolicyName, Mapping[str, object]] = {
+    "full": {},
+    "sliding_window": {"capacity": None},
+    # Xiao et al. found that a handful of first tokens is enough.
+    "attention_sinks": {"capacity": None, "sinks": 4},
+    "score_based": {"capacity": None},
+    "combined": {"capacity": None, "recent": MISSING, "sinks": 0},
+    "norm_based": {"capacity": None, "recent": 0, "sinks": 0, "keep": "low"},
 }
-"""The keys that each policy takes."""
+"""The keys that each policy takes, with their defaults; `MISSING` where there is none."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,22 @@ class CachePolicy:
     of the first ``sinks`` tokens of a sequence nor of the last ``recent``. Of equal worth the earlier token stays.
 
     ``full``
-        nothing is forgotten.
+        all tokens. Source: decoding as in Vaswani et al., 2017 (arXiv 1706.03762), with what is computed kept.
     ``sliding_window``
-        the last ``capacity`` tokens.
+        the last ``capacity`` tokens. Source: the rolling buffer of Mistral 7B, Jiang et al., 2023 (arXiv 2310.06825).
     ``attention_sinks``
-        the first ``sinks`` tokens and the last ``capacity - sinks`` (Xiao et al., "Efficient Streaming Language
-        Models with Attention Sinks", 2023).
+        the first ``sinks`` tokens and the last ``capacity - sinks``. Source: StreamingLLM, Xiao et al., 2023
+        (arXiv 2309.17453).
     ``score_based``
         the ``capacity`` tokens that received the largest sum of softmax weights since they came, over all queries
-        and all heads of q that share the head ("heavy hitters"; Zhang et al., "H2O", 2023).
+        and all heads of q that share the head. Source: the heavy hitters of H2O, Zhang et al., 2023
+        (arXiv 2306.14048), without its recent tokens.
     ``combined``
-        the last ``recent`` tokens and, of the others, those of the largest sum of weights: H2O as published.
+        the last ``recent`` tokens and, of the others, those of the largest sum of weights. Source: H2O as published,
+        Zhang et al., 2023 (arXiv 2306.14048).
     ``norm_based``
-        the tokens whose keys have the smallest norm (``keep="low"``; Devoto et al., "A Simple and Effective L2
-        Norm-Based Strategy for KV Cache Compression", 2024) or the largest (``keep="high"``).
+        the tokens whose keys have the smallest norm (``keep="low"``) or the largest (``keep="high"``). Source: Devoto
+        et al., 2024 (arXiv 2406.11430), who keep the smallest.
 
     When room is made: by age, before the new token attends, so that a query sees ``capacity`` keys, its own among
     them; by anything else, after it, because a token must be attended to before it can be judged. The query of a
@@ -69,11 +69,11 @@ class CachePolicy:
     keep: Literal["low", "high"] | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in _KEYS:
-            close = get_close_matches(str(self.name), _KEYS, n=1)
+        if self.name not in POLICIES:
+            close = get_close_matches(str(self.name), POLICIES, n=1)
             hint = f"did you mean `{close[0]}`? " if close else ""
             raise ValueError(f"policy: unknown name {self.name!r}; {hint}allowed: {', '.join(get_args(PolicyName))}")
-        takes = _KEYS[self.name]
+        takes = POLICIES[self.name]
         for key in ("capacity", "recent", "sinks", "keep"):
             if getattr(self, key) is not None and key not in takes:
                 allowed = ", ".join(takes) or "no keys"
@@ -83,8 +83,10 @@ class CachePolicy:
         for key, least in (("capacity", 1), ("recent", 0), ("sinks", 0)):
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, whole_number(getattr(self, key), key, least))
-        if self.name == "combined" and self.recent is None:
-            raise ValueError("recent: the policy `combined` needs it: how many of the last tokens are never forgotten")
+        if self.recent is None and takes.get("recent") is MISSING:
+            raise ValueError(
+                f"recent: the policy `{self.name}` needs it: how many of the last tokens are never forgotten"
+            )
         if self.keep not in (None, "low", "high"):
             raise ValueError(f"keep: expected 'low' or 'high', got {self.keep!r}")
         if self.capacity is not None:
@@ -94,20 +96,23 @@ class CachePolicy:
     def worth(self) -> Worth:
         """What makes an entry worth keeping."""
         if self.name == "norm_based":
-            return "high_norm" if self.keep == "high" else "low_norm"
+            return "high_norm" if self._value("keep") == "high" else "low_norm"
         return "attention" if self.name in ("score_based", "combined") else "recency"
 
     @property
     def safe_first(self) -> int:
         """The first tokens that are never forgotten."""
-        if self.sinks is None:
-            return DEFAULT_SINKS if self.name == "attention_sinks" else 0
-        return self.sinks
+        return cast(int, self._value("sinks")) or 0
 
     @property
     def safe_last(self) -> int:
         """The last tokens that are never forgotten."""
-        return self.recent or 0
+        return cast(int, self._value("recent")) or 0
+
+    def _value(self, key: str) -> object:
+        """What was given for ``key``, else its default; None where the policy does not take it."""
+        given: object = getattr(self, key)
+        return POLICIES[self.name].get(key) if given is None else given
 
     @property
     def least_capacity(self) -> int:

@@ -78,11 +78,13 @@ def build_parser() -> Parser:
 
     train_commands.add_commands(commands)
     masks = add_command(
-        commands, "masks", run_masks, "List all masks, or count and draw the edges of an attention configuration."
+        commands, "masks", run_masks, "List what there is, or count and draw the edges of an attention configuration."
     )
     masks.add_argument("file", type=Path, nargs="?", help="attention configuration (YAML)")
-    masks.add_argument("--list", action="store_true", help="print a table of all masks and their parameters")
-    masks.add_argument("--markdown", action="store_true", help="with --list: as a Markdown table")
+    masks.add_argument(
+        "--list", action="store_true", help="print all masks, backends and cache policies, with their parameters"
+    )
+    masks.add_argument("--markdown", action="store_true", help="with --list: as Markdown tables")
     masks.add_argument("--tokens", type=positive, help="tokens of the sequence, prefix included")
     masks.add_argument("--heads", type=positive, help="attention heads")
     masks.add_argument("--module", metavar="NAME", help="name of the layer, for configurations with `layers`")
@@ -113,9 +115,10 @@ def run_masks(parsed: argparse.Namespace) -> int:
     from . import Mask, load_config
 
     if parsed.list:
-        from .catalogue import table
+        from .catalogue import tables
 
-        print(table(parsed.markdown), end="")  # noqa: T201
+        heading = "## {}\n\n{}".format if parsed.markdown else "{}:\n{}".format
+        print("\n".join(heading(*part) for part in tables(parsed.markdown).items()), end="")  # noqa: T201
         return 0
     for name, value in (("FILE", parsed.file), ("--tokens", parsed.tokens), ("--heads", parsed.heads)):
         if value is None:

@@ -1,8 +1,10 @@
-"""``backend: flex``: softmax over the edges of a mask, computed by PyTorch's FlexAttention instead of by our kernels.
+"""Softmax over the edges of a mask, computed by PyTorch's FlexAttention instead of by our kernels.
 
 The edges become a `BlockMask`, without any N x N array, and `torch.compile` makes the kernel: a call with another
 number of tokens, head dimension, dtype or device compiles another. It is there to compare with, and for devices that
 have kernels of FlexAttention and none of ours. What it cannot do is refused by name, never left to other code.
+
+Source: FlexAttention, Dong et al., 2024 (arXiv 2412.05496).
 """
 
 import functools

@@ -78,6 +78,8 @@ def sparse_attention(
     query keeps are never read, so NaN there does no harm. Without anything masked and without gradients the
     dense mask is handed to `scaled_dot_product_attention`, which computes the same.
 
+    Source: attention, Vaswani et al., 2017 (arXiv 1706.03762).
+
     Args:
         q: (B, H, N, D) float32, float64, bfloat16 or float16, any strides.
         k: (B, H or Hkv, S, D) with Hkv a divisor of H.

@@ -120,17 +120,31 @@ def png(mask: "Mask", max_heads: int = 64) -> bytes:
         The encoded picture, 8-bit grey.
     """
     shown = min(mask.num_heads, max_heads)
-    columns = min(6, shown)
     tile = 128
-    gap = 4
-    rows = math.ceil(shown / columns)
-    canvas = np.full((rows * (tile + gap) + gap, columns * (tile + gap) + gap), 214, dtype=np.uint8)
+    squares = []
     for head in range(shown):
-        top, left = (gap + place * (tile + gap) for place in divmod(head, columns))
         image = mask.density_image(head, tile)
         pixels = np.arange(tile) * len(image) // tile
         grey = 255.0 * (1.0 - image[np.ix_(pixels, pixels)] ** GAMMA)
-        canvas[top : top + tile, left : left + tile] = np.round(grey).astype(np.uint8)
+        squares.append(np.round(grey).astype(np.uint8))
+    return side_by_side(squares)
+
+
+def side_by_side(squares: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Pictures of the same size as one PNG, six in a row.
+
+    Args:
+        squares: (h, w) grey or (h, w, 3) colour, each.
+    """
+    gap = 4
+    columns = min(6, len(squares))
+    rows = math.ceil(len(squares) / columns)
+    height, width, *colours = squares[0].shape
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, *colours), 214, dtype=np.uint8)
+    for index, square in enumerate(squares):
+        row, column = divmod(index, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        canvas[top : top + height, left : left + width] = square
     return encode_png(canvas)
 
 
