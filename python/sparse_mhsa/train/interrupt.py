@@ -42,6 +42,19 @@ def catch_interrupt() -> Iterator[threading.Event]:
         restore()
 
 
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt` in the main thread; elsewhere, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def leave_interrupts_to_parent(_worker: int) -> None:
     """A terminal sends Ctrl-C to loader processes too; they must live until the step is finished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
