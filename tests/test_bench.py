@@ -235,6 +235,7 @@ class Raises(Method):
         (Raises(RuntimeError("no compiler\nfound")), "unsupported", "no compiler found"),
         (Raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")), "oom", "allocate"),
         (Raises(MemoryError()), "oom", ""),
+        (Raises(ValueError("to_dense: 12 heads x 9 x 9 cells do not fit in memory; use to_csr")), "oom", "fit in"),
         (Raises(None, bytes_needed=1 << 60), "oom", "needs 1073741824.0 GiB or more, "),
     ],
 )

@@ -1,5 +1,6 @@
 """The latency table: what is measured, what is left out and why, and from where on sparse attention is faster."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
+
+from sparse_mhsa.bench import latency
 from sparse_mhsa.bench.latency import bench_latency, crossover
 from sparse_mhsa.bench.methods import METHODS, OURS
 from sparse_mhsa.bench.options import LatencyOptions
@@ -43,6 +47,22 @@ def test_what_would_take_too_long_is_left_out_and_says_so(report):
     assert small["methods"]["sdpa"]["status"] == "ok"
     assert large["methods"]["sdpa"]["status"] == "unsupported"
     assert "B 1, N 50, SDPA: left out: a call would take about" in text
+
+
+def test_a_method_keeps_its_colour_and_the_ticks_are_the_sizes(report, monkeypatch, tmp_path):
+    written = copy.deepcopy(report[0])
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for row in written["rows"]:
+        if (row["kind"], row["direction"]) == ("attention", "forward"):
+            row["methods"]["sdpa"] = {"status": "oom", "reason": "needs more than there is"}
+    latency._plot(written, tmp_path / "plot.png")
+    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in drawn[0].axes]
+    forward, step = colours[0], colours[2]
+    assert forward
+    assert forward.keys() < step.keys()
+    assert all(step[name] == colour for name, colour in forward.items())
+    assert [text.get_text() for text in drawn[0].axes[0].get_xticklabels()] == ["30", "50"]
 
 
 def test_the_crossover_is_the_size_from_which_on_sparse_is_always_faster():

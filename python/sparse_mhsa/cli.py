@@ -1,6 +1,6 @@
 """The ``sparse-mhsa`` command.
 
-Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configuration, 130 Ctrl-C.
+Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configuration, 130 Ctrl-C or SIGTERM.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Taking heads away, and what masks look like from the outside."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 import sparse_mhsa as sm
 from sparse_mhsa.cli import main
-from sparse_mhsa.train import UsageError
+from sparse_mhsa.train import UsageError, figures
 from sparse_mhsa.train.ablate import ablate_heads, recipe_of
 from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.engine import LAST
@@ -86,6 +87,28 @@ def test_the_report_shows_drops_overlaps_degrees_and_hops(trained, ablated):
     assert page.count("<svg") == 1
     assert page.count("<img") == 3
     assert "layer 3 (local): 2; among patches alone: 8" in page
+
+
+def test_the_pictures_can_be_read(monkeypatch):
+    """Heads are whole numbers, numbers stand out from their field, and the ticks of keys keep apart."""
+    monkeypatch.setattr(figures, "_png", lambda figure: figure)
+    overlaps = figures.matrices({"layer 0": [[1.0, 0.1], [0.1, 1.0]]}, "head", "head")
+    overlaps.draw_without_rendering()
+    axes = overlaps.axes[0]
+    assert all(tick == round(tick) for tick in (*axes.get_xticks(), *axes.get_yticks()))
+    shown = {text.get_text(): text.get_color() for text in axes.texts}
+    assert shown == {"1": figures.INK, "0.1": "white"}
+
+    histograms = figures.degree_histograms([{"layer": 0, "degrees": [[(3, 18), (5, 40), (10, 2), (65, 1)]]}])
+    histograms.draw_without_rendering()
+    axis = histograms.axes[0].xaxis
+    assert not axis.get_minorticklabels()
+    low, high = histograms.axes[0].get_xlim()
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks]
+    assert len(boxes) >= 3
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert [text.get_text() for text in histograms.axes[0].get_legend().get_texts()] == ["head 0"]
 
 
 @pytest.mark.parametrize(

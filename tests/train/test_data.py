@@ -15,7 +15,8 @@ from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.datasets import digits, load_data, mnist5k, split_by_class
 from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.finetune import finetune
-from sparse_mhsa.train.loading import EpochOrder
+from sparse_mhsa.train.folders import _read_image
+from sparse_mhsa.train.loading import Augmented, EpochOrder
 from sparse_mhsa.train.models import build_model, num_tokens
 from sparse_mhsa.train.recipes import PretrainOptions
 
@@ -95,7 +96,9 @@ def test_folders_of_images_train(options, image_root, attn_cfg):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_becomes_unreadable_costs_nothing_learned(options, image_root, num_workers, monkeypatch):
+def test_an_image_that_becomes_unreadable_costs_nothing_learned(
+    options, image_root, num_workers, monkeypatch, without_times, tmp_path
+):
     run = replace(
         options,
         dataset="imagefolder",
@@ -123,7 +126,57 @@ def test_an_image_that_becomes_unreadable_costs_nothing_learned(options, image_r
     state = read_checkpoint(run.output_dir / LAST)
     assert (state["epoch"], state["step"]) == (1, 2)
     broken.write_bytes(content)
-    assert len(finetune(replace(run, resume=run.output_dir / LAST)).trainer.history) == 2
+    resumed = finetune(replace(run, resume=run.output_dir / LAST))
+    straight = finetune(replace(run, output_dir=tmp_path / "straight"))
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+
+
+def test_a_run_stopped_inside_an_epoch_sees_the_augmentations_it_would_have_seen(
+    options, image_root, stopped_after, without_times, tmp_path
+):
+    """Whatever the number of processes that load the images."""
+    run = replace(
+        options, dataset="imagefolder", data_path=image_root, batch_size=6, patch_size=4, aa="rand-m9-mstd0.5"
+    )
+    straight = finetune(run)
+    path = stopped_after(replace(run, num_workers=2, output_dir=tmp_path / "stopped"), 5)
+    assert read_checkpoint(path)["step"] == 1
+    resumed = finetune(replace(run, num_workers=2, resume=path, output_dir=tmp_path / "stopped"))
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_every_epoch_augments_an_image_in_another_way(options, image_root):
+    run = replace(options, dataset="imagefolder", data_path=image_root, batch_size=8, patch_size=4)
+    images = Augmented(load_data(run).train)
+    images.entropy = 5
+    first, label = images[3]
+    assert label == 0
+    assert torch.equal(images[3][0], first)
+    images.entropy = 6
+    assert not torch.equal(images[3][0], first)
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+def test_sixteen_bits_of_grey_become_eight(tmp_path, ending):
+    """PIL cuts them off at 255, which leaves a white picture."""
+    from PIL import Image
+
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = tmp_path / f"grey.{ending}"
+    Image.fromarray(grey * 257).save(path)
+    pixels = np.asarray(_read_image(str(path)))
+    np.testing.assert_array_equal(pixels, np.repeat(grey[:, :, None], 3, axis=2))
+
+
+def test_an_image_without_a_known_range_is_named(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "depth.tiff"
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(path)
+    with pytest.raises(DataError, match=rf"^{path}: not a readable image: expected 8 or 16 bits per channel, got 32"):
+        _read_image(str(path))
 
 
 def test_the_classes_of_a_resumed_folder_must_be_those_of_the_checkpoint(options, image_root):
@@ -163,7 +216,7 @@ def test_a_folder_without_images_is_named(tmp_path):
         images_of(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("problem", ["no root", "no val", "other classes", "broken image"])
+@pytest.mark.parametrize("problem", ["no root", "no val", "other classes", "broken image", "policy"])
 def test_unusable_folders_are_named(options, image_root, problem):
     folders = replace(options, dataset="imagefolder", data_path=image_root, batch_size=8, patch_size=4)
     if problem == "no root":
@@ -175,6 +228,9 @@ def test_unusable_folders_are_named(options, image_root, problem):
     elif problem == "other classes":
         (image_root / "val" / "light").rename(image_root / "val" / "bright")
         message = "not in both train/ and val/: bright, light"
+    elif problem == "policy":
+        folders = replace(folders, aa="rnd-m9")
+        message = "^--aa 'rnd-m9': timm does not know this policy .*allowed: rand-"
     else:
         (image_root / "train" / "dark" / "3.png").write_bytes(b"\x89PNG not really")
         message = "3.png: not a readable image"

@@ -243,6 +243,23 @@ def test_tensorboard_sees_steps_and_epochs(quick, tmp_path):
 # Initial weights and probes.
 
 
+def test_a_full_disk_under_tensorboard_ends_the_events_and_not_the_run(quick, tmp_path, monkeypatch, caplog):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+    original, calls = writer.add_scalar, []
+
+    def add_scalar(self, *args):
+        calls.append(args)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        original(self, *args)
+
+    monkeypatch.setattr(writer, "add_scalar", add_scalar)
+    run = finetune(replace(quick, log_dir=tmp_path / "events"))
+    assert len(run.trainer.history) == quick.epochs
+    assert len(calls) == 5
+    assert f"--log-dir '{tmp_path / 'events'}': No space left on device; no more events" in caplog.text
+
+
 def test_a_linear_probe_trains_the_head_alone(quick, checkpoint):
     recipe = replace(quick, patch_size=2, linear_probe=True, finetune=checkpoint, epochs=3, lr=0.02)
     run = finetune(recipe)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_mhsa.train import TrainingError
-from sparse_mhsa.train.checkpoint import read_checkpoint
+from sparse_mhsa.train import TrainingError, engine
+from sparse_mhsa.train.checkpoint import read_checkpoint, write_checkpoint
 from sparse_mhsa.train.datasets import load_data
 from sparse_mhsa.train.engine import BEST, LAST, LOG, Interrupted, Trainer
 from sparse_mhsa.train.finetune import finetune
@@ -108,7 +108,8 @@ def test_a_run_interrupted_while_testing_does_not_train_that_epoch_again(
     assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
 
 
-def test_ctrl_c_stops_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of, number):
     folder = tmp_path / "run"
     recipe = "finetune --dataset digits --patch-size 4 --epochs 500 --output-dir"
     process = subprocess.Popen(
@@ -124,7 +125,7 @@ def test_ctrl_c_stops_the_command_with_130_and_a_loadable_checkpoint(tmp_path, l
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -135,6 +136,27 @@ def test_ctrl_c_stops_the_command_with_130_and_a_loadable_checkpoint(tmp_path, l
     assert state["epoch"] >= 1
     assert len(log_of(folder)) == state["epoch"]
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_full_disk_between_last_and_best_loses_neither(straight, tmp_path, monkeypatch, without_times):
+    """A run goes on from what was written before, and finds the best again."""
+    written = []
+
+    def second_does_not_fit(path, state):
+        written.append(path.name)
+        if len(written) == 4:
+            raise TrainingError(f"cannot write '{path}'")
+        write_checkpoint(path, state)
+
+    run = replace(straight.options, output_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_checkpoint", second_does_not_fit)
+        with pytest.raises(TrainingError, match="cannot write"):
+            finetune(run)
+    resumed = finetune(replace(run, resume=tmp_path / LAST))
+    best = read_checkpoint(tmp_path / BEST)
+    assert best["history"][-1]["test_acc1"] == best["best"] == resumed.trainer.best_value
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
 
 
 def test_evaluation_repeats_the_accuracy_of_the_checkpoint(options):

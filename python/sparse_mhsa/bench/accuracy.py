@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from ..machine import environment  # noqa: E402
 from ..train.checkpoint import make_folder, replacing  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
 from ..train.engine import LAST, LOG  # noqa: E402
+from ..train.interrupt import sigterm_as_ctrl_c  # noqa: E402
 from ..train.models import build_model, num_tokens  # noqa: E402
 from ..train.recipes import FinetuneOptions  # noqa: E402
 from .accuracy_methods import METHODS, Solved, solve_methods  # noqa: E402
@@ -38,7 +40,7 @@ logger = logging.getLogger("sparse_mhsa")
 
 SCHEMA = "sparse_mhsa-accuracy-1"
 INTERRUPTED = 130
-"""Exit code of a run after Ctrl-C; it has saved itself and goes on with the same command."""
+"""Exit code of a run after Ctrl-C or SIGTERM; it has saved itself and goes on with the same command."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,26 @@ def _run_all(options: AccuracyOptions, recipe: FinetuneOptions, tasks: Sequence[
         outcome = {0: "", INTERRUPTED: "stopped"}.get(code, "failed") or _result(task)
         logger.info("%s, seed %d: %s (%.1f min)", task.method.name, task.seed, outcome, minutes)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool, sigterm_as_ctrl_c():
         try:
             list(pool.map(run, todo))
         except KeyboardInterrupt:
-            # The runs got the same Ctrl-C from the terminal and save themselves.
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.wait()
+            _stop(processes)
             raise KeyboardInterrupt("interrupted; the same command goes on where the runs stopped") from None
     return failed
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Pass a Ctrl-C on to the runs, which save themselves, and wait for them; likewise every further one."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        _stop(processes)
 
 
 def _run(options: AccuracyOptions, task: Task, processes: list[subprocess.Popen[bytes]]) -> int:
@@ -195,7 +207,10 @@ def _run(options: AccuracyOptions, task: Task, processes: list[subprocess.Popen[
         env["OMP_NUM_THREADS"] = str(options.threads)
     (task.folder / "command.txt").write_text(task.command + "\n")
     with (task.folder / "output.txt").open("ab") as output:
-        process = subprocess.Popen([*start, "finetune", *words], stdout=output, stderr=subprocess.STDOUT, env=env)
+        # A session of its own: the terminal's Ctrl-C comes here alone, and is passed on once.
+        process = subprocess.Popen(
+            [*start, "finetune", *words], stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
         processes.append(process)
         return process.wait()
 

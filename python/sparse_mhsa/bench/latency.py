@@ -224,12 +224,14 @@ def _line(row: dict[str, Any], report: dict[str, Any]) -> str:
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
+    tokens = sorted({row["tokens"] for row in report["rows"]})
     batches = sorted({row["batch"] for row in report["rows"]})
     figure = Figure(figsize=(5 * len(batches), 8), layout="constrained")
     for line, direction in zip(figure.subplots(2, len(batches), squeeze=False), DIRECTIONS, strict=True):
         for axes, batch in zip(line, batches, strict=True):
-            for name, title in report["methods"].items():
+            for place, (name, title) in enumerate(report["methods"].items()):
                 points = [
                     (row["tokens"], 1e3 * row["methods"][name]["seconds"]["median"])
                     for row in report["rows"]
@@ -237,12 +239,15 @@ def _plot(report: dict[str, Any], path: Path) -> None:
                     and row["methods"][name]["status"] == "ok"
                 ]
                 if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=title)
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=title, color=f"C{place}")
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.set_xticks(tokens, labels=[str(number) for number in tokens])
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("tokens")
             axes.set_ylabel("ms")
             axes.set_title(f"{DIRECTIONS[direction]}, batch {batch}", fontsize=9)
             axes.grid(color="#e9ecf1")
-            axes.legend(fontsize=6)
+            if axes.lines:  # not where everything was out of memory
+                axes.legend(fontsize=6)
     figure.savefig(path, dpi=150)

@@ -211,9 +211,12 @@ def admit(
         gates[kind].check(attend, backward=backward)
     except WrongResultError as error:
         return _refused("failed", str(error))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
-        short = isinstance(error, MemoryError) or "allocate memory" in message
+        # torch names what it could not allocate, our core what does not fit.
+        short = isinstance(error, MemoryError) or any(sign in message for sign in ("allocate memory", "fit in memory"))
+        if isinstance(error, ValueError) and not short:
+            raise
         # Ours has no excuse: an error of it is a wrong result.
         return _refused("oom" if short else "failed" if method.name == OURS else "unsupported", message)
     return None

@@ -113,7 +113,7 @@ class Trainer:
         Raises:
             TrainingError: the loss became infinite or NaN, or a file cannot be written.
             DataError: an image cannot be read; `LAST` continues after the last finished step.
-            Interrupted: Ctrl-C was pressed; `LAST` continues after the last finished step.
+            Interrupted: Ctrl-C was pressed or SIGTERM came; `LAST` continues after the last finished step.
         """
         # Now rather than after an epoch: a folder that cannot be made should cost nothing.
         make_folder(self.options.output_dir)
@@ -186,9 +186,6 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any], path: Path) -> None:
         """Take over the state of a checkpoint, so that training goes on exactly where it was written.
-
-        With augmentation in worker processes, a run that stopped inside an epoch draws that epoch's remaining
-        augmentations anew.
 
         Raises:
             UsageError: it belongs to another model, data set, attention or run.
@@ -319,7 +316,8 @@ class Trainer:
         logger.info("%s", self._line(entry))
         if events is not None:
             events.epoch(self.epoch, entry)
-        self.save(LAST, *([BEST] if is_best else []))
+        # The best first: a run that ends between the two goes on from the epoch before, and finds the same best again.
+        self.save(*([BEST] if is_best else []), LAST)
         if is_best:
             self.best = self.options.output_dir / BEST
 
@@ -346,7 +344,7 @@ class Trainer:
             file.write(lines.encode())
 
     def _stop_if(self, interrupted: threading.Event, *, saved: bool = False, alone: bool = False) -> None:
-        """Stop after Ctrl-C in any process; between the test batches (``alone``) only a single process stops."""
+        """Stop after a signal to any process; between the test batches (``alone``) only a single process stops."""
         if alone and self.world.size > 1:
             return
         if not self.world.any(interrupted.is_set()):

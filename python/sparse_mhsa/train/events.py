@@ -1,5 +1,6 @@
 """TensorBoard events of a run."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -7,9 +8,13 @@ from typing import Any
 
 from . import UsageError, require_packages
 
+logger = logging.getLogger("sparse_mhsa")
+
 
 class Events:
     """Writes what a run measures for TensorBoard, or nothing without a folder.
+
+    Where it cannot write any more, it says so and the run goes on without events.
 
     Args:
         folder: where the event files go.
@@ -19,6 +24,7 @@ class Events:
     """
 
     def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._writer: Any = None
         if folder is None:
             return
@@ -36,21 +42,27 @@ class Events:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._write("close")
 
     def step(self, epochs: float, loss: float, rate: float) -> None:
         """A training step, at ``1000 * epochs``, so that runs of other batch sizes line up."""
-        if self._writer is not None:
-            place = int(1000 * epochs)
-            self._writer.add_scalar("train/loss", loss, place)
-            self._writer.add_scalar("train/lr", rate, place)
+        self._scalars({"train/loss": loss, "train/lr": rate}, int(1000 * epochs))
 
     def epoch(self, epoch: int, entry: Mapping[str, float]) -> None:
         """The test measures after ``epoch`` epochs."""
+        shown = {f"perf/{name}": entry[name] for name in entry if name.startswith(("test_", "ema_", "train_acc"))}
+        self._scalars(shown, epoch)
+        self._write("flush")
+
+    def _scalars(self, values: Mapping[str, float], place: int) -> None:
+        for name, value in values.items():
+            self._write("add_scalar", name, value, place)
+
+    def _write(self, method: str, *arguments: Any) -> None:  # noqa: ANN401
         if self._writer is None:
             return
-        for name, value in entry.items():
-            if name.startswith(("test_", "ema_", "train_acc")):
-                self._writer.add_scalar(f"perf/{name}", value, epoch)
-        self._writer.flush()
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError as error:
+            self._writer = None
+            logger.warning("--log-dir '%s': %s; no more events are written", self._folder, error.strerror)

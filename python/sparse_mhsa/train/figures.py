@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -190,13 +190,18 @@ def matrices(values: Mapping[str, Sequence[Sequence[float]]], columns: str, rows
         axes.set_axis_off()
     for axes, (title, array) in zip(grid, arrays.items(), strict=False):
         axes.imshow(array, vmin=low, vmax=high, cmap="viridis")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize=8, color=INK)
         axes.set_xlabel(columns, fontsize=7)
         axes.set_ylabel(rows, fontsize=7)
         axes.tick_params(labelsize=6)
         if array.size <= 64:
             for row, column in np.ndindex(*array.shape):
-                axes.text(column, row, f"{array[row, column]:.2g}", ha="center", va="center", fontsize=6, color="white")
+                value = array[row, column]
+                # The bright end of the colour scale takes dark letters.
+                colour = INK if value > low + 0.6 * (high - low) else "white"
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6, color=colour)
     return _png(figure)
 
 
@@ -220,7 +225,11 @@ def degree_histograms(records: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("keys of a query", fontsize=7)
         axes.set_ylabel("queries", fontsize=7)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.tick_params(labelsize=6)
+    grid[0].legend(fontsize=5, frameon=False)
     return _png(figure)
 
 

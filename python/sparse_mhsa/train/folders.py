@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from . import DataError, UsageError, require_packages
@@ -67,13 +68,22 @@ class Transforms:
             "std": self.std,
             "interpolation": "bicubic",
         }
-        self.augment = create_transform(
-            **shared,
-            is_training=True,
-            auto_augment=getattr(options, "aa", None),
-            color_jitter=getattr(options, "color_jitter", None) or 0.0,
-            re_prob=0.0,  # random erasing works on batches: see `tasks`
-        )
+        policy = getattr(options, "aa", None)
+        try:
+            self.augment = create_transform(
+                **shared,
+                is_training=True,
+                auto_augment=policy,
+                color_jitter=getattr(options, "color_jitter", None) or 0.0,
+                re_prob=0.0,  # random erasing works on batches: see `tasks`
+            )
+        except Exception as error:  # timm asserts, indexes and converts what it takes apart
+            if policy is None:
+                raise
+            raise UsageError(
+                f"--aa '{policy}': timm does not know this policy ({first_line(error)}); "
+                "allowed: rand-..., augmix-..., original, originalr, v0, v0r, 3a"
+            ) from error
         # As in MAE: the shorter side is resized to size / 0.875, the centre is kept.
         self.plain = create_transform(**shared, is_training=False, crop_pct=0.875)
 
@@ -173,6 +183,18 @@ def _read_image(path: str) -> Any:  # noqa: ANN401  (a PIL image)
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     except Exception as error:  # the decoders raise whatever the damaged part of the file leads to
         raise DataError(f"{path}: not a readable image: {first_line(error)}") from error
+
+
+def _eight_bits(image: Any) -> Any:  # noqa: ANN401
+    """The image with 8 bits per channel: PIL would cut wider ones off at 255 and make them white, or black."""
+    from PIL import Image
+
+    # PNG and PGM have 16 bits at most, which PIL may hold in 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits per channel, got 32 (mode {image.mode})")
+    return image

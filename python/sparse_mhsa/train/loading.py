@@ -1,6 +1,7 @@
 """Batches: their order, which depends on seed and epoch alone, and the processes that load them."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,43 @@ class EpochOrder(Sampler[int]):
         yield from order.flatten().tolist()
 
 
+class Augmented(Dataset[Any]):
+    """Training images whose augmentation depends on seed, epoch and image alone.
+
+    A run that goes on inside an epoch sees what an uninterrupted one sees, however many processes load the images. What
+    they draw is drawn apart: the generators of the process are left as they were.
+
+    Args:
+        images: the images, augmented as they are taken.
+    """
+
+    def __init__(self, images: Dataset[Any]) -> None:
+        self.images, self.entropy = images, 0
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:  # noqa: ANN401
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        own, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        try:
+            return [self._drawn(index) for index in indices]
+        finally:
+            torch.set_rng_state(own)
+            np.random.set_state(legacy)
+            random.setstate(python)
+
+    def _drawn(self, index: int) -> Any:  # noqa: ANN401
+        seed = self.entropy + index
+        # Not torch.manual_seed, which would also seed the GPU that dropout draws on.
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return self.images[index]
+
+
 class Loaders:
     """The training and the test batches of a run.
 
@@ -66,9 +104,9 @@ class Loaders:
     ) -> None:
         self.options, self.world = options, world
         self.order = EpochOrder(len(train), options.seed, options.batch_size, world.rank, world.size)  # type: ignore[arg-type]
-        # A generator of its own: starting a loader must not draw from the generator that dropout uses.
-        self.worker_seeds = torch.Generator()
-        self.train = self._loader(train, sampler=self.order, drop_last=True, generator=self.worker_seeds)
+        self.augmented = Augmented(train)
+        # Generators of their own: starting a loader must not draw from the generator that dropout uses.
+        self.train = self._loader(self.augmented, sampler=self.order, drop_last=True, generator=torch.Generator())
         if shares_test and world.size > 1:
             test = Subset(test, range(world.rank, len(test), world.size))  # type: ignore[arg-type]
         self.test = self._loader(test, generator=torch.Generator())
@@ -76,7 +114,7 @@ class Loaders:
     def begin(self, epoch: int, start: int) -> None:
         """Let the next pass over `train` be ``epoch``, after its first ``start`` images."""
         self.order.epoch, self.order.start = epoch, start
-        self.worker_seeds.manual_seed(self.order.entropy() + self.world.rank)
+        self.augmented.entropy = self.order.entropy()
 
     def batches(self, loader: DataLoader[Any], title: str, **kwargs: Any) -> Any:  # noqa: ANN401
         """The batches of a loader, with a progress bar."""
