@@ -52,6 +52,11 @@ fn values(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
+/// Where a tensor is written.
+fn room(data: &mut [f32], shape: [usize; 4]) -> ViewMut4<'_, f32> {
+    ViewMut4::contiguous("room", data, shape).expect("fits")
+}
+
 fn kernels(criterion: &mut Criterion) {
     let run = Run { pool: Pool::of(2), isa: Isa::selected().expect("an instruction set"), interrupt: &Never };
     for (tokens, batch) in [(197, 8), (1025, 1), (4097, 1)] {
@@ -67,7 +72,6 @@ fn kernels(criterion: &mut Criterion) {
             let [q, k, v, grad] = [1, 2, 3, 4].map(|seed| values(size, seed));
             let (mut out, mut lse) = (vec![0.0f32; size], vec![0.0; size / DIM]);
             let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![0.0f32; size]);
-            let room = |data| ViewMut4::contiguous("room", data, shape).expect("fits");
             let view = |data| View::contiguous("tensor", data, shape).expect("fits");
             let problem = Attention {
                 plan: &plan,
@@ -87,15 +91,20 @@ fn kernels(criterion: &mut Criterion) {
                 .measurement_time(Duration::from_millis(800));
             group.throughput(Throughput::Elements(edges as u64));
             group.bench_function(BenchmarkId::new("forward", tokens), |bencher| {
-                bencher.iter(|| problem.forward(room(black_box(&mut out)), &mut lse, &run).expect("valid"));
+                bencher.iter(|| {
+                    problem.forward(room(black_box(&mut out), shape), &mut lse, &run).expect("valid")
+                });
             });
-            problem.forward(room(&mut out), &mut lse, &run).expect("valid");
+            problem.forward(room(&mut out, shape), &mut lse, &run).expect("valid");
             group.bench_function(BenchmarkId::new("backward", tokens), |bencher| {
                 bencher.iter(|| {
                     let out = View::contiguous("out", &out, shape).expect("fits");
                     let lse = View::contiguous("lse", &lse, [batch, HEADS, tokens]).expect("fits");
-                    let gradients =
-                        Gradients { dq: room(&mut dq), dk: room(&mut dk), dv: room(black_box(&mut dv)) };
+                    let gradients = Gradients {
+                        dq: room(&mut dq, shape),
+                        dk: room(&mut dk, shape),
+                        dv: room(black_box(&mut dv), shape),
+                    };
                     problem.backward(view(&grad), out, lse, gradients, &run).expect("valid");
                 });
             });

@@ -124,8 +124,23 @@ pub fn of_serde(path: &str, message: &str) -> (String, String) {
         Some((key, allowed)) if message.starts_with("unknown field") => {
             (below(key), unknown_name("key", key, allowed))
         }
-        _ => (path.to_owned(), message.to_owned()),
+        _ => (path.to_owned(), in_words(message)),
     }
+}
+
+/// A message of serde with the kinds of numbers in words instead of Rust's names for them.
+pub fn in_words(message: &str) -> String {
+    let kinds = [
+        ("i64", "an integer"),
+        ("u64", "an integer of at least 0"),
+        ("usize", "an integer of at least 0"),
+        ("f64", "a number"),
+    ];
+    let of_kind = |(kind, words)| {
+        let before = message.strip_suffix(kind)?.strip_suffix("expected ")?;
+        Some(format!("{before}expected {words}"))
+    };
+    kinds.into_iter().find_map(of_kind).unwrap_or_else(|| message.to_owned())
 }
 
 /// "unknown … `given`: did you mean …? allowed: …", the wording shared by every closed set of names.

@@ -605,6 +605,16 @@ VARIANTS = {
     ],
     "union": [
         {"masks": [{"mask": "fibottention"}, {"mask": "local", "mask_kwargs": {"window": 1}}]},
+        {
+            "masks": [
+                {
+                    "mask": "union",
+                    "mask_kwargs": {
+                        "masks": [{"mask": "longformer"}, {"mask": "block", "mask_kwargs": {"block_size": 2}}]
+                    },
+                }
+            ]
+        },
         {"masks": [{"mask": "global"}, {"mask": "strided", "mask_kwargs": {"stride": 5}}]},
         {"masks": [{"mask": "longformer", "mask_kwargs": {"global_indices": [3], "keep_cls_dense": False}}]},
     ],

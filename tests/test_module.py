@@ -580,18 +580,18 @@ class TestTransformerLayers:
             assert_same(pickle.loads(pickle.dumps(again))(x), expected, atol=1e-12)
 
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-    def test_fullgraph_compilation(self):
+    @pytest.mark.parametrize("how", [{"need_weights": False}, {}, {"average_attn_weights": False}])
+    @pytest.mark.parametrize("config", [None, FIBOTTENTION], ids=["none", "fibottention"])
+    def test_fullgraph_compilation(self, config, how):
+        layer = SparseMHSA(12, 3, config=config, batch_first=True, dtype=torch.float64)
+        x = rand(2, 9, 12, grad=True)
+
+        def loss(x):
+            return sum(part.square().sum() for part in layer(x, x, x, **how) if part is not None)
+
         torch._dynamo.reset()
-        for config in (None, FIBOTTENTION):
-            layer = SparseMHSA(12, 3, config=config, batch_first=True, dtype=torch.float64)
-            x = rand(2, 9, 12, grad=True)
-            compiled = torch.compile(
-                lambda x, layer=layer: layer(x, x, x, need_weights=False)[0].square().sum(),
-                fullgraph=True,
-                backend="aot_eager",
-            )
-            expected = torch.autograd.grad(layer(x, x, x, need_weights=False)[0].square().sum(), x)[0]
-            assert_same(torch.autograd.grad(compiled(x), x)[0], expected, atol=1e-11)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        assert_same(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(loss(x), x)[0], atol=1e-11)
         torch._dynamo.reset()
 
     def test_ensembles_over_functional_calls(self):

@@ -118,6 +118,20 @@ def test_prefix_tokens_are_dense_beside_a_ratio():
     assert mask.nnz_patches == math.floor(0.2 * HEADS * PATCHES**2)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_prefix_counts_in_a_budget_of_operations_inside_other_masks_too(depth):
+    alone = {"mask": "pruning", "mask_kwargs": {"flops_budget": 2e-5, "unit": "GMACs"}}
+    inside = alone
+    for _ in range(depth):
+        inside = {"mask": "union", "mask_kwargs": {"masks": [inside]}}
+    masks = [
+        sm.Mask.from_config(config | {"num_prefix_tokens": 2}, PATCHES + 2, HEADS, num_layers=1, head_dim=HEAD_DIM)
+        for config in (alone, inside)
+    ]
+    assert masks[0].nnz < HEADS * (PATCHES + 2) ** 2
+    assert masks[0] == masks[1]
+
+
 def test_a_budget_is_shared_by_layers_and_heads_as_their_weights_say():
     weights = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
     masks = [mask_of(layer=layer, keep_ratio=0.3, weights=weights) for layer in range(LAYERS)]

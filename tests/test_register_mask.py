@@ -240,6 +240,17 @@ class TestRegistration:
             outputs.append(sm.sparse_attention(q, q, q, mask))
             assert_same(outputs[-1], q.roll(-shift, 2))
 
+    def test_a_mask_that_is_made_keeps_its_edges_when_its_name_is_replaced(self):
+        sm.register_mask("changing", torch.eye(4).bool(), replace=True)
+        q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+        mask = sm.masks.changing(num_tokens=4, num_heads=1)
+        layer = sm.SparseMHSA(4, 1, config=mask, dtype=torch.float64)
+        before = layer(q[0, 0], q[0, 0], q[0, 0])[1]
+        sm.register_mask("changing", torch.eye(4).roll(1, 1).bool(), replace=True)
+        assert torch.equal(mask.to_dense()[0], torch.eye(4).bool())
+        assert_same(sm.sparse_attention(q, q, q, mask), q)
+        assert_same(layer(q[0, 0], q[0, 0], q[0, 0])[1], before)
+
     def test_the_decorator_returns_the_function(self):
         assert every_other.__name__ == "every_other"
         assert "multiple of step" in sm.masks.every_other.__doc__

@@ -121,6 +121,9 @@ class TestSelection:
     def test_an_override_without_a_layer_is_a_mistake(self):
         with pytest.raises(ValueError, match=r"overrides: `blocks.7` matches none of the attention layers"):
             sm.sparsify(vit(), LOCAL, overrides={"blocks.7": {"mask": "none"}})
+        for wrong in ([1], "blocks", {"blocks.0": "none"}):
+            with pytest.raises(TypeError, match="overrides: expected a mapping of regular expressions to mappings"):
+                sm.sparsify(vit(), LOCAL, overrides=wrong)
         sm.sparsify(vit(), LOCAL, overrides={"blocks.7": {"mask": "none"}}, strict=False)
 
     @pytest.mark.parametrize("argument", ["include", "exclude"])

@@ -90,9 +90,11 @@ def edges_from_function(keep: RowFunction, num_tokens: int, num_heads: int) -> E
         The edges of H heads. Heads that follow one another and are equal share memory.
 
     Raises:
-        TypeError: a row is neither bool nor integer.
+        TypeError: ``keep`` is no function, or a row is neither bool nor integer.
         ValueError: a row has the wrong shape, or an index that is out of range or given twice.
     """
+    if not callable(keep):
+        raise TypeError(f"keep: expected a function of (head, row), got {type(keep).__name__}")
     num_tokens, num_heads = integer("num_tokens", num_tokens), integer("num_heads", num_heads, 1, MAX_HEADS)
     row_ptr, rows, edges = np.zeros((num_heads, num_tokens + 1), dtype=np.int64), [], 0
     for head in range(num_heads):
@@ -269,7 +271,7 @@ def _integers(name: str, values: object) -> NDArray[np.int64]:
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected numbers below 2**63, got {array.max()}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.asarray(array, dtype=np.int64, order="C")
 
 
 def _array(name: str, values: object) -> NDArray[np.generic]:

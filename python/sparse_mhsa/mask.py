@@ -4,7 +4,7 @@ import base64
 import html
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from .edges import EdgeSource
 from .explain import Explanation, explain
 from .flops import Unit, attention_macs, in_unit
 from .layer_mask import LayerMask
+from .register import replacements
 
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
@@ -67,7 +68,17 @@ class Mask:
         ConfigError: the mask does not exist for ``num_tokens``.
     """
 
-    __slots__ = ("_edges", "_head_dim", "_key", "_layer_mask", "_lists", "_name", "_on_empty_row", "_scale")
+    __slots__ = (
+        "_edges",
+        "_head_dim",
+        "_key",
+        "_layer_mask",
+        "_lists",
+        "_name",
+        "_on_empty_row",
+        "_replacements",
+        "_scale",
+    )
     _layer_mask: LayerMask | None
     _key: str
     """Different for every mask. Reading it makes Dynamo compile anew for another mask."""
@@ -85,6 +96,7 @@ class Mask:
     def _set(self, edges: Edges, name: str, options: MaskOptions, layer_mask: LayerMask | None = None) -> None:
         self._edges, self._name, self._layer_mask = edges, name, layer_mask
         self._head_dim, self._scale, self._on_empty_row = options
+        self._replacements = replacements()
         self._key = f"mask {next(_KEYS)}"
         self._lists = _once(edges)
 
@@ -94,7 +106,7 @@ class Mask:
     ) -> "Mask":
         """A mask that no configuration describes."""
         if num_prefix_tokens is not None:
-            if not 0 <= num_prefix_tokens <= edges.num_tokens:
+            if integer("num_prefix_tokens", num_prefix_tokens) > edges.num_tokens:
                 raise ValueError(f"num_prefix_tokens: expected 0 to {edges.num_tokens}, got {num_prefix_tokens}")
             edges = edges.with_prefix(num_prefix_tokens)
         mask = cls.__new__(cls)
@@ -226,6 +238,8 @@ class Mask:
             TypeError: something is no mask.
             ValueError: there is none, they differ in tokens or options, or one has neither 1 nor H heads.
         """
+        if not isinstance(masks, Iterable):
+            raise TypeError(f"masks: expected a list of masks, one for each head, got {type(masks).__name__}")
         masks = list(masks)
         for head, mask in enumerate(masks):
             if not isinstance(mask, Mask):
@@ -339,7 +353,7 @@ class Mask:
             ValueError: the mask is for another number of tokens.
         """
         self._check_tokens(num_tokens)
-        if self._layer_mask is not None:
+        if self._layer_mask is not None and self._replacements == replacements():
             return EdgeSource(self._layer_mask.spec, None, None)
         return EdgeSource(None, *self._lists(self._key))
 

@@ -37,10 +37,18 @@ def _lse_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@functools.lru_cache(maxsize=256)
 def has_background(spec: str | None) -> bool:
     """True where visible keys that are no edge keep the logit 0 (``masked_logits: zero``)."""
-    return spec is not None and json.loads(spec).get("masked_logits") == "zero"
+    return spec is not None and _masked_logits(spec) == "zero"
+
+
+@functools.lru_cache(maxsize=256)
+def _masked_logits(spec: str) -> object:
+    return json.loads(spec).get("masked_logits")
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import the whole compiler.
+has_background._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _new_heads(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 _Defined: TypeAlias = Callable[..., object]
 
 _USER_MASKS: dict[str, dict[str, object]] = {}
+_replaced = 0
 _FORMS = (
     "a Mask, bool (N, N) or (H, N, N), a sparse matrix, (row_ptr, col), a list of key indices per query, "
     "or a function keep(head, row)"
@@ -103,7 +104,8 @@ def register_mask(
         about: one sentence; default is the first line of the docstring.
         uses_layer: the edges change from layer to layer.
         uses_epoch: the edges change from epoch to epoch.
-        replace: the name may be registered already.
+        replace: the name may be registered already. Modules and configurations use the new function from then on;
+            a `Mask` that was made before keeps its edges.
 
     Returns:
         A decorator that returns the function unchanged. With ``mask`` the mask is registered at once.
@@ -126,6 +128,8 @@ def register_mask(
         declared = frozenset(what for what, uses in (("layer", uses_layer), ("epoch", uses_epoch)) if uses)
         _core.register_mask(name, lines[0], keys, required, uses_layer, uses_epoch, _cached(name, function, declared))
         forget_block_masks()
+        global _replaced
+        _replaced += name in _USER_MASKS
         _USER_MASKS[name] = {"name": name, "aliases": [], "about": lines[0], "keys": keys}
         return function
 
@@ -137,6 +141,11 @@ def register_mask(
 def user_masks() -> list[dict[str, object]]:
     """One mapping per registered mask, as `_core.registered_masks` has them for the built-in ones."""
     return list(_USER_MASKS.values())
+
+
+def replacements() -> int:
+    """How often a name has been registered again; only then may the edges of a configuration have changed."""
+    return _replaced
 
 
 def _parameters(name: str, function: object) -> tuple[list[str], list[str]]:

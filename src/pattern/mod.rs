@@ -315,22 +315,26 @@ pub fn head_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdg
             "num_prefix_tokens: expected at most the {num_tokens} tokens there are, got {prefix}"
         )));
     }
-    let context =
-        Context { grid: pattern.grid().map(<[_]>::to_vec).or_else(|| context.grid.clone()), ..*context };
-    check_grid(&context)?;
-    let edges = |context: &Context| pattern.edges(context).map_err(|error| below(error, "mask_kwargs"));
-    match pattern.domain() {
-        Domain::Tokens => edges(&context),
-        Domain::Patches if prefix == 0 => edges(&context),
-        Domain::Patches => {
-            let dense_prefix = context.dense_prefix();
-            let patches = edges(&Context { num_tokens: num_tokens - prefix, ..context })?;
-            share(&patches, |edges| {
-                let builder = EdgeSet::builder(num_tokens, num_tokens)?.shifted(edges, prefix);
-                Ok(Arc::new(builder.global(0..dense_prefix).build()?))
-            })
-        }
+    let own = match pattern.domain() {
+        Domain::Tokens => num_tokens,
+        Domain::Patches => num_tokens - prefix,
+    };
+    let edges = own_edges(pattern, &Context { num_tokens: own, ..context.clone() })?;
+    if own == num_tokens {
+        return Ok(edges);
     }
+    share(&edges, |edges| {
+        let builder = EdgeSet::builder(num_tokens, num_tokens)?.shifted(edges, prefix);
+        Ok(Arc::new(builder.global(0..context.dense_prefix()).build()?))
+    })
+}
+
+/// The edges over the pattern's own tokens, which `context.num_tokens` counts.
+fn own_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdges> {
+    let grid = pattern.grid().map(<[_]>::to_vec).or_else(|| context.grid.clone());
+    let context = Context { grid, ..context.clone() };
+    check_grid(pattern.domain(), &context)?;
+    pattern.edges(&context).map_err(|error| below(error, "mask_kwargs"))
 }
 
 /// The error with its key below `path`, except for the grid and its layout, which are keys of the document for every mask in it.
@@ -342,17 +346,19 @@ fn below(error: Error, path: &str) -> Error {
 }
 
 /// A grid that is given must be the grid of these tokens, whether the mask looks at it or not.
-fn check_grid(context: &Context) -> Result<()> {
+fn check_grid(domain: Domain, context: &Context) -> Result<()> {
     let Some(shape) = &context.grid else { return Ok(()) };
-    let patches = context.num_tokens - context.prefix;
+    let (tokens, patches) = match domain {
+        Domain::Tokens => (context.num_tokens, context.num_tokens - context.prefix),
+        Domain::Patches => (context.num_tokens + context.prefix, context.num_tokens),
+    };
     match shape.iter().try_fold(1usize, |cells, &side| cells.checked_mul(side)) {
         Some(cells) if cells == patches => Ok(()),
         cells => Err(Error::config(
             "grid",
             format!(
-                "{shape:?} has {} cells, but {} tokens with {} prefix tokens leave {patches} patches",
+                "{shape:?} has {} cells, but {tokens} tokens with {} prefix tokens leave {patches} patches",
                 cells.map_or_else(|| "too many".to_owned(), |cells| cells.to_string()),
-                context.num_tokens,
                 context.prefix,
             ),
         )),

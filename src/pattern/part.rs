@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::one_or_list::OneOrList;
-use super::{AnyPattern, Context, Domain, HeadEdges, below, head_edges, registry, share};
+use super::{AnyPattern, Context, Domain, HeadEdges, below, own_edges, registry, share};
 use crate::error::{Error, Result, unknown_name};
 
 /// One of `masks`: what it is called, its parameters, and (for `per_head`) the heads that take it.
@@ -50,10 +50,10 @@ impl Part {
         let Context { num_tokens, prefix, .. } = *context;
         let pattern = self.pattern();
         match pattern.domain() {
-            Domain::Patches => head_edges(pattern, &Context { prefix: 0, ..context.clone() }),
+            Domain::Patches => own_edges(pattern, context),
             Domain::Tokens => {
                 let all =
-                    head_edges(pattern, &Context { num_tokens: num_tokens + prefix, ..context.clone() })?;
+                    own_edges(pattern, &Context { num_tokens: num_tokens + prefix, ..context.clone() })?;
                 share(&all, |edges| Ok(Arc::new(edges.after(prefix))))
             }
         }

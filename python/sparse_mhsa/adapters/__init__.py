@@ -82,7 +82,7 @@ def sparsify(
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
         ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
             no layer, or ``verify`` needs a ``sample``.
-        TypeError: ``model``, ``verify`` or ``sample`` is of the wrong type.
+        TypeError: ``model``, ``overrides``, ``verify`` or ``sample`` is of the wrong type.
         RuntimeError: ``verify`` found a layer that stayed dense.
 
     Warns:
@@ -251,6 +251,8 @@ def _without_prefix(config: AttentionConfig) -> AttentionConfig:
 def _with_overrides(config: AttentionConfig, overrides: Mapping[str, Mapping[str, object]] | None) -> AttentionConfig:
     if not overrides:
         return config
+    if not isinstance(overrides, Mapping) or not all(isinstance(keys, Mapping) for keys in overrides.values()):
+        raise TypeError(f"overrides: expected a mapping of regular expressions to mappings, got {overrides!r:.60}")
     document = json.loads(config.to_json())
     document["layers"] = {
         **document.get("layers", {}),

@@ -16,7 +16,20 @@ fn every_kind_of_wrong_document_is_told_apart() {
         ("mask: [local]", "expected a string"),
         ("backend: linformr\nmask: none", "did you mean `linformer`?"),
         ("mask: local\nmask: none", "the key `mask` is given twice"),
-        ("mask: local\nmask_kwargs: {window: many}", "mask_kwargs.window: invalid type"),
+        (
+            "mask: local\nmask_kwargs: {window: many}",
+            "mask_kwargs.window: invalid type: string \"many\", expected an integer",
+        ),
+        (
+            "num_prefix_tokens: -1",
+            "num_prefix_tokens: invalid value: integer `-1`, expected an integer of at least 0",
+        ),
+        ("grid: [-1, 4]", "grid.0: invalid value: integer `-1`, expected an integer of at least 0"),
+        ("scale: x", "scale: invalid type: string \"x\", expected a number"),
+        (
+            "mask: random\nmask_kwargs: {keep_ratio: x}",
+            "keep_ratio: invalid type: string \"x\", expected a number",
+        ),
         ("mask: local\nmask_kwargs: {window: -1}", "mask_kwargs.window: expected 0 to"),
         ("mask: local\nmask_kwargs: {window: 1, window_size: 3}", "exactly one of window"),
         ("mask: local\nmask_kwargs: {window_size: 4}", "expected an odd total width"),
