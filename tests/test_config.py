@@ -29,6 +29,11 @@ def schema():
     return jsonschema.Draft202012Validator(document)
 
 
+def test_the_schema_has_the_defaults_of_a_backend_and_not_those_of_its_mask(schema):
+    k = schema.schema["$defs"]["backend_vit_topk"]["properties"]["k"]["default"]
+    assert sm.load_config(f"backend: vit_topk\nbackend_kwargs: {{k: {k}}}") == sm.load_config("backend: vit_topk")
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_shipped_yaml_fits_the_schema_also_in_its_canonical_form(schema, path):
     schema.validate(yaml.safe_load(path.read_text()))

@@ -176,7 +176,10 @@ fn backend_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<Str
     for own in backend::MASKS {
         let mask = registry::find(own.mask).expect("registered");
         let ignored: Vec<_> = mask.ignored.iter().chain(own.ignored).copied().collect();
-        let parameters = closed(mask.schema(generator), &ignored);
+        let mut parameters = closed(mask.schema(generator), &ignored);
+        for (key, value) in own.defaults {
+            parameters["properties"][*key]["default"] = (*value).into();
+        }
         add(&[own.name], parameters, true);
     }
     for backend in BUILT_IN {
