@@ -59,6 +59,11 @@ pub(super) unsafe fn mean<V: Vector>(sum: V, total: V) -> V {
     unsafe { sum * (V::splat(V::Lane::from_f64(2.0)) - total) }
 }
 
+/// [`mean`] of one row.
+pub(super) fn average<R: Real>([sum, total]: [R; 2]) -> R {
+    sum * (R::from_f64(2.0) - total)
+}
+
 /// [`Attention::backward`].
 pub(in crate::kernel) fn backward<T: Element>(
     problem: &Attention<T>,

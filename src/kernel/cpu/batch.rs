@@ -249,7 +249,8 @@ impl<'a, T: Element> Cursor<'a, T> {
         None
     }
 
-    fn begin_long_row(&mut self, row: usize) {
+    /// Make [`Self::piece`] begin with the first columns of `row`.
+    pub(super) fn begin_long_row(&mut self, row: usize) {
         self.long_row = row;
         self.edges.row(row, &mut self.lists.rest);
         self.lists.rest.reverse();

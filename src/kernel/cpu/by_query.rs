@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::backward::{Saved, mean, shift};
+use super::backward::{Saved, average, mean, shift};
 use super::batch::{BLOCK, Batch, Cursor, GROUP, Lists, Next, PIECE, PLACES, STRIP, Strip};
 use super::buffer::Buffer;
 use super::gather::{Sums, dots, weighted_sums};
@@ -20,6 +20,9 @@ use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::softmax::{exp, exp_or_zero};
 use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
+
+/// Parts of a tile whose columns are kept at a time: from its sums over up to 512 keys a row gets its delta.
+const MOST_PARTS: usize = 8;
 
 /// Write `dq`, `delta` of every query and, where there is a background, the weight that every query gives to a key in it.
 pub(super) fn run<T: Element>(
@@ -104,17 +107,27 @@ struct Scratch<T: Element> {
 
 /// Panels of a tile; made when first needed.
 struct Tile<R> {
-    columns: Vec<u32>,
-    deltas: Buffer<R>,
     queries: Buffer<R>,
     grad_out: Buffer<R>,
-    keys: Buffer<R>,
+    deltas: Buffer<R>,
+    /// `sum P (dO . v)` and `sum P` of every row.
+    averages: Vec<[R; 2]>,
+    /// Up to [`TILE`] columns each: all of a row if there are few, else those at hand.
+    parts: Vec<Part<R>>,
     values: Buffer<R>,
     /// Keys, then values, one column per key.
     transposed: Buffer<R>,
-    scores: Buffer<R>,
-    grads: Buffer<R>,
     sums: Buffer<R>,
+}
+
+/// Some columns of a tile.
+struct Part<R> {
+    columns: Vec<u32>,
+    keys: Buffer<R>,
+    /// P, then dS.
+    weights: Buffer<R>,
+    /// `dO . v`
+    grads: Buffer<R>,
 }
 
 impl<T: Element> Scratch<T> {
@@ -137,18 +150,22 @@ impl<T: Element> Scratch<T> {
 }
 
 impl<R: Real> Tile<R> {
-    fn new(dim: usize, value_dim: usize) -> Self {
+    fn new(dim: usize, value_dim: usize, parts: usize) -> Self {
         let panel = |width: usize| Buffer::zeros(TILE * padded(width));
-        Tile {
+        let part = || Part {
             columns: Vec::with_capacity(TILE),
-            deltas: Buffer::zeros(TILE),
+            keys: panel(dim),
+            weights: panel(TILE),
+            grads: panel(TILE),
+        };
+        Tile {
             queries: panel(dim),
             grad_out: panel(value_dim),
-            keys: panel(dim),
+            deltas: Buffer::zeros(TILE),
+            averages: Vec::with_capacity(TILE),
+            parts: std::iter::repeat_with(part).take(parts).collect(),
             values: panel(value_dim),
             transposed: panel(dim.max(value_dim)),
-            scores: panel(TILE),
-            grads: panel(TILE),
             sums: panel(dim),
         }
     }
@@ -262,22 +279,37 @@ impl<T: Element> Task<'_, T> {
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
         // SAFETY: the cursor names columns of this head only; scratch rows have padded lengths.
         unsafe {
-            let delta = self.dot_of_output::<V>(row);
-            self.delta.row_mut(self.first_row + row)[0] = delta;
-            self.weigh_background(row);
+            let known = self.weigh_background(row).then(|| self.dot_of_output::<V>(row));
             let Scratch { query, grad_out, scores, grads, sum, .. } = &mut *self.scratch;
             head.q.stage::<V>(row, query);
-            sum.fill(T::Acc::ZERO);
+            self.grad_out.stage::<V>(row, grad_out);
             let shift = shift(self.lse.at(row));
-            while let Some(columns) = cursor.piece() {
+            let weigh = |columns: &[u32], scores: &mut [T::Acc], grads: &mut [T::Acc]| {
                 let len = columns.len();
                 let groups = len.next_multiple_of(LONG_GROUP);
                 long_dots::<V, T>(query, &head.k, columns, &mut scores[..groups]);
                 long_dots::<V, T>(grad_out, &head.v, columns, &mut grads[..groups]);
                 head.add_long_bias(self.scale, row, false, columns, &mut scores[..len]);
                 head.drop_long_weights(row, columns, &mut grads[..len]);
-                let (scores, grads) = (&mut scores[..padded(len)], &grads[..padded(len)]);
-                score_gradients::<V>(scores, grads, scale_left, shift, delta, self.scale);
+                weigh::<V>(scores, grads, len, scale_left, shift)
+            };
+            let (mut pieces, mut sums) = (0, [T::Acc::ZERO; 2]);
+            while let Some(columns) = cursor.piece() {
+                let [product, total] = weigh(columns, scores, grads);
+                sums = [sums[0] + product, sums[1] + total];
+                pieces += 1;
+            }
+            let delta = known.unwrap_or_else(|| average(sums));
+            self.delta.row_mut(self.first_row + row)[0] = delta;
+            sum.fill(T::Acc::ZERO);
+            cursor.begin_long_row(row);
+            while let Some(columns) = cursor.piece() {
+                // All columns of a row that has one piece are still there.
+                if pieces > 1 {
+                    weigh(columns, scores, grads);
+                }
+                let len = columns.len();
+                differentiate_row::<V>(scores, grads, len, delta, self.scale);
                 add_long_weighted::<V, T>(&scores[..len], &head.k, columns, sum);
             }
             write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
@@ -290,15 +322,17 @@ impl<T: Element> Task<'_, T> {
         let head = self.tensors;
         let (dim, value_dim) = (head.q.width(), head.v.width());
         let (stride, value_stride) = (padded(dim), padded(value_dim));
-        let out = &mut self.scratch.out;
-        let tile = self.scratch.tile.get_or_insert_with(|| Tile::new(dim, value_dim));
-        let allowed = head.allowed();
-        let count_rows = rows.len();
+        let (columns, allowed) = (self.edges.num_cols(), head.allowed());
+        let sums_delta = columns <= MOST_PARTS * TILE;
+        let Scratch { out, tile, .. } = &mut *self.scratch;
+        let tile = tile.get_or_insert_with(|| {
+            Tile::new(dim, value_dim, if sums_delta { columns.div_ceil(TILE) } else { 1 })
+        });
         // SAFETY: rows and columns are those of this head; panels hold TILE rows of padded length.
         unsafe {
             pack::<V, T>(&head.q, rows.clone(), &mut tile.queries);
             pack::<V, T>(&self.grad_out, rows.clone(), &mut tile.grad_out);
-            for (slot, row) in rows.clone().enumerate() {
+            for (slot, row) in rows.clone().enumerate().filter(|_| !sums_delta) {
                 self.out.stage::<V>(row, out);
                 // In the order of `multiply`: where a query gives one key all the weight, `dO . O` is the `dO . v` of it.
                 let grad_out = &tile.grad_out[slot * value_stride..slot * value_stride + value_dim];
@@ -307,56 +341,45 @@ impl<T: Element> Task<'_, T> {
                     delta = V::splat(grad).mul_add(V::splat(out), delta);
                 }
                 tile.deltas[slot] = delta.largest();
+            }
+            tile.averages.clear();
+            tile.averages.resize(rows.len(), [T::Acc::ZERO; 2]);
+            tile.sums.fill(T::Acc::ZERO);
+            let mut next = 0;
+            while next < columns {
+                let mut used = 0;
+                while used < tile.parts.len()
+                    && allowed.take_keys(&mut next, columns, TILE, &mut tile.parts[used].columns)
+                {
+                    tile.weigh::<V, T>(used, &head, rows.clone(), self.scale, &self.lse);
+                    used += 1;
+                }
+                if sums_delta {
+                    for (delta, &sums) in tile.deltas.iter_mut().zip(&tile.averages) {
+                        *delta = average(sums);
+                    }
+                }
+                for part in &mut tile.parts[..used] {
+                    let count = part.columns.len();
+                    for slot in 0..rows.len() {
+                        let place = slot * TILE..(slot + 1) * TILE;
+                        let (weights, grads) = (&mut part.weights[place.clone()], &part.grads[place]);
+                        differentiate_row::<V>(weights, grads, count, tile.deltas[slot], self.scale);
+                    }
+                    multiply::<V, true>(
+                        Block { data: &part.weights, stride: TILE },
+                        Block { data: &part.keys, stride },
+                        &mut tile.sums,
+                        stride,
+                        (rows.len(), dim, count),
+                    );
+                }
+            }
+            for (slot, row) in rows.enumerate() {
                 self.delta.row_mut(self.first_row + row)[0] = tile.deltas[slot];
                 if let Some(background) = self.background {
                     background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;
                 }
-            }
-            tile.sums.fill(T::Acc::ZERO);
-            let mut next = 0;
-            while allowed.take_keys(&mut next, self.edges.num_cols(), TILE, &mut tile.columns) {
-                let count = tile.columns.len();
-                pack::<V, T>(&head.k, tile.columns.iter().map(|&column| column as usize), &mut tile.keys);
-                pack::<V, T>(&head.v, tile.columns.iter().map(|&column| column as usize), &mut tile.values);
-                transpose::<V>(&tile.keys, count, dim, &mut tile.transposed);
-                multiply::<V, false>(
-                    Block { data: &tile.queries, stride },
-                    Block { data: &tile.transposed, stride: TILE },
-                    &mut tile.scores,
-                    TILE,
-                    (count_rows, count, dim),
-                );
-                transpose::<V>(&tile.values, count, value_dim, &mut tile.transposed);
-                multiply::<V, false>(
-                    Block { data: &tile.grad_out, stride: value_stride },
-                    Block { data: &tile.transposed, stride: TILE },
-                    &mut tile.grads,
-                    TILE,
-                    (count_rows, count, value_dim),
-                );
-                for (slot, row) in rows.clone().enumerate() {
-                    let (start, end) = (slot * TILE, slot * TILE + padded(count));
-                    head.drop_long_weights(row, &tile.columns, &mut tile.grads[start..start + count]);
-                    let (shift, delta) = (shift(self.lse.at(row)), tile.deltas[slot]);
-                    let scores = &mut tile.scores[start..end];
-                    score_gradients::<V>(
-                        scores,
-                        &tile.grads[start..end],
-                        self.scale,
-                        shift,
-                        delta,
-                        self.scale,
-                    );
-                }
-                multiply::<V, true>(
-                    Block { data: &tile.scores, stride: TILE },
-                    Block { data: &tile.keys, stride },
-                    &mut tile.sums,
-                    stride,
-                    (count_rows, dim, count),
-                );
-            }
-            for (slot, row) in rows.enumerate() {
                 let sum = &tile.sums[slot * stride..(slot + 1) * stride];
                 write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
             }
@@ -423,25 +446,95 @@ unsafe fn differentiate<V: Vector>(
     deltas
 }
 
-/// Replace dots by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift[0] - shift[1])`.
+impl<R: Real> Tile<R> {
+    /// P and `dO . v` of the columns of part `index`, and their sums.
+    #[inline(always)]
+    unsafe fn weigh<V, T>(
+        &mut self,
+        index: usize,
+        head: &Head<T>,
+        rows: Range<usize>,
+        scale: R,
+        lse: &Column<f64>,
+    ) where
+        T: Element<Acc = R>,
+        V: Vector<Lane = R> + Memory<T>,
+    {
+        let Tile { queries, grad_out, averages, parts, values, transposed, .. } = self;
+        let Part { columns, keys, weights, grads } = &mut parts[index];
+        let (dim, value_dim, count) = (head.q.width(), head.v.width(), columns.len());
+        // SAFETY: the caller says that rows and columns are those of the head; panels hold TILE rows of padded length.
+        unsafe {
+            let products = [
+                (&head.k, &mut *keys, &*queries, &mut *weights, dim),
+                (&head.v, &mut *values, &*grad_out, &mut *grads, value_dim),
+            ];
+            for (matrix, panel, tile, to, width) in products {
+                pack::<V, T>(matrix, columns.iter().map(|&column| column as usize), panel);
+                transpose::<V>(panel, count, width, transposed);
+                multiply::<V, false>(
+                    Block { data: tile, stride: padded(width) },
+                    Block { data: transposed, stride: TILE },
+                    to,
+                    TILE,
+                    (rows.len(), count, width),
+                );
+            }
+            for (slot, row) in rows.enumerate() {
+                let place = slot * TILE..(slot + 1) * TILE;
+                let (weights, grads) = (&mut weights[place.clone()], &mut grads[place]);
+                head.drop_long_weights(row, columns, &mut grads[..count]);
+                let [product, total] = weigh::<V>(weights, grads, count, scale, shift(lse.at(row)));
+                averages[slot] = [averages[slot][0] + product, averages[slot][1] + total];
+            }
+        }
+    }
+}
+
+/// Replace the dots of a row by `P = exp(scale_left * dot - shift[0] - shift[1])`; returns `sum P grad` and `sum P`.
 #[inline(always)]
-unsafe fn score_gradients<V: Vector>(
+unsafe fn weigh<V: Vector>(
     dots: &mut [V::Lane],
     grads: &[V::Lane],
+    len: usize,
     scale_left: V::Lane,
     shift: [V::Lane; 2],
+) -> [V::Lane; 2] {
+    let (dots, grads) = (&mut dots[..padded(len)], &grads[..padded(len)]);
+    // SAFETY: padded lengths are whole registers.
+    unsafe {
+        let (zero, scale_left) = (V::splat(V::Lane::ZERO), V::splat(scale_left));
+        let [most, rest] = [V::splat(shift[0]), V::splat(shift[1])];
+        let (mut sum, mut total) = (zero, zero);
+        for i in (0..len).step_by(V::LANES) {
+            let dot = dots.as_mut_ptr().add(i);
+            let p = exp(V::load(dot) * scale_left - most - rest);
+            p.store(dot);
+            let lanes = V::LANES.min(len - i);
+            let (p, grad) = (p.first_or(lanes, zero), V::load(grads.as_ptr().add(i)).first_or(lanes, zero));
+            sum = p.mul_add(grad, sum);
+            total = total + p;
+        }
+        [sum.sum(), total.sum()]
+    }
+}
+
+/// Replace P of a row by `scale * P * (grad - delta)`.
+#[inline(always)]
+unsafe fn differentiate_row<V: Vector>(
+    weights: &mut [V::Lane],
+    grads: &[V::Lane],
+    len: usize,
     delta: V::Lane,
     scale: V::Lane,
 ) {
-    debug_assert!(dots.len() == grads.len() && dots.len().is_multiple_of(V::LANES));
-    // SAFETY: whole registers, as asserted.
+    let (weights, grads) = (&mut weights[..padded(len)], &grads[..padded(len)]);
+    // SAFETY: padded lengths are whole registers.
     unsafe {
-        let (scale_left, delta, scale) = (V::splat(scale_left), V::splat(delta), V::splat(scale));
-        let [most, rest] = [V::splat(shift[0]), V::splat(shift[1])];
-        for i in (0..dots.len()).step_by(V::LANES) {
-            let dot = dots.as_mut_ptr().add(i);
-            let p = exp(V::load(dot) * scale_left - most - rest);
-            (p * (V::load(grads.as_ptr().add(i)) - delta) * scale).store(dot);
+        let (delta, scale) = (V::splat(delta), V::splat(scale));
+        for i in (0..len).step_by(V::LANES) {
+            let weight = weights.as_mut_ptr().add(i);
+            (V::load(weight) * (V::load(grads.as_ptr().add(i)) - delta) * scale).store(weight);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Gradients: `dq_i = scale * sum_j dS_ij k_j`, `dk_j = scale * sum_i dS_ij q_i` and `dv_j = sum_i P_ij dO_i`, with
-//! `P_ij = exp(s_ij - lse_i)`, `dS_ij = P_ij (dO_i . v_j - delta_i)` and `delta_i = dO_i . O_i`.
+//! `P_ij = exp(s_ij - lse_i)`, `dS_ij = P_ij (dO_i . v_j - delta_i)` and `delta_i = sum_j P_ij (dO_i . v_j) = dO_i . O_i`: the sum,
+//! which rounds like what it is subtracted from, unless a tile has so many squares that all their P would be computed once more for it.
 //!
 //! A tile's P and dS are computed once and used for all three, when there are heads enough for all threads; else dq goes by query and
 //! dk and dv by key, which computes them twice. Sums are formed in the same order either way, so the bits are the same.
@@ -11,7 +12,7 @@ use super::packed::{Keys, Order, Panels, add_wild, set_bits};
 use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
-use crate::kernel::cpu::backward::{Outputs, Saved, shift};
+use crate::kernel::cpu::backward::{Outputs, Saved, average, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
@@ -19,6 +20,7 @@ use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::exp2;
+use crate::kernel::view::Output;
 use crate::plan::panels::{PANEL, Square, Squares};
 
 /// Queries per task that writes dq alone.
@@ -50,13 +52,13 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     let isa = run.isa;
     // Three layouts of keys and values, and the sums of dk and dv, share the cache.
     let slots = slots(call, 3 * padded(sizes.dim) + 2 * padded(sizes.value_dim));
-    let run_tasks = |rows: usize, panels_per_task: usize, wants: Wants| {
+    let run_tasks = |rows: usize, panels_per_task: usize, pass: Pass<T::Acc>| {
         let (by_rows, by_panels) =
             (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
         let per_unit = by_rows * by_panels;
         pool.run(
             units.len() * per_unit,
-            || Scratch::new(call, slots, rows.min(sizes.queries), panels_per_task, wants),
+            || Scratch::new(call, slots, rows.min(sizes.queries), panels_per_task, pass),
             |scratch, index| {
                 let (row, panel) = (index % per_unit / by_panels * rows, index % by_panels * panels_per_task);
                 let task = Task {
@@ -65,7 +67,7 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
                     unit: units[index / per_unit],
                     rows: row..sizes.queries.min(row + rows),
                     panels: panel..panels.min(panel + panels_per_task),
-                    wants,
+                    pass,
                     outputs,
                     scratch,
                 };
@@ -79,19 +81,33 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     // Together they are 7 products, apart 3 + 4 + 2 that are computed again.
     let rounds = units.len().div_ceil(pool.parallelism()) * pool.parallelism();
     if rounds * 7 <= units.len() * 9 && longest < TOO_LONG {
-        return run_tasks(all_rows, all_panels, Wants { queries: true, keys: true });
+        return run_tasks(all_rows, all_panels, Pass::Both);
     }
-    run_tasks(ROWS, all_panels, Wants { queries: true, keys: false })?;
-    run_tasks(all_rows, PANELS.max(panels.div_ceil(TASKS)), Wants { queries: false, keys: true })
+    let mut deltas = vec![T::Acc::ZERO; sizes.batch * sizes.heads * sizes.queries];
+    let per_query = [sizes.batch, sizes.heads, sizes.queries, 1];
+    run_tasks(ROWS, all_panels, Pass::Queries(&Output::new("delta", &mut deltas, &per_query)?))?;
+    run_tasks(all_rows, PANELS.max(panels.div_ceil(TASKS)), Pass::Keys(&deltas))
 }
 
 /// Which gradients a task writes.
-#[derive(Debug, Clone, Copy)]
-struct Wants {
-    /// dq
-    queries: bool,
-    /// dk and dv
-    keys: bool,
+#[derive(Clone, Copy)]
+enum Pass<'a, R> {
+    /// All.
+    Both,
+    /// dq, and delta of every query.
+    Queries(&'a Output<'a, R>),
+    /// dk and dv, from delta of every query.
+    Keys(&'a [R]),
+}
+
+impl<R> Pass<'_, R> {
+    fn wants_queries(&self) -> bool {
+        !matches!(self, Pass::Keys(_))
+    }
+
+    fn wants_keys(&self) -> bool {
+        !matches!(self, Pass::Queries(_))
+    }
 }
 
 /// Some queries and some keys of one head of k and v.
@@ -101,7 +117,7 @@ struct Task<'a, T: Element> {
     unit: usize,
     rows: Range<usize>,
     panels: Range<usize>,
-    wants: Wants,
+    pass: Pass<'a, T::Acc>,
     outputs: Outputs<'a, T>,
     scratch: &'a mut Scratch<T::Acc>,
 }
@@ -112,6 +128,10 @@ struct Queries<'a, T: Element> {
     grad_out: Matrix<'a, T>,
     out: Matrix<'a, T>,
     lse: Column<'a, f64>,
+    /// Where the head's first query lies in the deltas.
+    first_row: usize,
+    /// Whether delta is a sum over keys.
+    sums_delta: bool,
 }
 
 /// What a thread keeps from task to task.
@@ -127,9 +147,10 @@ struct Scratch<R> {
     weights: Buffer<R>,
     /// `dO . v`, then dS.
     grads: Buffer<R>,
-    /// Per query of a tile: its lse in two parts, its delta.
+    /// Per query of a tile: its lse in two parts, its delta, and lanes of `sum P (dO . v)` and of `sum P`.
     shifts: [[R; 2]; PANEL],
     deltas: Buffer<R>,
+    sums: [Buffer<R>; 2],
     /// Sums for the rows and panels of a task.
     dq: Buffer<R>,
     dk: Buffer<R>,
@@ -144,7 +165,7 @@ impl<R: Real> Scratch<R> {
         slots: usize,
         rows: usize,
         panels: usize,
-        wants: Wants,
+        pass: Pass<R>,
     ) -> Self {
         let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
         let (width, value_width) = (padded(dim), padded(value_dim));
@@ -165,9 +186,10 @@ impl<R: Real> Scratch<R> {
             grads: Buffer::unset(GROUP * SQUARE),
             shifts: [[R::ZERO; 2]; PANEL],
             deltas: Buffer::unset(PANEL),
-            dq: sums(wants.queries, rows.next_multiple_of(PANEL), width),
-            dk: sums(wants.keys, panels * PANEL, width),
-            dv: sums(wants.keys, panels * PANEL, value_width),
+            sums: [Buffer::unset(SQUARE), Buffer::unset(SQUARE)],
+            dq: sums(pass.wants_queries(), rows.next_multiple_of(PANEL), width),
+            dk: sums(pass.wants_keys(), panels * PANEL, width),
+            dv: sums(pass.wants_keys(), panels * PANEL, value_width),
             token: Buffer::unset(width.max(value_width)),
         }
     }
@@ -182,17 +204,22 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
         self.scratch.dk.fill(T::Acc::ZERO);
         self.scratch.dv.fill(T::Acc::ZERO);
         for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
-            let edges = self.call.problem.plan.head(batch, head, sizes.heads).by_query();
+            let plan = self.call.problem.plan.head(batch, head, sizes.heads);
+            let limit = self.scratch.keys.len();
             let queries = Queries {
                 tensors: self.call.head(batch, head),
                 grad_out: self.saved.grad_out(batch, head),
                 out: self.saved.out(batch, head),
                 lse: self.saved.lse(batch, head),
+                first_row: (batch * sizes.heads + head) * sizes.queries,
+                sums_delta: plan.in_panels().squares <= GROUP.min(limit),
             };
             self.scratch.dq.fill(T::Acc::ZERO);
-            let mut tiles = Squares::new(edges, self.rows.clone());
+            let mut tiles = Squares::new(plan.by_query(), self.rows.clone());
             let mut squares = std::mem::take(&mut self.scratch.squares);
-            for panels in tiles.chunks(self.panels.clone(), self.scratch.keys.len()) {
+            // A sum over keys wants all of them at once.
+            let limit = if queries.sums_delta { usize::MAX } else { limit };
+            for panels in tiles.chunks(self.panels.clone(), limit) {
                 for rows in tiles.rows_reaching(&panels) {
                     for start in rows.step_by(PANEL) {
                         tiles.of_tile(start, &panels, &mut squares);
@@ -202,7 +229,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 }
             }
             self.scratch.squares = squares;
-            if self.wants.queries {
+            if self.pass.wants_queries() {
                 let dq = self.outputs.dq.head(batch, head);
                 for (row, sum) in self.rows.clone().zip(self.scratch.dq.chunks_exact(width)) {
                     // SAFETY: the row belongs to this task.
@@ -210,7 +237,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 }
             }
         }
-        if self.wants.keys {
+        if self.pass.wants_keys() {
             let (to_dk, to_dv) = (self.outputs.dk.head(batch, kv_head), self.outputs.dv.head(batch, kv_head));
             let keys = self.panels.start * PANEL..sizes.keys.min(self.panels.end * PANEL);
             let sums = self.scratch.dk.chunks_exact(width).zip(self.scratch.dv.chunks_exact(value_width));
@@ -236,24 +263,33 @@ impl<T: Element> Task<'_, T> {
             return;
         }
         let count = PANEL.min(self.rows.end - start);
+        let group = GROUP.min(self.scratch.keys.len());
         // SAFETY: the queries exist; the rest is the caller's promise.
         unsafe {
             self.load::<V>(head, start, count);
-            let tensors = head.tensors;
-            for squares in squares.chunks(GROUP.min(self.scratch.keys.len())) {
-                let Scratch { slots, keys, queries, grad_out, weights, grads, .. } = &mut *self.scratch;
-                keys.find::<V, T>(&tensors, self.unit, squares, slots);
-                let scores = |tile, panels, width, dim, scores| {
-                    V::outline::<T::Acc>(Scores { tile, panels, width, dim, squares, slots, scores });
-                };
-                scores(&queries.columns, &keys.k.columns, keys.k.width, tensors.k.width(), weights);
-                scores(&grad_out.columns, &keys.v.columns, keys.v.width, tensors.v.width(), grads);
-                self.differentiate::<V>(squares);
-                if self.wants.queries {
-                    self.sum_keys::<V>(&tensors.k, start, squares);
+            let sums_delta = head.sums_delta && self.pass.wants_queries();
+            if sums_delta && squares.len() > group {
+                for squares in squares.chunks(group) {
+                    self.weigh::<V>(head, squares);
                 }
-                if self.wants.keys {
-                    self.sum_queries::<V>(head, start, squares);
+                self.average_sums::<V>();
+            }
+            for part in squares.chunks(group) {
+                self.weigh::<V>(head, part);
+                if sums_delta && squares.len() <= group {
+                    self.average_sums::<V>();
+                }
+                self.differentiate::<V>(part);
+                if self.pass.wants_queries() {
+                    self.sum_keys::<V>(&head.tensors.k, start, part);
+                }
+                if self.pass.wants_keys() {
+                    self.sum_queries::<V>(head, start, part);
+                }
+            }
+            if let Pass::Queries(deltas) = self.pass {
+                for slot in 0..count {
+                    deltas.row_mut(head.first_row + start + slot)[0] = self.scratch.deltas[slot];
                 }
             }
         }
@@ -267,21 +303,30 @@ impl<T: Element> Task<'_, T> {
         start: usize,
         count: usize,
     ) {
-        let Scratch { queries, out, grad_out, shifts, deltas, .. } = &mut *self.scratch;
+        let Scratch { queries, out, grad_out, shifts, deltas, sums, .. } = &mut *self.scratch;
         let scale = self.call.scale;
         let bits = u16::MAX >> (PANEL - count);
         // SAFETY: the queries exist; panels by columns have PANEL numbers for each of their channels.
         unsafe {
-            out.pack::<V, T>(0, &head.out, start, bits);
             grad_out.pack::<V, T>(0, &head.grad_out, start, bits);
-            // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
-            for lane in (0..PANEL).step_by(V::LANES) {
-                let mut sum = V::splat(T::Acc::ZERO);
-                for place in (lane..grad_out.size()).step_by(PANEL) {
-                    let grad = V::load(grad_out.columns.as_ptr().add(place));
-                    sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+            match self.pass {
+                Pass::Keys(all) => {
+                    let first = head.first_row + start;
+                    deltas[..count].copy_from_slice(&all[first..first + count]);
                 }
-                sum.store(deltas.as_mut_ptr().add(lane));
+                _ if head.sums_delta => sums.iter_mut().for_each(|lanes| lanes.fill(T::Acc::ZERO)),
+                _ => {
+                    out.pack::<V, T>(0, &head.out, start, bits);
+                    // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
+                    for lane in (0..PANEL).step_by(V::LANES) {
+                        let mut sum = V::splat(T::Acc::ZERO);
+                        for place in (lane..grad_out.size()).step_by(PANEL) {
+                            let grad = V::load(grad_out.columns.as_ptr().add(place));
+                            sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+                        }
+                        sum.store(deltas.as_mut_ptr().add(lane));
+                    }
+                }
             }
             for slot in 0..count {
                 shifts[slot] = shift(head.lse.at(start + slot));
@@ -291,15 +336,23 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    /// Turn scores into P, and `dO . v` into dS; zero where a key is not kept.
+    /// P and `dO . v` of some squares, zero where a key is not kept, and their sums.
     #[inline(always)]
-    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square]) {
-        let Scratch { slots, keys, weights, grads, shifts, deltas, .. } = &mut *self.scratch;
+    unsafe fn weigh<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, head: &Queries<T>, squares: &[Square]) {
+        let Scratch { slots, keys, queries, grad_out, weights, grads, shifts, sums, .. } = &mut *self.scratch;
         assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
-        // SAFETY: every square has its scores and gradients.
+        let tensors = head.tensors;
+        // SAFETY: every square has its scores and gradients; the rest is the caller's promise.
         unsafe {
+            keys.find::<V, T>(&tensors, self.unit, squares, slots);
+            let scores = |tile, panels, width, dim, scores| {
+                V::outline::<T::Acc>(Scores { tile, panels, width, dim, squares, slots, scores });
+            };
+            scores(&queries.columns, &keys.k.columns, keys.k.width, tensors.k.width(), weights);
+            scores(&grad_out.columns, &keys.v.columns, keys.v.width, tensors.v.width(), grads);
             let zero = V::splat(T::Acc::ZERO);
             let log2_e = V::splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
+            let [products, totals] = sums.each_mut().map(|lanes| lanes.as_mut_ptr());
             for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
                 for query in 0..PANEL {
                     if !square.halves[query / (PANEL / 2)] {
@@ -308,17 +361,63 @@ impl<T: Element> Task<'_, T> {
                     let bits = u32::from(square.bits[query] & keys.allowed[slot]);
                     let [most, rest] = shifts[query];
                     let (most, rest) = (V::splat(most), V::splat(rest));
-                    let delta = V::splat(deltas[query]);
-                    for lane in (0..PANEL).step_by(V::LANES) {
-                        let place = index * SQUARE + query * PANEL + lane;
+                    for lane in (query * PANEL..(query + 1) * PANEL).step_by(V::LANES) {
+                        let place = index * SQUARE + lane;
                         let (weight, grad) = (weights.as_mut_ptr().add(place), grads.as_mut_ptr().add(place));
                         let mut p = exp2((V::load(weight) - most - rest) * log2_e);
-                        let mut ds = p * (V::load(grad) - delta);
+                        let mut dp = V::load(grad);
                         if bits != u32::from(u16::MAX) {
-                            (p, ds) = (p.keep(bits >> lane, zero), ds.keep(bits >> lane, zero));
+                            let bits = bits >> (lane % PANEL);
+                            (p, dp) = (p.keep(bits, zero), dp.keep(bits, zero));
+                            dp.store(grad);
                         }
                         p.store(weight);
-                        ds.store(grad);
+                        let (product, total) = (products.add(lane), totals.add(lane));
+                        p.mul_add(dp, V::load(product)).store(product);
+                        (p + V::load(total)).store(total);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Delta of every query from the sums of all its squares: `sum P (dO . v) / sum P`.
+    #[inline(always)]
+    unsafe fn average_sums<V: Vector<Lane = T::Acc>>(&mut self) {
+        let Scratch { deltas, sums, .. } = &mut *self.scratch;
+        for (query, delta) in deltas.iter_mut().enumerate() {
+            // SAFETY: every query has PANEL lanes of both sums.
+            unsafe {
+                let sum = |lanes: &[T::Acc]| {
+                    let lanes = lanes.as_ptr().add(query * PANEL);
+                    let mut sum = V::load(lanes);
+                    for lane in (V::LANES..PANEL).step_by(V::LANES) {
+                        sum = sum + V::load(lanes.add(lane));
+                    }
+                    sum.sum()
+                };
+                *delta = average([sum(&sums[0]), sum(&sums[1])]);
+            }
+        }
+    }
+
+    /// Turn `dO . v` of some squares into dS.
+    #[inline(always)]
+    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square]) {
+        let Scratch { weights, grads, deltas, .. } = &mut *self.scratch;
+        assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
+        for (index, square) in squares.iter().enumerate() {
+            for (query, &delta) in deltas.iter().enumerate() {
+                if !square.halves[query / (PANEL / 2)] {
+                    continue;
+                }
+                // SAFETY: every square has its P and `dO . v`.
+                unsafe {
+                    let delta = V::splat(delta);
+                    for lane in (0..PANEL).step_by(V::LANES) {
+                        let place = index * SQUARE + query * PANEL + lane;
+                        let grad = grads.as_mut_ptr().add(place);
+                        (V::load(weights.as_ptr().add(place)) * (V::load(grad) - delta)).store(grad);
                     }
                 }
             }
