@@ -12,7 +12,7 @@ use super::packed::{Keys, Order, Panels, add_wild, set_bits};
 use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
-use crate::kernel::cpu::backward::{Outputs, Saved, average, shift};
+use crate::kernel::cpu::backward::{Delta, Outputs, Saved, mean_of_row, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
@@ -83,8 +83,8 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     if rounds * 7 <= units.len() * 9 && longest < TOO_LONG {
         return run_tasks(all_rows, all_panels, Pass::Both);
     }
-    let mut deltas = vec![T::Acc::ZERO; sizes.batch * sizes.heads * sizes.queries];
-    let per_query = [sizes.batch, sizes.heads, sizes.queries, 1];
+    let mut deltas = vec![T::Acc::ZERO; 2 * sizes.batch * sizes.heads * sizes.queries];
+    let per_query = [sizes.batch, sizes.heads, sizes.queries, 2];
     run_tasks(ROWS, all_panels, Pass::Queries(&Output::new("delta", &mut deltas, &per_query)?))?;
     run_tasks(all_rows, PANELS.max(panels.div_ceil(TASKS)), Pass::Keys(&deltas))
 }
@@ -147,9 +147,9 @@ struct Scratch<R> {
     weights: Buffer<R>,
     /// `dO . v`, then dS.
     grads: Buffer<R>,
-    /// Per query of a tile: its lse in two parts, its delta, and lanes of `sum P (dO . v)` and of `sum P`.
+    /// Per query of a tile: its lse in two parts, its delta, and rows of sums for that.
     shifts: [[R; 2]; PANEL],
-    deltas: Buffer<R>,
+    deltas: [Delta<R>; PANEL],
     sums: [Buffer<R>; 2],
     /// Sums for the rows and panels of a task.
     dq: Buffer<R>,
@@ -185,7 +185,7 @@ impl<R: Real> Scratch<R> {
             weights: Buffer::unset(GROUP * SQUARE),
             grads: Buffer::unset(GROUP * SQUARE),
             shifts: [[R::ZERO; 2]; PANEL],
-            deltas: Buffer::unset(PANEL),
+            deltas: [[R::ZERO; 2]; PANEL],
             sums: [Buffer::unset(SQUARE), Buffer::unset(SQUARE)],
             dq: sums(pass.wants_queries(), rows.next_multiple_of(PANEL), width),
             dk: sums(pass.wants_keys(), panels * PANEL, width),
@@ -266,18 +266,13 @@ impl<T: Element> Task<'_, T> {
         let group = GROUP.min(self.scratch.keys.len());
         // SAFETY: the queries exist; the rest is the caller's promise.
         unsafe {
-            self.load::<V>(head, start, count);
-            let sums_delta = head.sums_delta && self.pass.wants_queries();
-            if sums_delta && squares.len() > group {
-                for squares in squares.chunks(group) {
-                    self.weigh::<V>(head, squares);
-                }
-                self.average_sums::<V>();
-            }
+            let sums_delta = head.sums_delta && squares.len() <= group;
+            self.load::<V>(head, start, count, sums_delta);
             for part in squares.chunks(group) {
                 self.weigh::<V>(head, part);
-                if sums_delta && squares.len() <= group {
-                    self.average_sums::<V>();
+                if sums_delta && self.pass.wants_queries() {
+                    self.average_rest::<V>(part, 0);
+                    self.average_rest::<V>(part, 1);
                 }
                 self.differentiate::<V>(part);
                 if self.pass.wants_queries() {
@@ -289,7 +284,8 @@ impl<T: Element> Task<'_, T> {
             }
             if let Pass::Queries(deltas) = self.pass {
                 for slot in 0..count {
-                    deltas.row_mut(head.first_row + start + slot)[0] = self.scratch.deltas[slot];
+                    let delta = &self.scratch.deltas[slot];
+                    deltas.row_mut(head.first_row + start + slot).copy_from_slice(delta);
                 }
             }
         }
@@ -302,29 +298,31 @@ impl<T: Element> Task<'_, T> {
         head: &Queries<T>,
         start: usize,
         count: usize,
+        sums_delta: bool,
     ) {
-        let Scratch { queries, out, grad_out, shifts, deltas, sums, .. } = &mut *self.scratch;
+        let Scratch { queries, out, grad_out, shifts, deltas, .. } = &mut *self.scratch;
         let scale = self.call.scale;
         let bits = u16::MAX >> (PANEL - count);
         // SAFETY: the queries exist; panels by columns have PANEL numbers for each of their channels.
         unsafe {
             grad_out.pack::<V, T>(0, &head.grad_out, start, bits);
-            match self.pass {
-                Pass::Keys(all) => {
-                    let first = head.first_row + start;
-                    deltas[..count].copy_from_slice(&all[first..first + count]);
-                }
-                _ if head.sums_delta => sums.iter_mut().for_each(|lanes| lanes.fill(T::Acc::ZERO)),
-                _ => {
-                    out.pack::<V, T>(0, &head.out, start, bits);
-                    // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
-                    for lane in (0..PANEL).step_by(V::LANES) {
-                        let mut sum = V::splat(T::Acc::ZERO);
-                        for place in (lane..grad_out.size()).step_by(PANEL) {
-                            let grad = V::load(grad_out.columns.as_ptr().add(place));
-                            sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
-                        }
-                        sum.store(deltas.as_mut_ptr().add(lane));
+            deltas.fill([T::Acc::ZERO; 2]);
+            if let Pass::Keys(all) = self.pass {
+                let first = head.first_row + start;
+                deltas[..count].copy_from_slice(&all.as_chunks().0[first..first + count]);
+            } else if !sums_delta {
+                out.pack::<V, T>(0, &head.out, start, bits);
+                // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
+                for lane in (0..PANEL).step_by(V::LANES) {
+                    let mut sum = V::splat(T::Acc::ZERO);
+                    for place in (lane..grad_out.size()).step_by(PANEL) {
+                        let grad = V::load(grad_out.columns.as_ptr().add(place));
+                        sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+                    }
+                    let mut lanes = [T::Acc::ZERO; PANEL];
+                    sum.store(lanes.as_mut_ptr());
+                    for (delta, &sum) in deltas[lane..].iter_mut().zip(&lanes[..V::LANES]) {
+                        delta[0] = sum;
                     }
                 }
             }
@@ -336,10 +334,10 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    /// P and `dO . v` of some squares, zero where a key is not kept, and their sums.
+    /// P and `dO . v` of some squares, zero where a key is not kept.
     #[inline(always)]
     unsafe fn weigh<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, head: &Queries<T>, squares: &[Square]) {
-        let Scratch { slots, keys, queries, grad_out, weights, grads, shifts, sums, .. } = &mut *self.scratch;
+        let Scratch { slots, keys, queries, grad_out, weights, grads, shifts, .. } = &mut *self.scratch;
         assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
         let tensors = head.tensors;
         // SAFETY: every square has its scores and gradients; the rest is the caller's promise.
@@ -352,7 +350,6 @@ impl<T: Element> Task<'_, T> {
             scores(&grad_out.columns, &keys.v.columns, keys.v.width, tensors.v.width(), grads);
             let zero = V::splat(T::Acc::ZERO);
             let log2_e = V::splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
-            let [products, totals] = sums.each_mut().map(|lanes| lanes.as_mut_ptr());
             for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
                 for query in 0..PANEL {
                     if !square.halves[query / (PANEL / 2)] {
@@ -365,38 +362,52 @@ impl<T: Element> Task<'_, T> {
                         let place = index * SQUARE + lane;
                         let (weight, grad) = (weights.as_mut_ptr().add(place), grads.as_mut_ptr().add(place));
                         let mut p = exp2((V::load(weight) - most - rest) * log2_e);
-                        let mut dp = V::load(grad);
                         if bits != u32::from(u16::MAX) {
                             let bits = bits >> (lane % PANEL);
-                            (p, dp) = (p.keep(bits, zero), dp.keep(bits, zero));
-                            dp.store(grad);
+                            p = p.keep(bits, zero);
+                            V::load(grad).keep(bits, zero).store(grad);
                         }
                         p.store(weight);
-                        let (product, total) = (products.add(lane), totals.add(lane));
-                        p.mul_add(dp, V::load(product)).store(product);
-                        (p + V::load(total)).store(total);
                     }
                 }
             }
         }
     }
 
-    /// Delta of every query from the sums of all its squares: `sum P (dO . v) / sum P`.
+    /// Make the mean of `dO . v - delta` over all squares a part of delta.
     #[inline(always)]
-    unsafe fn average_sums<V: Vector<Lane = T::Acc>>(&mut self) {
-        let Scratch { deltas, sums, .. } = &mut *self.scratch;
-        for (query, delta) in deltas.iter_mut().enumerate() {
-            // SAFETY: every query has PANEL lanes of both sums.
-            unsafe {
-                let sum = |lanes: &[T::Acc]| {
+    unsafe fn average_rest<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square], part: usize) {
+        let Scratch { weights, grads, deltas, sums: [sums, totals], .. } = &mut *self.scratch;
+        assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
+        sums.fill(T::Acc::ZERO);
+        totals.fill(T::Acc::ZERO);
+        // SAFETY: every square has its P and `dO . v`, every query rows of sums, which are whole registers.
+        unsafe {
+            for (index, square) in squares.iter().enumerate() {
+                for (query, &[delta, _]) in deltas.iter().enumerate() {
+                    if !square.halves[query / (PANEL / 2)] {
+                        continue;
+                    }
+                    let delta = V::splat(delta);
+                    for lane in (query * PANEL..(query + 1) * PANEL).step_by(V::LANES) {
+                        let place = index * SQUARE + lane;
+                        let (sum, total) = (sums.as_mut_ptr().add(lane), totals.as_mut_ptr().add(lane));
+                        let p = V::load(weights.as_ptr().add(place));
+                        let rest = V::load(grads.as_ptr().add(place)) - delta;
+                        p.mul_add(rest, V::load(sum)).store(sum);
+                        (p + V::load(total)).store(total);
+                    }
+                }
+            }
+            for (query, delta) in deltas.iter_mut().enumerate() {
+                delta[part] = mean_of_row([&*sums, &*totals].map(|lanes| {
                     let lanes = lanes.as_ptr().add(query * PANEL);
                     let mut sum = V::load(lanes);
                     for lane in (V::LANES..PANEL).step_by(V::LANES) {
                         sum = sum + V::load(lanes.add(lane));
                     }
                     sum.sum()
-                };
-                *delta = average([sum(&sums[0]), sum(&sums[1])]);
+                }));
             }
         }
     }
@@ -407,17 +418,17 @@ impl<T: Element> Task<'_, T> {
         let Scratch { weights, grads, deltas, .. } = &mut *self.scratch;
         assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
         for (index, square) in squares.iter().enumerate() {
-            for (query, &delta) in deltas.iter().enumerate() {
+            for (query, &[delta, rest]) in deltas.iter().enumerate() {
                 if !square.halves[query / (PANEL / 2)] {
                     continue;
                 }
                 // SAFETY: every square has its P and `dO . v`.
                 unsafe {
-                    let delta = V::splat(delta);
+                    let (delta, rest) = (V::splat(delta), V::splat(rest));
                     for lane in (0..PANEL).step_by(V::LANES) {
                         let place = index * SQUARE + query * PANEL + lane;
                         let grad = grads.as_mut_ptr().add(place);
-                        (V::load(weights.as_ptr().add(place)) * (V::load(grad) - delta)).store(grad);
+                        (V::load(weights.as_ptr().add(place)) * (V::load(grad) - delta - rest)).store(grad);
                     }
                 }
             }
