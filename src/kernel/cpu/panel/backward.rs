@@ -147,10 +147,9 @@ struct Scratch<R> {
     weights: Buffer<R>,
     /// `dO . v`, then dS.
     grads: Buffer<R>,
-    /// Per query of a tile: its lse in two parts, its delta, and rows of sums for that.
+    /// Per query of a tile: its lse in two parts, its delta.
     shifts: [[R; 2]; PANEL],
     deltas: [Delta<R>; PANEL],
-    sums: [Buffer<R>; 2],
     /// Sums for the rows and panels of a task.
     dq: Buffer<R>,
     dk: Buffer<R>,
@@ -186,7 +185,6 @@ impl<R: Real> Scratch<R> {
             grads: Buffer::unset(GROUP * SQUARE),
             shifts: [[R::ZERO; 2]; PANEL],
             deltas: [[R::ZERO; 2]; PANEL],
-            sums: [Buffer::unset(SQUARE), Buffer::unset(SQUARE)],
             dq: sums(pass.wants_queries(), rows.next_multiple_of(PANEL), width),
             dk: sums(pass.wants_keys(), panels * PANEL, width),
             dv: sums(pass.wants_keys(), panels * PANEL, value_width),
@@ -270,11 +268,7 @@ impl<T: Element> Task<'_, T> {
             self.load::<V>(head, start, count, sums_delta);
             for part in squares.chunks(group) {
                 self.weigh::<V>(head, part);
-                if sums_delta && self.pass.wants_queries() {
-                    self.average_rest::<V>(part, 0);
-                    self.average_rest::<V>(part, 1);
-                }
-                self.differentiate::<V>(part);
+                self.differentiate::<V>(part, sums_delta && self.pass.wants_queries());
                 if self.pass.wants_queries() {
                     self.sum_keys::<V>(&head.tensors.k, start, part);
                 }
@@ -374,59 +368,33 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    /// Make the mean of `dO . v - delta` over all squares a part of delta.
+    /// Turn `dO . v` of some squares into dS, if `sums_delta` with delta of their own.
     #[inline(always)]
-    unsafe fn average_rest<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square], part: usize) {
-        let Scratch { weights, grads, deltas, sums: [sums, totals], .. } = &mut *self.scratch;
-        assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
-        sums.fill(T::Acc::ZERO);
-        totals.fill(T::Acc::ZERO);
-        // SAFETY: every square has its P and `dO . v`, every query rows of sums, which are whole registers.
-        unsafe {
-            for (index, square) in squares.iter().enumerate() {
-                for (query, &[delta, _]) in deltas.iter().enumerate() {
-                    if !square.halves[query / (PANEL / 2)] {
-                        continue;
-                    }
-                    let delta = V::splat(delta);
-                    for lane in (query * PANEL..(query + 1) * PANEL).step_by(V::LANES) {
-                        let place = index * SQUARE + lane;
-                        let (sum, total) = (sums.as_mut_ptr().add(lane), totals.as_mut_ptr().add(lane));
-                        let p = V::load(weights.as_ptr().add(place));
-                        let rest = V::load(grads.as_ptr().add(place)) - delta;
-                        p.mul_add(rest, V::load(sum)).store(sum);
-                        (p + V::load(total)).store(total);
-                    }
-                }
-            }
-            for (query, delta) in deltas.iter_mut().enumerate() {
-                delta[part] = mean_of_row([&*sums, &*totals].map(|lanes| {
-                    let lanes = lanes.as_ptr().add(query * PANEL);
-                    let mut sum = V::load(lanes);
-                    for lane in (V::LANES..PANEL).step_by(V::LANES) {
-                        sum = sum + V::load(lanes.add(lane));
-                    }
-                    sum.sum()
-                }));
-            }
-        }
-    }
-
-    /// Turn `dO . v` of some squares into dS.
-    #[inline(always)]
-    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square]) {
+    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square], sums_delta: bool) {
         let Scratch { weights, grads, deltas, .. } = &mut *self.scratch;
         assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
-        for (index, square) in squares.iter().enumerate() {
-            for (query, &[delta, rest]) in deltas.iter().enumerate() {
-                if !square.halves[query / (PANEL / 2)] {
-                    continue;
+        for (query, delta) in deltas.iter_mut().enumerate() {
+            let rows = squares.iter().enumerate().filter(|(_, square)| square.halves[query / (PANEL / 2)]);
+            let rows = rows.map(|(index, _)| index * SQUARE + query * PANEL);
+            let places = |row: usize| (row..row + PANEL).step_by(V::LANES);
+            // SAFETY: every square has its P and `dO . v`, in rows of whole registers.
+            unsafe {
+                let zero = V::splat(T::Acc::ZERO);
+                for part in 0..if sums_delta { delta.len() } else { 0 } {
+                    let (mut sum, mut total) = (zero, zero);
+                    let known = V::splat(delta[0]);
+                    for row in rows.clone() {
+                        for place in places(row) {
+                            let p = V::load(weights.as_ptr().add(place));
+                            sum = p.mul_add(V::load(grads.as_ptr().add(place)) - known, sum);
+                            total = total + p;
+                        }
+                    }
+                    delta[part] = mean_of_row([sum.sum(), total.sum()]);
                 }
-                // SAFETY: every square has its P and `dO . v`.
-                unsafe {
-                    let (delta, rest) = (V::splat(delta), V::splat(rest));
-                    for lane in (0..PANEL).step_by(V::LANES) {
-                        let place = index * SQUARE + query * PANEL + lane;
+                let [delta, rest] = delta.map(|part| V::splat(part));
+                for row in rows {
+                    for place in places(row) {
                         let grad = grads.as_mut_ptr().add(place);
                         (V::load(weights.as_ptr().add(place)) * (V::load(grad) - delta - rest)).store(grad);
                     }
