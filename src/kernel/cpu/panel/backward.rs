@@ -368,23 +368,26 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    /// Turn `dO . v` of some squares into dS, if `sums_delta` with delta of their own.
+    /// Turn `dO . v` of some squares into dS, if `sums_delta` with delta of their own; zero where a key is not kept.
     #[inline(always)]
     unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square], sums_delta: bool) {
-        let Scratch { weights, grads, deltas, .. } = &mut *self.scratch;
+        let Scratch { slots, keys, weights, grads, deltas, .. } = &mut *self.scratch;
         assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
         for (query, delta) in deltas.iter_mut().enumerate() {
             let rows = squares.iter().enumerate().filter(|(_, square)| square.halves[query / (PANEL / 2)]);
-            let rows = rows.map(|(index, _)| index * SQUARE + query * PANEL);
-            let places = |row: usize| (row..row + PANEL).step_by(V::LANES);
+            let rows = rows.map(|(index, square)| {
+                let bits = u32::from(square.bits[query] & keys.allowed[slots[index]]);
+                (index * SQUARE + query * PANEL, bits)
+            });
             // SAFETY: every square has its P and `dO . v`, in rows of whole registers.
             unsafe {
-                let zero = V::splat(T::Acc::ZERO);
-                for part in 0..if sums_delta { delta.len() } else { 0 } {
+                let parts = if sums_delta { delta.len() } else { 0 };
+                for part in 0..parts {
+                    let zero = V::splat(T::Acc::ZERO);
                     let (mut sum, mut total) = (zero, zero);
                     let known = V::splat(delta[0]);
-                    for row in rows.clone() {
-                        for place in places(row) {
+                    for (row, _) in rows.clone() {
+                        for place in (row..row + PANEL).step_by(V::LANES) {
                             let p = V::load(weights.as_ptr().add(place));
                             sum = p.mul_add(V::load(grads.as_ptr().add(place)) - known, sum);
                             total = total + p;
@@ -393,10 +396,15 @@ impl<T: Element> Task<'_, T> {
                     delta[part] = mean_of_row([sum.sum(), total.sum()]);
                 }
                 let [delta, rest] = delta.map(|part| V::splat(part));
-                for row in rows {
-                    for place in places(row) {
-                        let grad = grads.as_mut_ptr().add(place);
-                        (V::load(weights.as_ptr().add(place)) * (V::load(grad) - delta - rest)).store(grad);
+                let zero = V::splat(T::Acc::ZERO);
+                for (row, bits) in rows {
+                    for lane in (0..PANEL).step_by(V::LANES) {
+                        let grad = grads.as_mut_ptr().add(row + lane);
+                        let p = V::load(weights.as_ptr().add(row + lane));
+                        let ds = p * (V::load(grad) - delta - rest);
+                        // A delta that is not a number would make one of 0 as well.
+                        let is_full = bits == u32::from(u16::MAX);
+                        (if is_full { ds } else { ds.keep(bits >> lane, zero) }).store(grad);
                     }
                 }
             }
