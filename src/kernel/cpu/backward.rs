@@ -52,11 +52,21 @@ pub(super) fn shift<R: Real>(lse: f64) -> [R; 2] {
     [most, if rest.is_finite() { R::from_f64(rest) } else { R::ZERO }]
 }
 
-/// `sum / total` for totals that are 1 but for rounding, or 0 like their sum: `1 / (1 + e) = 1 - e` to the last bit.
+/// The delta of a query in two parts, so that where two keys share all the weight the difference `dO . v - delta`, which cancels, is
+/// as precise as what is left of it: the [`mean`] of `dO . v` as it is rounded, and the mean of `dO . v - delta`, which it lost.
+pub(super) type Delta<R> = [R; 2];
+
+/// `sum P x / sum P`, for sums of P that are 1 but for the rounding of the log-sum-exp, or 0 like all P: `1 / (1 + e) = 1 - e` to the
+/// last bit. Where one key has all the weight, it is the `x` of it.
 #[inline(always)]
 pub(super) unsafe fn mean<V: Vector>(sum: V, total: V) -> V {
     // SAFETY: the caller's promise that the instructions of `V` are available.
     unsafe { sum * (V::splat(V::Lane::from_f64(2.0)) - total) }
+}
+
+/// [`mean`] of one row.
+pub(super) fn mean_of_row<R: Real>([sum, total]: [R; 2]) -> R {
+    sum * (R::from_f64(2.0) - total)
 }
 
 /// [`Attention::backward`].
@@ -87,7 +97,7 @@ pub(in crate::kernel) fn backward<T: Element>(
     if call.all_regular() {
         return Ok(());
     }
-    let mut delta = vec![T::Acc::ZERO; queries];
+    let mut delta = vec![T::Acc::ZERO; 2 * queries];
     let mut weights = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
     by_query::run(&call, &saved, &dq, &mut delta, &mut weights, run)?;
 

@@ -153,7 +153,12 @@ pub(super) enum Next {
     /// The batch holds the next strips.
     Batch,
     /// A row too long for a batch; its pieces come from [`Cursor::piece`].
-    LongRow(usize),
+    LongRow {
+        /// Its number.
+        row: usize,
+        /// Whether there can be more than one piece.
+        in_pieces: bool,
+    },
 }
 
 /// Walks over the edges of some rows.
@@ -210,7 +215,7 @@ impl<'a, T: Element> Cursor<'a, T> {
                 if batch.strips.is_empty() {
                     self.rows.start += 1;
                     self.begin_long_row(row);
-                    return Some(Next::LongRow(row));
+                    return Some(Next::LongRow { row, in_pieces: self.at_most(row) > PIECE });
                 }
                 break;
             }

@@ -121,7 +121,7 @@ const NUMBERS: usize = if PLACES > PIECE { PLACES } else { PIECE };
 struct QueryTerms<R> {
     /// What is subtracted from their scores, in two parts.
     shifts: [Buffer<R>; 2],
-    deltas: Buffer<R>,
+    deltas: [Buffer<R>; 2],
     background: Buffer<R>,
     /// Dropout's factors.
     factors: Buffer<R>,
@@ -142,7 +142,7 @@ impl<T: Element> Scratch<T> {
             grads: zeros(NUMBERS),
             terms: QueryTerms {
                 shifts: [zeros(NUMBERS), zeros(NUMBERS)],
-                deltas: zeros(NUMBERS),
+                deltas: [zeros(NUMBERS), zeros(NUMBERS)],
                 background: zeros(NUMBERS),
                 factors: ones,
             },
@@ -203,7 +203,7 @@ impl<'a, T: Element> Task<'a, T> {
             tensors: self.call.head(self.batch, head),
             grad_out: self.saved.grad_out(self.batch, head),
             lse: self.saved.lse(self.batch, head),
-            delta: &self.delta[first..first + sizes.queries],
+            delta: &self.delta[2 * first..2 * (first + sizes.queries)],
             background: self.background.map(|share| &share.weights[first..first + sizes.queries]),
             scale: self.call.scale,
         }
@@ -274,7 +274,7 @@ impl<'a, T: Element> Task<'a, T> {
             while let Some(next) = cursor.next(&mut self.scratch.batch) {
                 match next {
                     Next::Batch => self.batch::<V>(queries, start, all),
-                    Next::LongRow(row) => {
+                    Next::LongRow { row, .. } => {
                         if all {
                             self.clear(row - start..row - start + 1);
                         }
@@ -335,7 +335,9 @@ impl<T: Element> Queries<'_, T> {
             // SAFETY: columns are queries of this head.
             let parts = shift(unsafe { self.lse.at(query as usize) });
             [terms.shifts[0][at + edge], terms.shifts[1][at + edge]] = parts;
-            terms.deltas[at + edge] = self.delta[query as usize];
+            for (part, deltas) in terms.deltas.iter_mut().enumerate() {
+                deltas[at + edge] = self.delta[2 * query as usize + part];
+            }
         }
         if let Some(background) = self.background {
             for (edge, &query) in columns.iter().enumerate() {
@@ -377,7 +379,8 @@ impl<R: Real> QueryTerms<R> {
                 let [most, rest] = &self.shifts;
                 let (most, rest) = (V::load(most.as_ptr().add(at + i)), V::load(rest.as_ptr().add(at + i)));
                 let p = exp(V::load(score) * scale_left - most - rest);
-                let grad_of_p = V::load(grad) * factor - V::load(self.deltas.as_ptr().add(at + i));
+                let [delta, left] = self.deltas.each_ref().map(|part| V::load(part.as_ptr().add(at + i)));
+                let grad_of_p = V::load(grad) * factor - delta - left;
                 (p * grad_of_p * scale).store(score);
                 (p * factor - V::load(self.background.as_ptr().add(at + i))).store(grad);
             }

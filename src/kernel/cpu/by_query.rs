@@ -1,10 +1,10 @@
 //! The backward pass over queries: `dq_i = scale * sum_j dS_ij k_j`, with `dS_ij = P_ij (dO_i . v_j - delta_i)` and
 //! `delta_i = dO_i . O_i = sum_j P_ij (dO_i . v_j)`: the sum where all terms of a query are at hand, for it rounds like what it is
-//! subtracted from.
+//! subtracted from. See [`Delta`].
 
 use std::ops::Range;
 
-use super::backward::{Saved, mean, shift};
+use super::backward::{Delta, Saved, mean, mean_of_row, shift};
 use super::batch::{BLOCK, Batch, Cursor, GROUP, Lists, Next, PIECE, PLACES, STRIP, Strip};
 use super::buffer::Buffer;
 use super::gather::{Sums, dots, weighted_sums};
@@ -21,6 +21,9 @@ use crate::kernel::softmax::{exp, exp_or_zero};
 use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
 
+/// Parts of a tile whose columns are kept at a time: from its sums over up to 512 keys a row gets its delta.
+const MOST_PARTS: usize = 8;
+
 /// Write `dq`, `delta` of every query and, where there is a background, the weight that every query gives to a key in it.
 pub(super) fn run<T: Element>(
     call: &Call<T>,
@@ -32,7 +35,7 @@ pub(super) fn run<T: Element>(
 ) -> Result<()> {
     let sizes = call.sizes;
     let per_query = [sizes.batch, sizes.heads, sizes.queries, 1];
-    let delta = Output::new("delta", delta, &per_query)?;
+    let delta = Output::new("delta", delta, &[sizes.batch, sizes.heads, sizes.queries, 2])?;
     let background =
         if call.has_background() { Some(Output::new("background", background, &per_query)?) } else { None };
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 3, run);
@@ -104,17 +107,25 @@ struct Scratch<T: Element> {
 
 /// Panels of a tile; made when first needed.
 struct Tile<R> {
-    columns: Vec<u32>,
-    deltas: Buffer<R>,
     queries: Buffer<R>,
     grad_out: Buffer<R>,
-    keys: Buffer<R>,
+    deltas: Vec<Delta<R>>,
+    /// Up to [`TILE`] columns each: all of a row if there are few, else those at hand.
+    parts: Vec<Part<R>>,
     values: Buffer<R>,
     /// Keys, then values, one column per key.
     transposed: Buffer<R>,
-    scores: Buffer<R>,
-    grads: Buffer<R>,
     sums: Buffer<R>,
+}
+
+/// Some columns of a tile.
+struct Part<R> {
+    columns: Vec<u32>,
+    keys: Buffer<R>,
+    /// P, then dS.
+    weights: Buffer<R>,
+    /// `dO . v`
+    grads: Buffer<R>,
 }
 
 impl<T: Element> Scratch<T> {
@@ -137,18 +148,21 @@ impl<T: Element> Scratch<T> {
 }
 
 impl<R: Real> Tile<R> {
-    fn new(dim: usize, value_dim: usize) -> Self {
+    fn new(dim: usize, value_dim: usize, parts: usize) -> Self {
         let panel = |width: usize| Buffer::zeros(TILE * padded(width));
-        Tile {
+        let part = || Part {
             columns: Vec::with_capacity(TILE),
-            deltas: Buffer::zeros(TILE),
+            keys: panel(dim),
+            weights: panel(TILE),
+            grads: panel(TILE),
+        };
+        Tile {
             queries: panel(dim),
             grad_out: panel(value_dim),
-            keys: panel(dim),
+            deltas: Vec::with_capacity(TILE),
+            parts: std::iter::repeat_with(part).take(parts).collect(),
             values: panel(value_dim),
             transposed: panel(dim.max(value_dim)),
-            scores: panel(TILE),
-            grads: panel(TILE),
             sums: panel(dim),
         }
     }
@@ -183,7 +197,7 @@ impl<T: Element> Task<'_, T> {
             while let Some(next) = cursor.next(&mut self.scratch.batch) {
                 match next {
                     Next::Batch => self.batch::<V>(),
-                    Next::LongRow(row) => self.long_row::<V>(row, &mut cursor),
+                    Next::LongRow { row, in_pieces } => self.long_row::<V>(row, in_pieces, &mut cursor),
                 }
             }
         }
@@ -244,7 +258,8 @@ impl<T: Element> Task<'_, T> {
                 let deltas =
                     differentiate::<V>(&strip, scores, grads, [scale_left, self.scale], &shifts, known);
                 for slot in 0..strip.rows {
-                    self.delta.row_mut(self.first_row + strip.row + slot)[0] = deltas[slot];
+                    let delta = [deltas[0][slot], deltas[1][slot]];
+                    self.delta.row_mut(self.first_row + strip.row + slot).copy_from_slice(&delta);
                 }
             }
             let Scratch { batch, scores, factors, .. } = &mut *self.scratch;
@@ -257,16 +272,20 @@ impl<T: Element> Task<'_, T> {
 
     /// A row with many columns.
     #[inline(always)]
-    unsafe fn long_row<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, row: usize, cursor: &mut Cursor<T>) {
+    unsafe fn long_row<V>(&mut self, row: usize, in_pieces: bool, cursor: &mut Cursor<T>)
+    where
+        V: Vector<Lane = T::Acc> + Memory<T>,
+    {
         let head = self.tensors;
         let scale_left = if head.bias.is_some() { T::Acc::ONE } else { self.scale };
         // SAFETY: the cursor names columns of this head only; scratch rows have padded lengths.
         unsafe {
-            let delta = self.dot_of_output::<V>(row);
-            self.delta.row_mut(self.first_row + row)[0] = delta;
-            self.weigh_background(row);
+            let has_background = self.weigh_background(row);
+            let known = (has_background || in_pieces).then(|| self.dot_of_output::<V>(row));
+            let mut delta = [known.unwrap_or(T::Acc::ZERO), T::Acc::ZERO];
             let Scratch { query, grad_out, scores, grads, sum, .. } = &mut *self.scratch;
             head.q.stage::<V>(row, query);
+            self.grad_out.stage::<V>(row, grad_out);
             sum.fill(T::Acc::ZERO);
             let shift = shift(self.lse.at(row));
             while let Some(columns) = cursor.piece() {
@@ -276,10 +295,15 @@ impl<T: Element> Task<'_, T> {
                 long_dots::<V, T>(grad_out, &head.v, columns, &mut grads[..groups]);
                 head.add_long_bias(self.scale, row, false, columns, &mut scores[..len]);
                 head.drop_long_weights(row, columns, &mut grads[..len]);
-                let (scores, grads) = (&mut scores[..padded(len)], &grads[..padded(len)]);
-                score_gradients::<V>(scores, grads, scale_left, shift, delta, self.scale);
+                weigh::<V>(scores, len, scale_left, shift);
+                if known.is_none() {
+                    delta[0] = mean_of_row(sum_rest::<V>(scores, grads, len, T::Acc::ZERO));
+                    delta[1] = mean_of_row(sum_rest::<V>(scores, grads, len, delta[0]));
+                }
+                differentiate_row::<V>(scores, grads, len, delta, self.scale);
                 add_long_weighted::<V, T>(&scores[..len], &head.k, columns, sum);
             }
+            self.delta.row_mut(self.first_row + row).copy_from_slice(&delta);
             write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
         }
     }
@@ -290,15 +314,19 @@ impl<T: Element> Task<'_, T> {
         let head = self.tensors;
         let (dim, value_dim) = (head.q.width(), head.v.width());
         let (stride, value_stride) = (padded(dim), padded(value_dim));
-        let out = &mut self.scratch.out;
-        let tile = self.scratch.tile.get_or_insert_with(|| Tile::new(dim, value_dim));
-        let allowed = head.allowed();
-        let count_rows = rows.len();
+        let (columns, allowed) = (self.edges.num_cols(), head.allowed());
+        let sums_delta = columns <= MOST_PARTS * TILE;
+        let Scratch { out, tile, .. } = &mut *self.scratch;
+        let tile = tile.get_or_insert_with(|| {
+            Tile::new(dim, value_dim, if sums_delta { columns.div_ceil(TILE) } else { 1 })
+        });
         // SAFETY: rows and columns are those of this head; panels hold TILE rows of padded length.
         unsafe {
             pack::<V, T>(&head.q, rows.clone(), &mut tile.queries);
             pack::<V, T>(&self.grad_out, rows.clone(), &mut tile.grad_out);
-            for (slot, row) in rows.clone().enumerate() {
+            tile.deltas.clear();
+            tile.deltas.resize(rows.len(), [T::Acc::ZERO; 2]);
+            for (slot, row) in rows.clone().enumerate().filter(|_| !sums_delta) {
                 self.out.stage::<V>(row, out);
                 // In the order of `multiply`: where a query gives one key all the weight, `dO . O` is the `dO . v` of it.
                 let grad_out = &tile.grad_out[slot * value_stride..slot * value_stride + value_dim];
@@ -306,57 +334,51 @@ impl<T: Element> Task<'_, T> {
                 for (&grad, &out) in grad_out.iter().zip(&**out) {
                     delta = V::splat(grad).mul_add(V::splat(out), delta);
                 }
-                tile.deltas[slot] = delta.largest();
-                self.delta.row_mut(self.first_row + row)[0] = tile.deltas[slot];
-                if let Some(background) = self.background {
-                    background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;
-                }
+                tile.deltas[slot][0] = delta.largest();
             }
             tile.sums.fill(T::Acc::ZERO);
             let mut next = 0;
-            while allowed.take_keys(&mut next, self.edges.num_cols(), TILE, &mut tile.columns) {
-                let count = tile.columns.len();
-                pack::<V, T>(&head.k, tile.columns.iter().map(|&column| column as usize), &mut tile.keys);
-                pack::<V, T>(&head.v, tile.columns.iter().map(|&column| column as usize), &mut tile.values);
-                transpose::<V>(&tile.keys, count, dim, &mut tile.transposed);
-                multiply::<V, false>(
-                    Block { data: &tile.queries, stride },
-                    Block { data: &tile.transposed, stride: TILE },
-                    &mut tile.scores,
-                    TILE,
-                    (count_rows, count, dim),
-                );
-                transpose::<V>(&tile.values, count, value_dim, &mut tile.transposed);
-                multiply::<V, false>(
-                    Block { data: &tile.grad_out, stride: value_stride },
-                    Block { data: &tile.transposed, stride: TILE },
-                    &mut tile.grads,
-                    TILE,
-                    (count_rows, count, value_dim),
-                );
-                for (slot, row) in rows.clone().enumerate() {
-                    let (start, end) = (slot * TILE, slot * TILE + padded(count));
-                    head.drop_long_weights(row, &tile.columns, &mut tile.grads[start..start + count]);
-                    let (shift, delta) = (shift(self.lse.at(row)), tile.deltas[slot]);
-                    let scores = &mut tile.scores[start..end];
-                    score_gradients::<V>(
-                        scores,
-                        &tile.grads[start..end],
-                        self.scale,
-                        shift,
-                        delta,
-                        self.scale,
+            while next < columns {
+                let mut used = 0;
+                while used < tile.parts.len()
+                    && allowed.take_keys(&mut next, columns, TILE, &mut tile.parts[used].columns)
+                {
+                    tile.weigh::<V, T>(used, &head, rows.clone(), self.scale, &self.lse);
+                    used += 1;
+                }
+                for (slot, delta) in tile.deltas.iter_mut().enumerate().filter(|_| sums_delta) {
+                    let place = slot * TILE..(slot + 1) * TILE;
+                    for which in 0..delta.len() {
+                        let mut sums = [T::Acc::ZERO; 2];
+                        for part in &tile.parts[..used] {
+                            let (weights, grads) = (&part.weights[place.clone()], &part.grads[place.clone()]);
+                            let [sum, total] = sum_rest::<V>(weights, grads, part.columns.len(), delta[0]);
+                            sums = [sums[0] + sum, sums[1] + total];
+                        }
+                        delta[which] = mean_of_row(sums);
+                    }
+                }
+                for part in &mut tile.parts[..used] {
+                    let count = part.columns.len();
+                    for slot in 0..rows.len() {
+                        let place = slot * TILE..(slot + 1) * TILE;
+                        let (weights, grads) = (&mut part.weights[place.clone()], &part.grads[place]);
+                        differentiate_row::<V>(weights, grads, count, tile.deltas[slot], self.scale);
+                    }
+                    multiply::<V, true>(
+                        Block { data: &part.weights, stride: TILE },
+                        Block { data: &part.keys, stride },
+                        &mut tile.sums,
+                        stride,
+                        (rows.len(), dim, count),
                     );
                 }
-                multiply::<V, true>(
-                    Block { data: &tile.scores, stride: TILE },
-                    Block { data: &tile.keys, stride },
-                    &mut tile.sums,
-                    stride,
-                    (count_rows, dim, count),
-                );
             }
             for (slot, row) in rows.enumerate() {
+                self.delta.row_mut(self.first_row + row).copy_from_slice(&tile.deltas[slot]);
+                if let Some(background) = self.background {
+                    background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;
+                }
                 let sum = &tile.sums[slot * stride..(slot + 1) * stride];
                 write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
             }
@@ -365,7 +387,7 @@ impl<T: Element> Task<'_, T> {
 }
 
 /// Replace the dots of a strip by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shifts[0] - shifts[1])`; returns
-/// delta of every row, which is `sum P grad / sum P` where it is not known: sums of P are 1 but for the rounding of the log-sum-exp.
+/// delta of every row, which is a sum where it is not known.
 #[inline(always)]
 unsafe fn differentiate<V: Vector>(
     strip: &Strip,
@@ -374,10 +396,10 @@ unsafe fn differentiate<V: Vector>(
     [scale_left, scale]: [V::Lane; 2],
     shifts: &[[V::Lane; STRIP]; 2],
     known: [Option<V::Lane>; STRIP],
-) -> [V::Lane; STRIP] {
+) -> [[V::Lane; STRIP]; 2] {
     let places = strip.places();
     assert!(places.end <= dots.len() && places.end <= grads.len());
-    let mut deltas = [V::Lane::ZERO; STRIP];
+    let mut deltas = [[V::Lane::ZERO; STRIP]; 2];
     let whole = strip.common() / GROUP;
     let mut order = [V::Lane::ZERO; MAX_LANES];
     for (lane, place) in order.iter_mut().enumerate() {
@@ -396,52 +418,147 @@ unsafe fn differentiate<V: Vector>(
             let start = places.start + part * V::LANES;
             let (dots, grads) = (dots.as_mut_ptr().add(start), grads.as_ptr().add(start));
             let len = V::spread(lens.as_ptr().add(first));
+            let kept = |block: usize, numbers: V| {
+                if block < whole {
+                    return numbers;
+                }
+                let edge = order + V::splat(V::Lane::from_f64((block * GROUP) as f64));
+                numbers.where_below(edge, len, zero)
+            };
             let (mut sum, mut total) = (zero, zero);
             for block in 0..strip.blocks {
-                let (place, mut grad) = (dots.add(block * BLOCK), V::load(grads.add(block * BLOCK)));
-                let mut p = exp(V::load(place) * scale_left - most - rest);
+                let (place, grad) = (dots.add(block * BLOCK), V::load(grads.add(block * BLOCK)));
+                let p = exp(V::load(place) * scale_left - most - rest);
                 p.store(place);
-                if block >= whole {
-                    let edge = order + V::splat(V::Lane::from_f64((block * GROUP) as f64));
-                    (p, grad) = (p.where_below(edge, len, zero), grad.where_below(edge, len, zero));
-                }
-                sum = p.mul_add(grad, sum);
+                let p = kept(block, p);
+                sum = p.mul_add(kept(block, grad), sum);
                 total = total + p;
             }
-            let mut lanes = [V::Lane::ZERO; MAX_LANES];
-            mean::<V>(sum.sum_of_four(), total.sum_of_four()).store(lanes.as_mut_ptr());
-            for row in 0..STRIP / parts {
-                deltas[first + row] = known[first + row].unwrap_or(lanes[row * GROUP]);
+            let total = total.sum_of_four();
+            let known: [_; 2] = [known, known.map(|delta| delta.map(|_| V::Lane::ZERO))];
+            let spread = |part: usize, sum: V, deltas: &mut [V::Lane; STRIP]| {
+                let mut lanes = [V::Lane::ZERO; MAX_LANES];
+                mean::<V>(sum.sum_of_four(), total).store(lanes.as_mut_ptr());
+                for row in 0..STRIP / parts {
+                    deltas[first + row] = known[part][first + row].unwrap_or(lanes[row * GROUP]);
+                }
+                V::spread(deltas.as_ptr().add(first))
+            };
+            let delta = spread(0, sum, &mut deltas[0]);
+            sum = zero;
+            for block in 0..strip.blocks {
+                let (p, grad) = (V::load(dots.add(block * BLOCK)), V::load(grads.add(block * BLOCK)));
+                sum = kept(block, p).mul_add(kept(block, grad - delta), sum);
             }
-            let delta = V::spread(deltas.as_ptr().add(first));
+            let rest = spread(1, sum, &mut deltas[1]);
             for block in 0..strip.blocks {
                 let place = dots.add(block * BLOCK);
-                (V::load(place) * (V::load(grads.add(block * BLOCK)) - delta) * scale).store(place);
+                (V::load(place) * (V::load(grads.add(block * BLOCK)) - delta - rest) * scale).store(place);
             }
         }
     }
     deltas
 }
 
-/// Replace dots by `scale * P * (grad - delta)`, with `P = exp(scale_left * dot - shift[0] - shift[1])`.
+impl<R: Real> Tile<R> {
+    /// P and `dO . v` of the columns of part `index`.
+    #[inline(always)]
+    unsafe fn weigh<V, T>(
+        &mut self,
+        index: usize,
+        head: &Head<T>,
+        rows: Range<usize>,
+        scale: R,
+        lse: &Column<f64>,
+    ) where
+        T: Element<Acc = R>,
+        V: Vector<Lane = R> + Memory<T>,
+    {
+        let Tile { queries, grad_out, parts, values, transposed, .. } = self;
+        let Part { columns, keys, weights, grads } = &mut parts[index];
+        let (dim, value_dim, count) = (head.q.width(), head.v.width(), columns.len());
+        // SAFETY: the caller says that rows and columns are those of the head; panels hold TILE rows of padded length.
+        unsafe {
+            let products = [
+                (&head.k, &mut *keys, &*queries, &mut *weights, dim),
+                (&head.v, &mut *values, &*grad_out, &mut *grads, value_dim),
+            ];
+            for (matrix, panel, tile, to, width) in products {
+                pack::<V, T>(matrix, columns.iter().map(|&column| column as usize), panel);
+                transpose::<V>(panel, count, width, transposed);
+                multiply::<V, false>(
+                    Block { data: tile, stride: padded(width) },
+                    Block { data: transposed, stride: TILE },
+                    to,
+                    TILE,
+                    (rows.len(), count, width),
+                );
+            }
+            for (slot, row) in rows.enumerate() {
+                let place = slot * TILE..(slot + 1) * TILE;
+                let (weights, grads) = (&mut weights[place.clone()], &mut grads[place]);
+                head.drop_long_weights(row, columns, &mut grads[..count]);
+                weigh::<V>(weights, count, scale, shift(lse.at(row)));
+            }
+        }
+    }
+}
+
+/// Replace the dots of a row by `P = exp(scale_left * dot - shift[0] - shift[1])`.
 #[inline(always)]
-unsafe fn score_gradients<V: Vector>(
-    dots: &mut [V::Lane],
+unsafe fn weigh<V: Vector>(dots: &mut [V::Lane], len: usize, scale_left: V::Lane, shift: [V::Lane; 2]) {
+    let dots = &mut dots[..padded(len)];
+    // SAFETY: padded lengths are whole registers.
+    unsafe {
+        let scale_left = V::splat(scale_left);
+        let [most, rest] = [V::splat(shift[0]), V::splat(shift[1])];
+        for i in (0..len).step_by(V::LANES) {
+            let dot = dots.as_mut_ptr().add(i);
+            exp(V::load(dot) * scale_left - most - rest).store(dot);
+        }
+    }
+}
+
+/// `sum P (grad - delta)` and `sum P` of a row.
+#[inline(always)]
+unsafe fn sum_rest<V: Vector>(
+    weights: &[V::Lane],
     grads: &[V::Lane],
-    scale_left: V::Lane,
-    shift: [V::Lane; 2],
+    len: usize,
     delta: V::Lane,
+) -> [V::Lane; 2] {
+    let (weights, grads) = (&weights[..padded(len)], &grads[..padded(len)]);
+    // SAFETY: padded lengths are whole registers.
+    unsafe {
+        let (zero, delta) = (V::splat(V::Lane::ZERO), V::splat(delta));
+        let (mut sum, mut total) = (zero, zero);
+        for i in (0..len).step_by(V::LANES) {
+            let count = V::LANES.min(len - i);
+            let rest = V::load(grads.as_ptr().add(i)) - delta;
+            let p = V::load(weights.as_ptr().add(i)).first_or(count, zero);
+            sum = p.mul_add(rest.first_or(count, zero), sum);
+            total = total + p;
+        }
+        [sum.sum(), total.sum()]
+    }
+}
+
+/// Replace P of a row by `scale * P * (grad - delta)`.
+#[inline(always)]
+unsafe fn differentiate_row<V: Vector>(
+    weights: &mut [V::Lane],
+    grads: &[V::Lane],
+    len: usize,
+    delta: Delta<V::Lane>,
     scale: V::Lane,
 ) {
-    debug_assert!(dots.len() == grads.len() && dots.len().is_multiple_of(V::LANES));
-    // SAFETY: whole registers, as asserted.
+    let (weights, grads) = (&mut weights[..padded(len)], &grads[..padded(len)]);
+    // SAFETY: padded lengths are whole registers.
     unsafe {
-        let (scale_left, delta, scale) = (V::splat(scale_left), V::splat(delta), V::splat(scale));
-        let [most, rest] = [V::splat(shift[0]), V::splat(shift[1])];
-        for i in (0..dots.len()).step_by(V::LANES) {
-            let dot = dots.as_mut_ptr().add(i);
-            let p = exp(V::load(dot) * scale_left - most - rest);
-            (p * (V::load(grads.as_ptr().add(i)) - delta) * scale).store(dot);
+        let (scale, [delta, rest]) = (V::splat(scale), delta.map(|part| V::splat(part)));
+        for i in (0..len).step_by(V::LANES) {
+            let weight = weights.as_mut_ptr().add(i);
+            (V::load(weight) * (V::load(grads.as_ptr().add(i)) - delta - rest) * scale).store(weight);
         }
     }
 }

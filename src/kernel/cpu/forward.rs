@@ -173,7 +173,7 @@ impl<T: Element> Task<'_, T> {
             while let Some(next) = cursor.next(&mut self.scratch.batch) {
                 match next {
                     Next::Batch => self.batch::<V>(),
-                    Next::LongRow(row) => self.long_row::<V>(row, &mut cursor),
+                    Next::LongRow { row, .. } => self.long_row::<V>(row, &mut cursor),
                 }
             }
         }

@@ -1,7 +1,8 @@
 //! The gradients: dq by query, then dk and dv by key.
 //!
 //! With `dp = factor * dO_i . v_j` and `delta_i = sum_j p_ij dp_ij`: `ds = p (dp - delta)`, and dq, dk, dv are sums of `scale ds k`,
-//! `scale ds q` and `factor p dO` over the edges. A background of weight `u_i` per key adds `u_i dO_i . sum of its values` to delta
+//! `scale ds q` and `factor p dO` over the edges. Delta has two parts, the sum as it is rounded and `sum_j p_ij (dp_ij - delta_i)`:
+//! where two keys share all the weight, the difference cancels. A background of weight `u_i` per key adds `u_i dO_i . sum of its values` to delta
 //! and `u_i dO_i` to dv of every visible key that is no edge.
 
 use tch::{Tensor, no_grad};
@@ -17,7 +18,7 @@ use crate::pool::Interrupt;
 struct OfQueries {
     largest: Tensor,
     divisor: Tensor,
-    delta: Tensor,
+    delta: [Tensor; 2],
     /// The softmax weight of a key in the background, 0 where there is none.
     background: Tensor,
 }
@@ -50,7 +51,7 @@ fn by_query(problem: &Problem, grad_out: &Tensor, interrupt: &dyn Interrupt) -> 
     let mut all = OfQueries {
         largest: number(0.0)?,
         divisor: number(1.0)?,
-        delta: number(0.0)?,
+        delta: [number(0.0)?, number(0.0)?],
         background: number(0.0)?,
     };
     let background = problem.background.then(|| Background::new(problem)).transpose()?;
@@ -66,6 +67,7 @@ fn by_query(problem: &Problem, grad_out: &Tensor, interrupt: &dyn Interrupt) -> 
         }
         let dp = fill(dp, softmax.unused.as_ref(), 0.0)?;
         let mut delta = p.f_mul(&dp)?;
+        let mut rest = None;
         if let (Some(shared), Some(unit)) = (&background, &softmax.background) {
             let unit = unit.f_div(&divisor)?;
             let _ = all.background.f_index_copy_(1, &edges.rows, &unit)?;
@@ -78,14 +80,21 @@ fn by_query(problem: &Problem, grad_out: &Tensor, interrupt: &dyn Interrupt) -> 
             delta = delta.f_sum_dim_intlist(2, false, None)?.f_add(&everything)?;
         } else {
             delta = delta.f_sum_dim_intlist(2, false, None)?;
+            let left = p.f_mul(&dp.f_sub(&delta.f_unsqueeze(2)?)?)?;
+            rest = Some(left.f_sum_dim_intlist(2, false, None)?);
         }
-        let ds = p.f_mul(&dp.f_sub(&delta.f_unsqueeze(2)?)?)?;
+        let mut ds = dp.f_sub(&delta.f_unsqueeze(2)?)?;
+        let _ = all.delta[0].f_index_copy_(1, &edges.rows, &delta)?;
+        if let Some(rest) = rest {
+            ds = ds.f_sub(&rest.f_unsqueeze(2)?)?;
+            let _ = all.delta[1].f_index_copy_(1, &edges.rows, &rest)?;
+        }
+        let ds = p.f_mul(&ds)?;
         let ds = fill(ds, softmax.excluded.as_ref(), 0.0)?;
         let rows = problem.weighted_sum(&ds, &problem.k, edges, softmax.excluded.as_ref())?;
         let _ = dq.f_index_copy_(1, &edges.rows, &rows.f_mul_scalar(problem.scale)?.f_to_kind(dq.kind())?)?;
         let _ = all.largest.f_index_copy_(1, &edges.rows, &softmax.largest)?;
         let _ = all.divisor.f_index_copy_(1, &edges.rows, &divisor)?;
-        let _ = all.delta.f_index_copy_(1, &edges.rows, &delta)?;
         Ok(())
     })?;
     Ok((dq, all))
@@ -115,7 +124,9 @@ fn by_key(
         if let Some(factors) = &edges.dropout {
             (dp, weights) = (dp.f_mul(factors)?, weights.f_mul(factors)?);
         }
-        let ds = fill(p.f_mul(&dp.f_sub(&of_query(&of_queries.delta)?)?)?, excluded, 0.0)?;
+        let [delta, rest] = &of_queries.delta;
+        let ds = p.f_mul(&dp.f_sub(&of_query(delta)?)?.f_sub(&of_query(rest)?)?)?;
+        let ds = fill(ds, excluded, 0.0)?;
         let rows = problem.weighted_sum(&ds, &problem.q, edges, excluded)?.f_mul_scalar(problem.scale)?;
         let _ = dk.f_index_copy_(1, &edges.rows, &rows.f_to_kind(dk.kind())?)?;
 

@@ -268,17 +268,22 @@ impl<'a, T: Element> Task<'a, T> {
             V::outline::<T>(RowDots { x: self.grad_out.row(row), matrix: v, rows: keys.clone(), out: grads });
             let [most, rest] = shift::<T::Acc>(self.lse.at(row));
             let (scale, most, rest) = (V::splat(self.scale), V::splat(most), V::splat(rest));
-            let (mut delta, mut total) = (V::splat(T::Acc::ZERO), V::splat(T::Acc::ZERO));
+            let zero = V::splat(T::Acc::ZERO);
+            let (mut delta, mut left, mut total) = (zero, zero, zero);
             for (weights, grads) in weights.chunks_mut(V::LANES).zip(grads.chunks(V::LANES)) {
-                let p = exp(load::<V>(weights) * scale - most - rest)
-                    .first_or(weights.len(), V::splat(T::Acc::ZERO));
+                let p = exp(load::<V>(weights) * scale - most - rest).first_or(weights.len(), zero);
                 delta = p.mul_add(load::<V>(grads), delta);
                 total = total + p;
                 store(p, weights);
             }
-            let delta = mean::<V>(V::splat(delta.sum()), V::splat(total.sum()));
+            let total = V::splat(total.sum());
+            let delta = mean::<V>(V::splat(delta.sum()), total);
+            for (weights, grads) in weights.chunks(V::LANES).zip(grads.chunks(V::LANES)) {
+                left = load::<V>(weights).mul_add(load::<V>(grads) - delta, left);
+            }
+            let left = mean::<V>(V::splat(left.sum()), total);
             for (weights, grads) in weights.chunks(V::LANES).zip(grads.chunks_mut(V::LANES)) {
-                store(load::<V>(weights) * (load::<V>(grads) - delta) * scale, grads);
+                store(load::<V>(weights) * (load::<V>(grads) - delta - left) * scale, grads);
             }
             V::outline::<T>(RowSum { weights: grads, matrix: k, rows: keys, sum });
             write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
@@ -346,8 +351,7 @@ impl<'a, T: Element> Task<'a, T> {
 
 /// Turn the dots of a register of rows from `first` on into P, and `dO . v` into `scale * dS`; zero where a line has no edge.
 ///
-/// `delta = sum P (dO . v) / sum P` instead of the equal `dO . O`: where one key has all the weight, it is the `dO . v` of it to the
-/// last bit. Sums of P are 1 but for the rounding of the log-sum-exp, which must not come between the two terms of a difference.
+/// For delta see [`Delta`](crate::kernel::cpu::backward::Delta).
 #[inline(always)]
 unsafe fn differentiate<V: Vector>(
     lines: &[Line],
@@ -361,7 +365,7 @@ unsafe fn differentiate<V: Vector>(
     unsafe {
         let (zero, scale) = (V::splat(V::Lane::ZERO), V::splat(scale));
         let rows = first..first + V::LANES;
-        let (mut delta, mut total) = (zero, zero);
+        let (mut delta, mut left, mut total) = (zero, zero, zero);
         for (index, line) in lines.iter().enumerate() {
             let (weight, grad) = (weights.add(index * BLOCK), grads.add(index * BLOCK));
             let mut p = exp(V::load(weight) * scale - most - rest);
@@ -378,7 +382,12 @@ unsafe fn differentiate<V: Vector>(
         let delta = mean::<V>(delta, total);
         for index in 0..lines.len() {
             let (weight, grad) = (weights.add(index * BLOCK), grads.add(index * BLOCK));
-            (V::load(weight) * (V::load(grad) - delta) * scale).store(grad);
+            left = V::load(weight).mul_add(V::load(grad) - delta, left);
+        }
+        let left = mean::<V>(left, total);
+        for index in 0..lines.len() {
+            let (weight, grad) = (weights.add(index * BLOCK), grads.add(index * BLOCK));
+            (V::load(weight) * (V::load(grad) - delta - left) * scale).store(grad);
         }
     }
 }

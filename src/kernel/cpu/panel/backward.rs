@@ -1,5 +1,6 @@
 //! Gradients: `dq_i = scale * sum_j dS_ij k_j`, `dk_j = scale * sum_i dS_ij q_i` and `dv_j = sum_i P_ij dO_i`, with
-//! `P_ij = exp(s_ij - lse_i)`, `dS_ij = P_ij (dO_i . v_j - delta_i)` and `delta_i = dO_i . O_i`.
+//! `P_ij = exp(s_ij - lse_i)`, `dS_ij = P_ij (dO_i . v_j - delta_i)` and `delta_i = sum_j P_ij (dO_i . v_j) = dO_i . O_i`: the sum,
+//! which rounds like what it is subtracted from, unless a tile has so many squares that all their P would be computed once more for it.
 //!
 //! A tile's P and dS are computed once and used for all three, when there are heads enough for all threads; else dq goes by query and
 //! dk and dv by key, which computes them twice. Sums are formed in the same order either way, so the bits are the same.
@@ -11,7 +12,7 @@ use super::packed::{Keys, Order, Panels, add_wild, set_bits};
 use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
-use crate::kernel::cpu::backward::{Outputs, Saved, shift};
+use crate::kernel::cpu::backward::{Delta, Outputs, Saved, mean_of_row, shift};
 use crate::kernel::cpu::buffer::Buffer;
 use crate::kernel::cpu::matrix::{Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
@@ -19,6 +20,7 @@ use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::softmax::exp2;
+use crate::kernel::view::Output;
 use crate::plan::panels::{PANEL, Square, Squares};
 
 /// Queries per task that writes dq alone.
@@ -50,13 +52,13 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     let isa = run.isa;
     // Three layouts of keys and values, and the sums of dk and dv, share the cache.
     let slots = slots(call, 3 * padded(sizes.dim) + 2 * padded(sizes.value_dim));
-    let run_tasks = |rows: usize, panels_per_task: usize, wants: Wants| {
+    let run_tasks = |rows: usize, panels_per_task: usize, pass: Pass<T::Acc>| {
         let (by_rows, by_panels) =
             (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
         let per_unit = by_rows * by_panels;
         pool.run(
             units.len() * per_unit,
-            || Scratch::new(call, slots, rows.min(sizes.queries), panels_per_task, wants),
+            || Scratch::new(call, slots, rows.min(sizes.queries), panels_per_task, pass),
             |scratch, index| {
                 let (row, panel) = (index % per_unit / by_panels * rows, index % by_panels * panels_per_task);
                 let task = Task {
@@ -65,7 +67,7 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
                     unit: units[index / per_unit],
                     rows: row..sizes.queries.min(row + rows),
                     panels: panel..panels.min(panel + panels_per_task),
-                    wants,
+                    pass,
                     outputs,
                     scratch,
                 };
@@ -79,19 +81,33 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     // Together they are 7 products, apart 3 + 4 + 2 that are computed again.
     let rounds = units.len().div_ceil(pool.parallelism()) * pool.parallelism();
     if rounds * 7 <= units.len() * 9 && longest < TOO_LONG {
-        return run_tasks(all_rows, all_panels, Wants { queries: true, keys: true });
+        return run_tasks(all_rows, all_panels, Pass::Both);
     }
-    run_tasks(ROWS, all_panels, Wants { queries: true, keys: false })?;
-    run_tasks(all_rows, PANELS.max(panels.div_ceil(TASKS)), Wants { queries: false, keys: true })
+    let mut deltas = vec![T::Acc::ZERO; 2 * sizes.batch * sizes.heads * sizes.queries];
+    let per_query = [sizes.batch, sizes.heads, sizes.queries, 2];
+    run_tasks(ROWS, all_panels, Pass::Queries(&Output::new("delta", &mut deltas, &per_query)?))?;
+    run_tasks(all_rows, PANELS.max(panels.div_ceil(TASKS)), Pass::Keys(&deltas))
 }
 
 /// Which gradients a task writes.
-#[derive(Debug, Clone, Copy)]
-struct Wants {
-    /// dq
-    queries: bool,
-    /// dk and dv
-    keys: bool,
+#[derive(Clone, Copy)]
+enum Pass<'a, R> {
+    /// All.
+    Both,
+    /// dq, and delta of every query.
+    Queries(&'a Output<'a, R>),
+    /// dk and dv, from delta of every query.
+    Keys(&'a [R]),
+}
+
+impl<R> Pass<'_, R> {
+    fn wants_queries(&self) -> bool {
+        !matches!(self, Pass::Keys(_))
+    }
+
+    fn wants_keys(&self) -> bool {
+        !matches!(self, Pass::Queries(_))
+    }
 }
 
 /// Some queries and some keys of one head of k and v.
@@ -101,7 +117,7 @@ struct Task<'a, T: Element> {
     unit: usize,
     rows: Range<usize>,
     panels: Range<usize>,
-    wants: Wants,
+    pass: Pass<'a, T::Acc>,
     outputs: Outputs<'a, T>,
     scratch: &'a mut Scratch<T::Acc>,
 }
@@ -112,6 +128,10 @@ struct Queries<'a, T: Element> {
     grad_out: Matrix<'a, T>,
     out: Matrix<'a, T>,
     lse: Column<'a, f64>,
+    /// Where the head's first query lies in the deltas.
+    first_row: usize,
+    /// Whether delta is a sum over keys.
+    sums_delta: bool,
 }
 
 /// What a thread keeps from task to task.
@@ -129,7 +149,7 @@ struct Scratch<R> {
     grads: Buffer<R>,
     /// Per query of a tile: its lse in two parts, its delta.
     shifts: [[R; 2]; PANEL],
-    deltas: Buffer<R>,
+    deltas: [Delta<R>; PANEL],
     /// Sums for the rows and panels of a task.
     dq: Buffer<R>,
     dk: Buffer<R>,
@@ -144,7 +164,7 @@ impl<R: Real> Scratch<R> {
         slots: usize,
         rows: usize,
         panels: usize,
-        wants: Wants,
+        pass: Pass<R>,
     ) -> Self {
         let (dim, value_dim) = (call.sizes.dim, call.sizes.value_dim);
         let (width, value_width) = (padded(dim), padded(value_dim));
@@ -164,10 +184,10 @@ impl<R: Real> Scratch<R> {
             weights: Buffer::unset(GROUP * SQUARE),
             grads: Buffer::unset(GROUP * SQUARE),
             shifts: [[R::ZERO; 2]; PANEL],
-            deltas: Buffer::unset(PANEL),
-            dq: sums(wants.queries, rows.next_multiple_of(PANEL), width),
-            dk: sums(wants.keys, panels * PANEL, width),
-            dv: sums(wants.keys, panels * PANEL, value_width),
+            deltas: [[R::ZERO; 2]; PANEL],
+            dq: sums(pass.wants_queries(), rows.next_multiple_of(PANEL), width),
+            dk: sums(pass.wants_keys(), panels * PANEL, width),
+            dv: sums(pass.wants_keys(), panels * PANEL, value_width),
             token: Buffer::unset(width.max(value_width)),
         }
     }
@@ -182,17 +202,22 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
         self.scratch.dk.fill(T::Acc::ZERO);
         self.scratch.dv.fill(T::Acc::ZERO);
         for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
-            let edges = self.call.problem.plan.head(batch, head, sizes.heads).by_query();
+            let plan = self.call.problem.plan.head(batch, head, sizes.heads);
+            let limit = self.scratch.keys.len();
             let queries = Queries {
                 tensors: self.call.head(batch, head),
                 grad_out: self.saved.grad_out(batch, head),
                 out: self.saved.out(batch, head),
                 lse: self.saved.lse(batch, head),
+                first_row: (batch * sizes.heads + head) * sizes.queries,
+                sums_delta: plan.in_panels().squares <= GROUP.min(limit),
             };
             self.scratch.dq.fill(T::Acc::ZERO);
-            let mut tiles = Squares::new(edges, self.rows.clone());
+            let mut tiles = Squares::new(plan.by_query(), self.rows.clone());
             let mut squares = std::mem::take(&mut self.scratch.squares);
-            for panels in tiles.chunks(self.panels.clone(), self.scratch.keys.len()) {
+            // A sum over keys wants all of them at once.
+            let limit = if queries.sums_delta { usize::MAX } else { limit };
+            for panels in tiles.chunks(self.panels.clone(), limit) {
                 for rows in tiles.rows_reaching(&panels) {
                     for start in rows.step_by(PANEL) {
                         tiles.of_tile(start, &panels, &mut squares);
@@ -202,7 +227,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 }
             }
             self.scratch.squares = squares;
-            if self.wants.queries {
+            if self.pass.wants_queries() {
                 let dq = self.outputs.dq.head(batch, head);
                 for (row, sum) in self.rows.clone().zip(self.scratch.dq.chunks_exact(width)) {
                     // SAFETY: the row belongs to this task.
@@ -210,7 +235,7 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 }
             }
         }
-        if self.wants.keys {
+        if self.pass.wants_keys() {
             let (to_dk, to_dv) = (self.outputs.dk.head(batch, kv_head), self.outputs.dv.head(batch, kv_head));
             let keys = self.panels.start * PANEL..sizes.keys.min(self.panels.end * PANEL);
             let sums = self.scratch.dk.chunks_exact(width).zip(self.scratch.dv.chunks_exact(value_width));
@@ -236,24 +261,25 @@ impl<T: Element> Task<'_, T> {
             return;
         }
         let count = PANEL.min(self.rows.end - start);
+        let group = GROUP.min(self.scratch.keys.len());
         // SAFETY: the queries exist; the rest is the caller's promise.
         unsafe {
-            self.load::<V>(head, start, count);
-            let tensors = head.tensors;
-            for squares in squares.chunks(GROUP.min(self.scratch.keys.len())) {
-                let Scratch { slots, keys, queries, grad_out, weights, grads, .. } = &mut *self.scratch;
-                keys.find::<V, T>(&tensors, self.unit, squares, slots);
-                let scores = |tile, panels, width, dim, scores| {
-                    V::outline::<T::Acc>(Scores { tile, panels, width, dim, squares, slots, scores });
-                };
-                scores(&queries.columns, &keys.k.columns, keys.k.width, tensors.k.width(), weights);
-                scores(&grad_out.columns, &keys.v.columns, keys.v.width, tensors.v.width(), grads);
-                self.differentiate::<V>(squares);
-                if self.wants.queries {
-                    self.sum_keys::<V>(&tensors.k, start, squares);
+            let sums_delta = head.sums_delta && squares.len() <= group;
+            self.load::<V>(head, start, count, sums_delta);
+            for part in squares.chunks(group) {
+                self.weigh::<V>(head, part);
+                self.differentiate::<V>(part, sums_delta && self.pass.wants_queries());
+                if self.pass.wants_queries() {
+                    self.sum_keys::<V>(&head.tensors.k, start, part);
                 }
-                if self.wants.keys {
-                    self.sum_queries::<V>(head, start, squares);
+                if self.pass.wants_keys() {
+                    self.sum_queries::<V>(head, start, part);
+                }
+            }
+            if let Pass::Queries(deltas) = self.pass {
+                for slot in 0..count {
+                    let delta = &self.scratch.deltas[slot];
+                    deltas.row_mut(head.first_row + start + slot).copy_from_slice(delta);
                 }
             }
         }
@@ -266,22 +292,33 @@ impl<T: Element> Task<'_, T> {
         head: &Queries<T>,
         start: usize,
         count: usize,
+        sums_delta: bool,
     ) {
         let Scratch { queries, out, grad_out, shifts, deltas, .. } = &mut *self.scratch;
         let scale = self.call.scale;
         let bits = u16::MAX >> (PANEL - count);
         // SAFETY: the queries exist; panels by columns have PANEL numbers for each of their channels.
         unsafe {
-            out.pack::<V, T>(0, &head.out, start, bits);
             grad_out.pack::<V, T>(0, &head.grad_out, start, bits);
-            // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
-            for lane in (0..PANEL).step_by(V::LANES) {
-                let mut sum = V::splat(T::Acc::ZERO);
-                for place in (lane..grad_out.size()).step_by(PANEL) {
-                    let grad = V::load(grad_out.columns.as_ptr().add(place));
-                    sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+            deltas.fill([T::Acc::ZERO; 2]);
+            if let Pass::Keys(all) = self.pass {
+                let first = head.first_row + start;
+                deltas[..count].copy_from_slice(&all.as_chunks().0[first..first + count]);
+            } else if !sums_delta {
+                out.pack::<V, T>(0, &head.out, start, bits);
+                // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
+                for lane in (0..PANEL).step_by(V::LANES) {
+                    let mut sum = V::splat(T::Acc::ZERO);
+                    for place in (lane..grad_out.size()).step_by(PANEL) {
+                        let grad = V::load(grad_out.columns.as_ptr().add(place));
+                        sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+                    }
+                    let mut lanes = [T::Acc::ZERO; PANEL];
+                    sum.store(lanes.as_mut_ptr());
+                    for (delta, &sum) in deltas[lane..].iter_mut().zip(&lanes[..V::LANES]) {
+                        delta[0] = sum;
+                    }
                 }
-                sum.store(deltas.as_mut_ptr().add(lane));
             }
             for slot in 0..count {
                 shifts[slot] = shift(head.lse.at(start + slot));
@@ -291,13 +328,20 @@ impl<T: Element> Task<'_, T> {
         }
     }
 
-    /// Turn scores into P, and `dO . v` into dS; zero where a key is not kept.
+    /// P and `dO . v` of some squares, zero where a key is not kept.
     #[inline(always)]
-    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square]) {
-        let Scratch { slots, keys, weights, grads, shifts, deltas, .. } = &mut *self.scratch;
+    unsafe fn weigh<V: Vector<Lane = T::Acc> + Memory<T>>(&mut self, head: &Queries<T>, squares: &[Square]) {
+        let Scratch { slots, keys, queries, grad_out, weights, grads, shifts, .. } = &mut *self.scratch;
         assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
-        // SAFETY: every square has its scores and gradients.
+        let tensors = head.tensors;
+        // SAFETY: every square has its scores and gradients; the rest is the caller's promise.
         unsafe {
+            keys.find::<V, T>(&tensors, self.unit, squares, slots);
+            let scores = |tile, panels, width, dim, scores| {
+                V::outline::<T::Acc>(Scores { tile, panels, width, dim, squares, slots, scores });
+            };
+            scores(&queries.columns, &keys.k.columns, keys.k.width, tensors.k.width(), weights);
+            scores(&grad_out.columns, &keys.v.columns, keys.v.width, tensors.v.width(), grads);
             let zero = V::splat(T::Acc::ZERO);
             let log2_e = V::splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
             for (index, (square, &slot)) in squares.iter().zip(&*slots).enumerate() {
@@ -308,17 +352,59 @@ impl<T: Element> Task<'_, T> {
                     let bits = u32::from(square.bits[query] & keys.allowed[slot]);
                     let [most, rest] = shifts[query];
                     let (most, rest) = (V::splat(most), V::splat(rest));
-                    let delta = V::splat(deltas[query]);
-                    for lane in (0..PANEL).step_by(V::LANES) {
-                        let place = index * SQUARE + query * PANEL + lane;
+                    for lane in (query * PANEL..(query + 1) * PANEL).step_by(V::LANES) {
+                        let place = index * SQUARE + lane;
                         let (weight, grad) = (weights.as_mut_ptr().add(place), grads.as_mut_ptr().add(place));
                         let mut p = exp2((V::load(weight) - most - rest) * log2_e);
-                        let mut ds = p * (V::load(grad) - delta);
                         if bits != u32::from(u16::MAX) {
-                            (p, ds) = (p.keep(bits >> lane, zero), ds.keep(bits >> lane, zero));
+                            let bits = bits >> (lane % PANEL);
+                            p = p.keep(bits, zero);
+                            V::load(grad).keep(bits, zero).store(grad);
                         }
                         p.store(weight);
-                        ds.store(grad);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Turn `dO . v` of some squares into dS, if `sums_delta` with delta of their own; zero where a key is not kept.
+    #[inline(always)]
+    unsafe fn differentiate<V: Vector<Lane = T::Acc>>(&mut self, squares: &[Square], sums_delta: bool) {
+        let Scratch { slots, keys, weights, grads, deltas, .. } = &mut *self.scratch;
+        assert!(weights.len() >= squares.len() * SQUARE && grads.len() >= squares.len() * SQUARE);
+        for (query, delta) in deltas.iter_mut().enumerate() {
+            let rows = squares.iter().enumerate().filter(|(_, square)| square.halves[query / (PANEL / 2)]);
+            let rows = rows.map(|(index, square)| {
+                let bits = u32::from(square.bits[query] & keys.allowed[slots[index]]);
+                (index * SQUARE + query * PANEL, bits)
+            });
+            // SAFETY: every square has its P and `dO . v`, in rows of whole registers.
+            unsafe {
+                let parts = if sums_delta { delta.len() } else { 0 };
+                for part in 0..parts {
+                    let zero = V::splat(T::Acc::ZERO);
+                    let (mut sum, mut total) = (zero, zero);
+                    let known = V::splat(delta[0]);
+                    for (row, _) in rows.clone() {
+                        for place in (row..row + PANEL).step_by(V::LANES) {
+                            let p = V::load(weights.as_ptr().add(place));
+                            sum = p.mul_add(V::load(grads.as_ptr().add(place)) - known, sum);
+                            total = total + p;
+                        }
+                    }
+                    delta[part] = mean_of_row([sum.sum(), total.sum()]);
+                }
+                let [delta, rest] = delta.map(|part| V::splat(part));
+                let zero = V::splat(T::Acc::ZERO);
+                for (row, bits) in rows {
+                    for lane in (0..PANEL).step_by(V::LANES) {
+                        let grad = grads.as_mut_ptr().add(row + lane);
+                        let p = V::load(weights.as_ptr().add(row + lane));
+                        let ds = p * (V::load(grad) - delta - rest);
+                        // A delta that is not a number would make one of 0 as well.
+                        let is_full = bits == u32::from(u16::MAX);
+                        (if is_full { ds } else { ds.keep(bits >> lane, zero) }).store(grad);
                     }
                 }
             }
