@@ -2,6 +2,7 @@
 
 import enum
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -70,6 +71,19 @@ BROKEN = [
     "{backend: linformer, backend_kwargs: {projector: {max_seq_len: 9, r: 1, rank: 2}}}",
     "{backend: fibottention_sparse, mask: local}",
     "{backend: vit, backend_kwargs: {query_chunk_size: 3}}",
+    "{mask: local}",
+    "{mask: local, mask_kwargs: {window: null}}",
+    "{mask: local, mask_kwargs: {window: 1, window_size: 3}}",
+    "{mask: random, mask_kwargs: {symmetric: true}}",
+    "{mask: random, mask_kwargs: {k: 1, mask_ratio: 0.5}}",
+    "{mask: pruning, mask_kwargs: null}",
+    "{mask: importance, mask_kwargs: {k: 1, indices: [0]}}",
+    "{mask: union, mask_kwargs: {masks: [{mask: local}]}}",
+    "{mask: none, layers: {'0': {mask: pruning}}}",
+    "{backend: efficient, masked_logits: zero}",
+    "{backend: efficient_local, on_empty_row: error}",
+    "{backend: linformer, backend_kwargs: {projector: {max_seq_len: 9, r: 1, num_heads: 1}}, prefix_dense: false}",
+    "{backend: flex, on_empty_row: error}",
 ]
 
 
@@ -257,6 +271,81 @@ def test_every_document_reads_the_same_as_mapping_yaml_json_and_omegaconf(docume
         assert hash(sm.load_config(twin)) == hash(config)
 
 
+# What readers of YAML 1.1 or of 1.2 take for something other than text, and what neither takes without quotes.
+TEXTS = [
+    "on", "Yes", "n", "NULL", "~", "", "1_000", "1:30", "2024-01-01", "0o7", "012", "0b1", "0x1F", "1e3", "1.5", "+1",
+    "-", ".inf", ".NaN", "=", "<<", "a: b", "a #b", "a:", " a", "a ", "'", '"', "\\", "%a", "@a", "`a", "!a", "&a",
+    "*a", "- a", "a\nb", "\t", "\r", "\x00", "\x7f", "\x85", "\u2028", "\ufeff", "\uffff", "\U0001f600", "a" * 2000,
+]  # fmt: skip
+FLOATS = [1e-10, 1e16, 1.5e300, -2e-7, 0.1, 3.0, 5e-324]
+
+
+@sm.register_mask("test_mask_of_texts")
+def mask_of_texts(context, texts=(), number=0.0):
+    """Every query keeps every key, whatever the texts say."""
+    return lambda head, row: range(context.num_tokens)
+
+
+def assert_every_reader_reads(config):
+    text = config.to_yaml()
+    assert sm.load_config(text) == config
+    assert yaml.safe_load(text) == {"attention": json.loads(config.to_json())}
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    texts=st.lists(st.sampled_from(TEXTS) | st.text(max_size=20), max_size=4),
+    keys=st.lists(st.sampled_from(TEXTS) | st.text("aeon.-_/1~ {}\n", max_size=9), max_size=3, unique=True),
+    number=st.sampled_from(FLOATS) | st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_what_is_written_as_yaml_reads_the_same_in_yaml_1_1_and_1_2(texts, keys, number):
+    kwargs = {"texts": texts, "number": number}
+    layers = {re.escape(key)[:1000]: {"mask": "test_mask_of_texts", "mask_kwargs": kwargs} for key in keys}
+    assert_every_reader_reads(sm.load_config({"mask": "test_mask_of_texts", "mask_kwargs": kwargs, "layers": layers}))
+
+
+@pytest.mark.parametrize("key", [text for text in TEXTS if text not in ("+1", "*a", "\\", "a" * 2000)])
+def test_a_key_reads_the_same_in_yaml_1_1_and_1_2(key):
+    assert_every_reader_reads(sm.load_config({"layers": {key: {"scale": 1e-9}}}))
+
+
+@pytest.mark.parametrize("name", ["fibottention", "fibottentioncrossdiag"])
+def test_add_class_token_false_is_a_prefix_of_no_tokens_in_the_configuration(name):
+    """The configuration's word comes before the caller's, and contradicts itself nowhere."""
+    config = {"mask": name, "mask_kwargs": {"add_class_token": False}}
+    for place in ({}, {"num_prefix_tokens": 2}):
+        mask = sm.Mask.from_config(config, 16, 2, **place)
+        assert (mask.num_prefix_tokens, mask) == (0, sm.Mask.from_config({**config, "num_prefix_tokens": 0}, 16, 2))
+    inside = {"mask": "union", "mask_kwargs": {"masks": [config, {"mask": "global"}]}}
+    contradicting = [config, inside, {"layers": {"a": config}}]
+    if name == "fibottention":
+        contradicting.append({"backend": "fibottention_sparse", "backend_kwargs": {"add_class_token": False}})
+    for document in contradicting:
+        with pytest.raises(sm.ConfigError, match=r"num_prefix_tokens: expected 0, .*add_class_token: false.* got 1"):
+            sm.load_config({**document, "num_prefix_tokens": 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "place", "num_tokens"),
+    [
+        ({}, {"grid": (4, 4)}, None),
+        ({}, {"grid": (4, 4), "num_prefix_tokens": 1}, 17),
+        ({"num_prefix_tokens": 0}, {"grid": (4, 4), "num_prefix_tokens": 1}, 17),
+        ({"mask_kwargs": {"add_class_token": False}}, {"grid": (4, 4), "num_prefix_tokens": 1}, 17),
+        ({"num_prefix_tokens": 2}, {"grid": (4, 4)}, 18),
+        ({"grid": [4, 5], "num_prefix_tokens": 2}, {}, 22),
+        ({"grid": [4, 5]}, {"num_prefix_tokens": 1}, 21),
+        ({"grid": [4, 4], "mask_kwargs": {"add_class_token": False}}, {"num_prefix_tokens": 1}, 16),
+    ],
+)
+def test_a_layer_knows_its_tokens_by_the_grid_and_the_prefix_of_the_model_unless_it_has_its_own(
+    config, place, num_tokens
+):
+    layer = sm.SparseMHSA(8, 2, config={"mask": "fibottention", **config}, **place)
+    assert layer.layer_mask.num_tokens == num_tokens
+    assert ("num_tokens=" in repr(layer)) == (num_tokens is not None)
+
+
 def test_omegaconf_interpolation_is_resolved_and_its_failures_are_configuration_errors():
     omegaconf = pytest.importorskip("omegaconf")
     node = omegaconf.OmegaConf.create({"w": 3, "attention": {"mask": "local", "mask_kwargs": {"window": "${w}"}}})
@@ -276,6 +365,15 @@ def test_omegaconf_nodes_inside_a_mapping_are_resolved_too():
     assert sm.sparsify(model, "mask: none", overrides=overrides).swapped[0].mask == "local"
     with pytest.raises(sm.ConfigError, match=r"config: .*window"):
         sm.load_config({"mask": "local", "mask_kwargs": omegaconf.OmegaConf.create({"window": "???"})})
+
+
+def test_the_name_of_a_configuration_of_the_package_is_no_name_of_a_mask():
+    with pytest.raises(
+        sm.ConfigError, match=r"neither an existing file nor YAML text; the package has '.*vit_none\.yaml'"
+    ):
+        sm.load_config("vit_none")
+    with pytest.raises(sm.ConfigError, match="for a mask of that name write 'mask: fibo'"):
+        sm.load_config("fibo")
 
 
 class Kind(enum.Enum):

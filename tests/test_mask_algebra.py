@@ -407,6 +407,17 @@ class TestValue:
             expected = torch.where(either == 0, 1.0, both / either.clamp(min=1))
             assert_same(mask.overlap(), expected, rtol=1e-15)
 
+    @pytest.mark.parametrize(
+        "of_head",
+        [sm.Mask.degrees, sm.Mask.density_image, sm.Mask.to_scipy, sm.Mask.to_torch_sparse, lambda m, h: m.keys(h, 0)],
+    )
+    def test_a_head_that_is_not_there_is_named(self, of_head):
+        for head in (HEADS, -1, 2**70):
+            with pytest.raises(ValueError, match=f"head: expected (0 to {HEADS - 1}|at most .*), got {head}"):
+                of_head(MADE["union"], head)
+        with pytest.raises(TypeError, match="head: expected an integer, got str 'a'"):
+            of_head(MADE["union"], "a")
+
     def test_the_head_dimension_must_be_positive(self):
         with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
             MADE["union"].flops(0)

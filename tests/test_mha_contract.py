@@ -1,6 +1,7 @@
 """`SparseMHSA` without sparsity is `torch.nn.MultiheadAttention`: outputs, weights, gradients, over all arguments."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,3 +131,74 @@ def test_outputs_weights_and_gradients_are_those_of_the_parent(config, call):
         expected = dense(inputs["query"], key, value, **call.masks, **call.options)[0]
         got = sparse(inputs["query"], key, value, **call.masks, **call.options)[0]
         assert_same(got, expected, atol=1e-11, what="out in evaluation")
+
+
+@st.composite
+def broken_calls(draw):
+    """A call with one or two things about it that may be wrong."""
+    call = draw(calls())
+    for _ in range(draw(st.integers(1, 2))):
+        what = draw(st.sampled_from(["size", "dimension", "mask", "type of mask", "hint"]))
+        if what in ("size", "dimension"):
+            which = draw(st.integers(0, 2))
+            call.shapes[which] = _resized(draw, call.shapes[which], what == "dimension")
+        elif what == "hint":
+            call.options["is_causal"] = True
+        elif call.masks:
+            name = draw(st.sampled_from(sorted(call.masks)))
+            mask = call.masks[name]
+            if what == "mask":
+                mask = torch.zeros(_resized(draw, mask.shape, draw(st.booleans())), dtype=mask.dtype)
+            else:
+                mask = torch.zeros(mask.shape, dtype=draw(st.sampled_from([torch.int64, torch.uint8])))
+            call.masks[name] = mask
+    return call
+
+
+def _resized(draw, shape, dimension):
+    shape = list(shape)
+    index = draw(st.integers(0, len(shape) - 1))
+    if not dimension:
+        shape[index] = max(0, shape[index] + draw(st.sampled_from([-1, 1, 2])))
+    elif draw(st.booleans()) and len(shape) > 2:
+        del shape[index]
+    else:
+        shape.insert(index, 2)
+    return tuple(shape)
+
+
+def _refusal(layer, call):
+    """The error of a call, or None."""
+    inputs = [torch.zeros(shape, dtype=torch.float64) for shape in call.shapes]
+    key = inputs[0] if call.same in ("all", "query and key") else inputs[1]
+    value = {"all": inputs[0], "key and value": key}.get(call.same, inputs[2])
+    try:
+        layer(inputs[0], key, value, **call.masks, **call.options)
+    except (AssertionError, RuntimeError) as error:
+        return error
+    return None
+
+
+OPERATORS = "shapes cannot be multiplied|is invalid for input of size|Sizes of tensors must match"
+"""What operators inside the parent say where it has no words of its own."""
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(call=broken_calls())
+def test_what_the_parent_refuses_is_refused_with_its_type_and_its_words(call):
+    dense = nn.MultiheadAttention(dtype=torch.float64, **call.layer)
+    theirs, ours = _refusal(dense, call), _refusal(SparseMHSA.from_dense(dense, "mask: none"), call)
+    assert type(ours) is type(theirs), (theirs, ours)
+    if theirs is None:
+        return
+    if re.search(OPERATORS, str(theirs)):
+        assert re.fullmatch(r"key: expected (batch size \d+ like query|embedding dimension \d+), got \d+", str(ours))
+        return
+    words = [str(theirs), str(ours)]
+    if len(call.shapes[0]) == 2 or dense.batch_first or dense.bias_k is not None or dense.add_zero_attn:
+        # The parent shows shapes in its own layout, and with the keys that it appends.
+        words = [re.sub(r"\d+(, \d+)*", "N", text) for text in words]
+    assert words[1] == words[0]

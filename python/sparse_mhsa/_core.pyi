@@ -198,7 +198,7 @@ def load_scores(
     """What `save_scores` was given, checked."""
 
 def config_schema() -> str:
-    """JSON Schema (draft 2020-12) of a configuration document, as text."""
+    """JSON Schema (draft 2020-12) of a configuration document, as text; `cli.SCHEMA_LIMITS` is what it cannot say."""
 
 def register_backend(name: str, about: str, parameters: list[str], replace: bool = False) -> None:
     """Make a backend known to configurations. Each parameter is a JSON mapping ``{name, types, default}``; without

@@ -70,6 +70,15 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+SCHEMA_LIMITS = (
+    "What it refuses, `config check` refuses too, except names of masks and backends in capitals. What it cannot say "
+    "is left to `config check`: a number such as 1.0 where an integer is wanted, which for JSON Schema is one; how the "
+    "parameters of a mask depend on each other, beyond which of them exclude each other; what depends on whether a "
+    "mask uses the grid or chooses keys by content; and the parameters in an entry of `layers` that names no mask."
+)
+"""Where the schema and the loader differ, and why."""
+
+
 def build_parser() -> Parser:
     """The parser of all commands; the chosen command's function is in ``run``."""
     parser = Parser(prog="sparse-mhsa", description="Sparse attention for PyTorch.", allow_abbrev=False)
@@ -105,7 +114,12 @@ def build_parser() -> Parser:
     check.set_defaults(run=run_config_check)
     listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
     listing.set_defaults(run=run_config_list)
-    schema = actions.add_parser("schema", help="Print the JSON Schema of a configuration.", allow_abbrev=False)
+    schema = actions.add_parser(
+        "schema",
+        help="Print the JSON Schema of a configuration.",
+        description=f"Print the JSON Schema of a configuration. {SCHEMA_LIMITS}",
+        allow_abbrev=False,
+    )
     schema.set_defaults(run=run_config_schema)
     return parser
 

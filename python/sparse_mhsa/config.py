@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -78,9 +79,14 @@ def _of_omegaconf(node: object) -> object:
         raise config_error(f"config: {error}", key=getattr(error, "full_key", None)) from error
 
 
+_ESCAPED = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+"""What YAML takes in quotes only if it is escaped. JSON would escape more, and as surrogates, which YAML refuses."""
+
+
 def _mapping_text(config: Mapping[str, object]) -> str:
     try:
-        return json.dumps(_plain(config), allow_nan=False)
+        text = json.dumps(_plain(config), allow_nan=False, ensure_ascii=False)
+        return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     except ConfigError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
@@ -114,9 +120,9 @@ def _load_string(config: str) -> AttentionConfig:
         return _load_file(Path(config))
     if ":" in config:
         return AttentionConfig.parse(config)
-    raise config_error(
-        f"config: {config!r} is neither an existing file nor YAML text; for a mask of that name write 'mask: {config}'"
-    )
+    own = configs().get(config)
+    hint = f"for a mask of that name write 'mask: {config}'" if own is None else f"the package has '{own}'"
+    raise config_error(f"config: {config!r} is neither an existing file nor YAML text; {hint}")
 
 
 def _is_file(name: str) -> bool:
@@ -179,6 +185,14 @@ def integer(name: str, value: object, least: int = 0, most: int = 2**63 - 1) -> 
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     if number > most:
         raise ValueError(f"{name}: expected at most {most}, got {number}")
+    return number
+
+
+def index(name: str, value: object, count: int) -> int:
+    """An argument that names one of ``count`` things, from 0 on; see `integer`."""
+    number = integer(name, value, -(2**63))
+    if not 0 <= number < count:
+        raise ValueError(f"{name}: expected 0 to {count - 1}, got {number}")
     return number
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._core import Edges
-from .config import MAX_HEADS, integer
+from .config import MAX_HEADS, index, integer
 
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
@@ -168,8 +168,7 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    if block_size < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    block_size = integer("block_size", block_size, 1)
     n, heads = edges.num_tokens, edges.num_heads
     if n == 0:
         raise ValueError("to_block_mask: expected at least one token, got 0")
@@ -209,9 +208,7 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
 
 
 def _one_head(edges: Edges, head: int) -> Edges:
-    if not 0 <= head < edges.num_heads:
-        raise ValueError(f"head: expected a number from 0 to {edges.num_heads - 1}, got {head}")
-    return Edges.from_heads([(edges, head)])
+    return Edges.from_heads([(edges, index("head", head, edges.num_heads))])
 
 
 def _compressed(matrix: object) -> tuple[Array, Array]:

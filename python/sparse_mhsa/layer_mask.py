@@ -146,10 +146,14 @@ class LayerMask:
     @property
     def num_tokens(self) -> int | None:
         """N, where the grid and the prefix are known."""
-        grid = self.config.grid or self.grid
-        prefix = self.config.num_prefix_tokens
-        prefix = self.num_prefix_tokens if prefix is None else prefix
-        return None if grid is None or prefix is None else math.prod(grid) + prefix
+        given, prefix = self.config.grid, self.num_prefix_tokens
+        if given is None and self.grid is not None and prefix is not None:
+            # The model's own tokens, also where the configuration draws the line elsewhere.
+            return math.prod(self.grid) + prefix
+        grid = given or self.grid
+        if grid is None or (prefix is None and self.config.num_prefix_tokens is None):
+            return None
+        return math.prod(grid) + self.num_prefix_tokens_used
 
     def at(self, num_tokens: int, head_dim: int | None = None) -> "Mask":
         """The edges for ``num_tokens`` tokens."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import explore, viz
 from ._core import AttentionConfig, Edges
-from .config import ConfigLike, config_error, integer, integers, load_config
+from .config import ConfigLike, config_error, index, integer, integers, load_config
 from .converters import (
     Array,
     RowFunction,
@@ -473,7 +473,7 @@ class Mask:
 
     def degrees(self, head: int) -> Tensor:
         """(N,) int64: keys kept by each query of a head."""
-        return torch.from_numpy(self._edges.degrees(head))
+        return torch.from_numpy(self._edges.degrees(index("head", head, self.num_heads)))
 
     @property
     def num_empty_rows(self) -> tuple[int, ...]:
@@ -486,9 +486,7 @@ class Mask:
         Raises:
             ValueError: there is no such head or query.
         """
-        for name, value, count in (("head", head, self.num_heads), ("query", query, self.num_tokens)):
-            if not 0 <= integer(name, value) < count:
-                raise ValueError(f"{name}: expected 0 to {count - 1}, got {value}")
+        head, query = index("head", head, self.num_heads), index("query", query, self.num_tokens)
         row_ptr = np.zeros((1, self.num_tokens + 1), dtype=np.int64)
         row_ptr[:, query + 1 :] = self.num_tokens
         row = Edges.from_csr(row_ptr, np.arange(self.num_tokens))
@@ -497,7 +495,7 @@ class Mask:
 
     def density_image(self, head: int, size: int = 512) -> NDArray[np.float32]:
         """(s, s) share of kept entries in each cell of a head's mask, s = min(size, N), in O(edges)."""
-        return self._edges.density_image(head, size)
+        return self._edges.density_image(index("head", head, self.num_heads), integer("size", size, 1))
 
     def flops(self, head_dim: int | None = None, unit: Unit = "GMACs") -> float:
         """Cost of attention over this mask for one sample: 2 * nnz * head_dim multiply-accumulates.
@@ -512,9 +510,7 @@ class Mask:
         Raises:
             ValueError: no head dimension is known, or ``unit`` is neither.
         """
-        head_dim = self._head_dim if head_dim is None else head_dim
-        if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
+        head_dim = self._head_dim if head_dim is None else integer("head_dim", head_dim, 1)
         if head_dim is None:
             raise ValueError("head_dim: expected a number, because the mask was made without one; got None")
         return in_unit(attention_macs(self.nnz, head_dim), unit)

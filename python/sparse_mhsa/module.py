@@ -58,7 +58,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         layer: zero-based depth of this layer.
         num_layers: number of layers of the model.
         grid: [H, W] or [T, H, W] of the tokens after the prefix; the configuration's own value wins.
-        num_prefix_tokens: leading tokens off the grid; the configuration's own value wins.
+        num_prefix_tokens: leading tokens off the grid; the configuration's own value wins, and so does the
+            ``add_class_token: false`` of its mask, which is ``num_prefix_tokens: 0``.
 
     Raises:
         ConfigError: the configuration cannot be honoured.
@@ -219,6 +220,11 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over the edges of the mask. The contract is that of `torch.nn.MultiheadAttention.forward`.
 
+        What the parent refuses is refused in its order and its words, with three exceptions. Shapes are those of the
+        caller, where the parent shows (L, B, E) whatever the layout, and counts the keys that it appended. Nested
+        tensors are told what to do instead. And where the parent has no words, because an operator inside it fails
+        (another batch size, features or dtype), the argument is named, or the operator's words may be others.
+
         Args:
             query: (L, E) unbatched, (L, B, E), or (B, L, E) with ``batch_first``.
             key: (S, kdim) unbatched, (S, B, kdim), or (B, S, kdim).
@@ -240,9 +246,9 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             and without B if unbatched, or None.
 
         Raises:
-            AssertionError: a shape or dtype does not fit; messages are those of the parent.
-            RuntimeError: the shape of ``attn_mask`` does not fit, ``is_causal`` comes without it, or a query
-                has no key and the configuration says ``on_empty_row: error``.
+            AssertionError: a shape or the dtype of a mask does not fit.
+            RuntimeError: the shape of ``attn_mask`` does not fit, ``is_causal`` comes without it, batch sizes, features
+                or dtypes differ, or a query has no key and the configuration says ``on_empty_row: error``.
             ValueError: the mask is square and L differs from S.
         """
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -255,6 +261,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
                 check_positions(token_positions, (query.shape[1],))
                 token_positions = token_positions.unsqueeze(0)
         q, k, v = self._project(query, key, value, batch_first)
+        causal = is_causal and key_padding_mask is None and not need_weights
+        _check_projected(q, k, key_padding_mask, None if causal else attn_mask)
         at_positions = self._edges_at(token_positions, num_tokens, self.num_heads, (q.shape[0], q.shape[2]))
         if self.backend is not None:
             context, weights = self._run(self.backend, q, k, v, key_padding_mask, attn_mask, need_weights)
@@ -262,8 +270,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             if weights is not None and average_attn_weights:
                 weights = weights.mean(1)
             return (out, weights) if batched else (out.squeeze(0), None if weights is None else weights.squeeze(0))
-        causal = is_causal and key_padding_mask is None and not need_weights
-        key_mask, bias = self._masks(q, k, key_padding_mask, None if causal else attn_mask)
+        key_mask, bias = keep_mask_and_bias(q, k, key_padding_mask, None if causal else attn_mask)
         k, v, key_mask, bias, edges = self._append_keys(q, k, v, key_mask, bias, at_positions)
         check_qkv(q, k, v)
         if causal:
@@ -318,7 +325,7 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
-        """The checks of the parent, in its order and its words."""
+        """The checks of the parent before it projects."""
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
                 raise AssertionError(f"only bool and floating types of {name} are supported")
@@ -350,16 +357,16 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             raise AssertionError(
                 f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
             )
+        if self._qkv_same_embed_dim:
+            if key.shape[-1] != self.embed_dim:
+                raise RuntimeError(f"key: expected embedding dimension {self.embed_dim}, got {key.shape[-1]}")
+            return
         for name, tensor, size in (("key", key, self.kdim), ("value", value, self.vdim)):
             if tensor.shape[-1] != size:
                 raise AssertionError(
-                    f"was expecting embedding dimension of {size} in {name}, but got {tensor.shape[-1]}"
+                    f"expecting {name} weights shape of {(self.embed_dim, tensor.shape[-1])}, "
+                    f"but got {torch.Size((self.embed_dim, size))}"
                 )
-        batch_dim = 0 if self.batch_first else 1
-        if query.dim() == 3 and query.shape[batch_dim] != key.shape[batch_dim]:
-            raise AssertionError(
-                f"key: expected batch size {query.shape[batch_dim]} like query, got {key.shape[batch_dim]}"
-            )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> tuple[Tensor, ...]:
         """q, k and v as (B, H, L or S, D) views of the projections, without copies."""
@@ -378,8 +385,8 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         elif query is key and key is value:
             return tuple(heads(x) for x in F.linear(query, weight, bias).chunk(3, dim=-1))
         elif key is value:
-            rest = F.linear(key, weight[self.embed_dim :], None if bias is None else bias[self.embed_dim :])
             q = F.linear(query, weight[: self.embed_dim], biases[0])
+            rest = F.linear(key, weight[self.embed_dim :], None if bias is None else bias[self.embed_dim :])
             return heads(q), *(heads(x) for x in rest.chunk(2, dim=-1))
         else:
             weights = weight.chunk(3)
@@ -402,8 +409,6 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention without edges: context (B, H, L, Dv), and weights (B, H, L, S) or None."""
-        if key_padding_mask is not None:
-            _check_key_padding_mask(key_padding_mask, q.shape[0], k.shape[2])
         if needs_weights and k.shape[2] > MANY_TOKENS:
             warn_of_dense_weights(k.shape[2])
         q, k, v = autocast(q, k, v)
@@ -416,32 +421,6 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
             dropout_p=self.dropout if self.training else 0.0,
             needs_weights=needs_weights,
         )
-
-    def _masks(
-        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The parent's inverted masks as a (B, S) keep-mask and a (B or 1, H or 1, L or 1, S) bias."""
-        batch, _, queries, _ = q.shape
-        keys = k.shape[2]
-        key_mask = bias = None
-        if attn_mask is not None:
-            expected = (queries, keys) if attn_mask.dim() == 2 else (batch * self.num_heads, queries, keys)
-            if attn_mask.shape != expected:
-                raise RuntimeError(
-                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
-                )
-            bias = attn_mask
-            if attn_mask.dtype == torch.bool:
-                bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
-            bias = bias.view(*((1, 1) if attn_mask.dim() == 2 else q.shape[:2]), queries, keys)
-        if key_padding_mask is not None:
-            _check_key_padding_mask(key_padding_mask, batch, keys)
-            if key_padding_mask.dtype == torch.bool:
-                key_mask = ~key_padding_mask
-            else:
-                of_keys = key_padding_mask[:, None, None, :]
-                bias = of_keys if bias is None else bias + of_keys
-        return key_mask, bias
 
     def _append_keys(
         self,
@@ -530,13 +509,43 @@ def _layer_mask(
     return LayerMask(load_config(config), num_heads, layer, num_layers, 0, sides, num_prefix_tokens, head_dim)
 
 
-def _check_key_padding_mask(key_padding_mask: Tensor, batch: int, keys: int) -> None:
-    """The check of the parent in its words; its own cannot be traced by `torch.compile`."""
-    for dim, size in enumerate((batch, keys)):
-        if key_padding_mask.shape[dim] != size:
-            raise AssertionError(
-                f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+def _check_projected(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+    """The checks of the parent after it has projected; its own of the padding cannot be traced by `torch.compile`."""
+    batch, num_heads, queries, _ = q.shape
+    keys = k.shape[2]
+    if attn_mask is not None:
+        expected = (queries, keys) if attn_mask.dim() == 2 else (batch * num_heads, queries, keys)
+        if attn_mask.shape != expected:
+            raise RuntimeError(
+                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
             )
+    if k.shape[0] != batch:
+        raise RuntimeError(f"key: expected batch size {batch} like query, got {k.shape[0]}")
+    if key_padding_mask is not None:
+        for dim, size in enumerate((batch, keys)):
+            if key_padding_mask.shape[dim] != size:
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+                )
+
+
+def keep_mask_and_bias(
+    q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The parent's inverted masks as a (B, S) keep-mask and a (B or 1, H or 1, L or 1, S) bias."""
+    key_mask = bias = None
+    if attn_mask is not None:
+        bias = attn_mask
+        if attn_mask.dtype == torch.bool:
+            bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
+        bias = bias.view(*((1, 1) if attn_mask.dim() == 2 else q.shape[:2]), q.shape[2], k.shape[2])
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype == torch.bool:
+            key_mask = ~key_padding_mask
+        else:
+            of_keys = key_padding_mask[:, None, None, :]
+            bias = of_keys if bias is None else bias + of_keys
+    return key_mask, bias
 
 
 def _keys_kept(key_padding_mask: Tensor, backend: Backend) -> Tensor:

@@ -22,7 +22,7 @@ from .content import edges_of
 from .functional import attend, bias_as, dense_mask
 from .layer import SparseLayer
 from .layer_mask import LayerMask, draw_seed
-from .module import SparseMHSA
+from .module import SparseMHSA, keep_mask_and_bias
 
 P = TypeVar("P", bound="Probe")
 
@@ -161,7 +161,7 @@ class Probe(Backend, ABC):
         """As `Backend.attend`, but with any bias."""
         module, dtype = self.site.module, v.dtype
         if isinstance(module, SparseMHSA):
-            bias = module._masks(q, k, None, bias)[1]
+            bias = keep_mask_and_bias(q, k, None, bias)[1]
         scale = getattr(module, "scale", None)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         with torch.autocast(q.device.type, enabled=False):

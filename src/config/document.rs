@@ -258,17 +258,7 @@ fn read_mask(document: &Document) -> std::result::Result<(&'static Registered, V
     let mask = registry::find(asked)
         .ok_or_else(|| Broken::at(["mask"], unknown_name("mask", asked, &registry::names())))?;
     let kwargs = read_kwargs(mask, "mask_kwargs", document.mask_kwargs.clone().unwrap_or_default())?;
-    let forced = mask.read(&kwargs).ok().and_then(|pattern| pattern.forced_prefix());
-    match (forced, document.num_prefix_tokens) {
-        (Some(forced), Some(given)) if forced as u64 != given => {
-            let message = format!(
-                "expected {forced}, as mask_kwargs of `{}` demand (add_class_token: false), got {given}",
-                mask.name
-            );
-            Err(Broken::at(["num_prefix_tokens"], message))
-        }
-        _ => Ok((mask, kwargs)),
-    }
+    Ok((mask, kwargs))
 }
 
 /// The parameters of `mask` under the key `section`, checked and with defaults filled in.

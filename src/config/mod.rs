@@ -7,6 +7,7 @@ mod files;
 mod schema;
 mod spec;
 mod tree;
+mod write;
 
 use serde_json::{Map, Value, json};
 
@@ -133,6 +134,7 @@ impl AttentionConfig {
         let mechanism = resolve(&document)?;
         let config = AttentionConfig { document, mechanism, written: written.clone() };
         config.check_grid()?;
+        config.check_prefix()?;
         if config.by_content() && config.document.masked_logits == MaskedLogits::Zero {
             let message =
                 format!("expected neg_inf, because `{}` chooses keys by content; got zero", config.mask());
@@ -161,6 +163,20 @@ impl AttentionConfig {
             return Err(Broken::at(["token_order"], message));
         }
         Ok(())
+    }
+
+    /// The number of prefix tokens of the document against that which the mask's parameters demand.
+    fn check_prefix(&self) -> std::result::Result<(), Broken> {
+        match (self.pattern().forced_prefix(), self.document.num_prefix_tokens) {
+            (Some(forced), Some(given)) if forced as u64 != given => {
+                let message = format!(
+                    "expected {forced}, as the parameters of `{}` demand (add_class_token: false), got {given}",
+                    self.mask()
+                );
+                Err(Broken::at(["num_prefix_tokens"], message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The configuration of the layer called `name`: keys of every matching `layers` entry replace the document's, in order.
@@ -212,10 +228,10 @@ impl AttentionConfig {
         })
     }
 
-    /// The canonical document as YAML that [`Self::parse`] reads back to an equal configuration.
+    /// The canonical document as YAML that [`Self::parse`] reads back to an equal configuration, and readers of YAML 1.1 to
+    /// the same values.
     pub fn to_yaml(&self) -> String {
-        serde_yaml::to_string(&json!({ "attention": self.canonical() }))
-            .expect("a configuration is plain data")
+        write::write(&json!({ "attention": self.canonical() }))
     }
 
     /// The canonical text of one layer's mask. What was found in the model (`grid`, `num_prefix_tokens`) yields to the

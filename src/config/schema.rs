@@ -2,14 +2,15 @@
 //! key or backend is in it without being listed.
 //!
 //! It knows names, types, closed choices, the ranges of single values, and which mask takes which parameters, inside another mask
-//! too. Conditions between several keys, and between a key and the size of the input, are the loader's.
+//! too, and which parameters exclude each other. Other conditions between several keys, and those between a key and the size of
+//! the input, are the loader's.
 
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use super::backend::{self, BUILT_IN, CHUNK_SIZE, FLEX, SOFTMAX, UserBackend};
-use super::document::Document;
+use super::document::{Document, MaskedLogits, OnEmptyRow};
 use crate::pattern::registry::{self, MASKS, Registered};
 use crate::pattern::user;
 
@@ -114,7 +115,7 @@ fn mask_kwargs(mask: &Registered, generator: &mut SchemaGenerator) -> Value {
 /// Parameters as a mapping without unknown keys; null where nothing is required.
 fn closed(schema: Value, ignored: &[&str]) -> Value {
     let mut schema = object(schema);
-    if schema.get("required").is_none() {
+    if !is_needed(&schema) {
         schema.insert("type".into(), json!(["object", "null"]));
     }
     let properties =
@@ -126,9 +127,14 @@ fn closed(schema: Value, ignored: &[&str]) -> Value {
     schema.into()
 }
 
+/// Whether some parameter has no default.
+fn is_needed(parameters: &Map<String, Value>) -> bool {
+    ["required", "oneOf"].iter().any(|key| parameters.contains_key(*key))
+}
+
 /// "If `key` is one of `names` (or absent), then `section` looks like `definition`."
 fn condition(key: &str, names: &[&str], section: &str, definition: &str, parameters: &Value) -> Value {
-    let required = if parameters.get("required").is_some() { json!([section]) } else { json!([]) };
+    let required = if parameters.as_object().is_some_and(is_needed) { json!([section]) } else { json!([]) };
     json!({
         "if": { "required": [key], "properties": { key: { "enum": names } } },
         "then": { "properties": { section: { "$ref": format!("#/$defs/{definition}") } }, "required": required },
@@ -157,7 +163,7 @@ fn mask_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<String
 
 fn backend_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<String, Value>) -> Vec<Value> {
     let mut conditions = vec![absent("backend", "backend_kwargs")];
-    let mut add = |names: &[&str], parameters: Value, own_attention: bool| {
+    let mut add = |names: &[&str], parameters: Value, own_attention: bool, only: &[(&str, Value)]| {
         let definition = format!("backend_{}", names[0]);
         let mut entry = condition("backend", names, "backend_kwargs", &definition, &parameters);
         if own_attention {
@@ -166,13 +172,19 @@ fn backend_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<Str
             entry["then"]["properties"]["mask"] = json!({ "enum": with_null(names) });
             entry["then"]["properties"]["mask_kwargs"] = json!({ "maxProperties": 0 });
         }
+        for (key, only) in only {
+            entry["then"]["properties"][*key] = json!({ "const": only });
+        }
         conditions.push(entry);
         definitions.insert(definition, parameters);
     };
+    let of_softmax =
+        [("masked_logits", json!(MaskedLogits::NegInf)), ("on_empty_row", json!(OnEmptyRow::Zero))];
+    let of_edges = [of_softmax.as_slice(), &[("prefix_dense", json!(true))]].concat();
     let (chunked, plain): (Vec<&str>, Vec<&str>) = SOFTMAX.iter().partition(|name| **name == "vit_qchunk");
-    add(&plain, closed(json!({}), &[]), false);
-    add(&[FLEX], closed(json!({}), &[]), false);
-    add(&chunked, closed(json!({}), &[CHUNK_SIZE]), false);
+    add(&plain, closed(json!({}), &[]), false, &[]);
+    add(&[FLEX], closed(json!({}), &[]), false, &of_softmax);
+    add(&chunked, closed(json!({}), &[CHUNK_SIZE]), false, &[]);
     for own in backend::MASKS {
         let mask = registry::find(own.mask).expect("registered");
         let ignored: Vec<_> = mask.ignored.iter().chain(own.ignored).copied().collect();
@@ -180,15 +192,15 @@ fn backend_conditions(generator: &mut SchemaGenerator, definitions: &mut Map<Str
         for (key, value) in own.defaults {
             parameters["properties"][*key]["default"] = (*value).into();
         }
-        add(&[own.name], parameters, true);
+        add(&[own.name], parameters, true, &[]);
     }
     for backend in BUILT_IN {
         let mut parameters = closed((backend.schema)(generator).to_value(), backend.ignored);
         parameters["title"] = backend.about.into();
-        add(&[backend.name], parameters, true);
+        add(&[backend.name], parameters, true, &of_edges);
     }
     for user in backend::users() {
-        add(&[&user.name], of_user(&user), true);
+        add(&[&user.name], of_user(&user), true, &of_edges);
     }
     conditions
 }

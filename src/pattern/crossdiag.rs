@@ -17,7 +17,7 @@ use crate::error::Result;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct CrossDiagonal {
-    /// One prefix token unless the model has another number; `false`: none at all.
+    /// One prefix token unless the caller or the model has another number; `false` is `num_prefix_tokens: 0`, which both yield to.
     add_class_token: bool,
     /// Put the two preceding terms before each sequence.
     modified: bool,

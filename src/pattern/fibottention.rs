@@ -33,7 +33,7 @@ pub struct Fibottention {
     shuffled: bool,
     /// Every head takes the sequence of head 0.
     shared_offsets: bool,
-    /// One prefix token unless the model has another number; `false`: none at all.
+    /// One prefix token unless the caller or the model has another number; `false` is `num_prefix_tokens: 0`, which both yield to.
     add_class_token: bool,
     /// Window of the first head, in patches.
     #[schemars(range(min = 0, max = MAX_WINDOW))]

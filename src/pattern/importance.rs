@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::choice::{Choice, Importance as By};
 use super::edges::EdgeSet;
-use super::registry::check_range;
+use super::registry::{check_range, exactly_one_of};
 use super::{Context, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
 
@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 /// there were no prefix (`attention`). `first` keeps the first k patches and `list` those in `indices`, whatever the input. Source: the taxonomy of fixed and dynamic importance.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("oneOf" = exactly_one_of(&["k", "indices"])))]
 pub struct Importance {
     /// What makes a key important.
     score: Score,

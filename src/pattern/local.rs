@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
-use super::registry::check_range;
+use super::registry::{check_range, exactly_one_of};
 use super::{Context, HeadEdges, Pattern};
 use crate::error::{Error, Result};
 
@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 /// Source: local attention, Parmar et al., 2018 (arXiv 1802.05751); dilated as in Longformer, Beltagy et al., 2020 (arXiv 2004.05150).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("oneOf" = exactly_one_of(&["window", "window_size", "window_schedule"])))]
 pub struct Local {
     /// Half width: keys on each side.
     #[schemars(range(min = 0, max = MAX_WINDOW))]

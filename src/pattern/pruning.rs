@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::edges::EdgeSet;
 use super::random::head_draws;
+use super::registry::exactly_one_of;
 use super::scores::{Kind, Scores};
 use super::shares::Shares;
 use super::{Context, HeadEdges, Pattern};
@@ -35,6 +36,7 @@ use pairs::{best, drawn, nearest};
 /// promised by the vision benchmark; edge pruning by magnitude goes back to Han et al. (2015, arXiv 1506.02626).
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("oneOf" = exactly_one_of(&["keep_ratio", "pruning_ratio", "flops_budget"])))]
 pub struct Pruning {
     /// Share of the patch-to-patch pairs that is kept.
     #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1))]

@@ -7,7 +7,7 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use super::edges::EdgeSet;
-use super::registry::check_range;
+use super::registry::{check_range, exactly_one_of};
 use super::shares::Shares;
 use super::{Context, Domain, HeadEdges, Pattern, warn_clamped};
 use crate::error::{Error, Result};
@@ -24,6 +24,7 @@ use crate::rng::{HeadDraws, Sampler};
 /// Source: the vision benchmark's Random baseline; the draws are this library's own.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("oneOf" = exactly_one_of(&["k", "keep_ratio", "mask_ratio"])))]
 pub struct Random {
     /// Keys per query: one number, a list by head, or a list by layer of lists by head.
     #[schemars(extend("minimum" = 1, "items" = { "minimum": 1, "items": { "minimum": 1 } }))]

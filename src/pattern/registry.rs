@@ -238,6 +238,12 @@ pub fn names() -> Vec<&'static str> {
         .collect()
 }
 
+/// The `oneOf` of a JSON Schema: exactly one of these parameters is given.
+pub fn exactly_one_of(names: &[&str]) -> Value {
+    let given = |name: &&str| serde_json::json!({ "required": [name], "properties": { *name: { "not": { "type": "null" } } } });
+    names.iter().map(given).collect()
+}
+
 /// Refuse keys of `map` that are neither `allowed` nor `ignored`.
 ///
 /// # Errors
