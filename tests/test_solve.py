@@ -219,6 +219,17 @@ def test_a_mask_that_nothing_changes_keeps_what_it_keeps(config, num_tokens, gri
         assert solution.density == sm.Mask.from_config(solution.config, num_tokens, 2, grid=grid).density
 
 
+def test_values_that_only_look_ordered_are_all_tried():
+    """Blocks of 18 keep 12 pairs fewer than blocks of 0, which mean the default."""
+    kwargs = {"pattern": "fixed", "symmetric": True, "per_head_distinct": False}
+    config = {"mask": "sparse", "mask_kwargs": kwargs, "num_prefix_tokens": 1}
+    place = {"num_tokens": 22, "num_heads": 12, "grid": None}
+    target = 797 / 22**2 / 24
+    solution = sm.solve_budget(config, density=target, **place)
+    missed = min(abs(density - target) for _, density, _ in every_value_of("local_attn_ctx", config, place))
+    assert abs(solution.density - target) == pytest.approx(missed, abs=1e-12)
+
+
 @pytest.mark.parametrize("target", [0.021, 0.06, 0.3, 1.0])
 def test_pruning_meets_a_target_to_the_pair(target):
     for ratio in ("keep_ratio", "pruning_ratio"):

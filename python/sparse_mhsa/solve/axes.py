@@ -65,4 +65,6 @@ def _growths(
         found = count([*first[:axis], value, *first[axis + 1 :]])
         if found is not None:
             growths.setdefault(found.patches / base.patches, value)
+            if found.patches >= side * base.patches:  # from the query alone to the whole axis
+                break
     return sorted(growths.items())

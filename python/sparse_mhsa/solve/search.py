@@ -12,6 +12,8 @@ _Value = TypeVar("_Value")
 
 _EVERY_VALUE = 4096
 """Values that are tried one by one where more of a parameter does not always mean more pairs."""
+_FEW = 256
+"""So many are looked at before it is said that more of them means more pairs, or fewer; of others a few."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def closest(cost: Callable[[int], float | None], count: int, target: float, *, r
         if rises and _rises(looked) and max(target, looked.get(1, math.inf)) <= found > looked[1]:
             break
     if not rises:
-        looked |= {index: known(cost, index) for index in (round((count - 1) * i / 16) for i in range(17))}
+        spread = range(count) if count <= _FEW else (round((count - 1) * i / 16) for i in range(17))
+        looked |= {index: known(cost, index) for index in spread}
     if len(set(looked.values())) == 1:
         return 0
     falls = {index: -found for index, found in looked.items()}
