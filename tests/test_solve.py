@@ -47,13 +47,23 @@ def every_value_of(key, config, place, values=range(TOKENS * HEADS + 2)):
     for value in values:
         document = config | {"mask_kwargs": config["mask_kwargs"] | {key: value}}
         try:
-            if sm.load_config(document).by_content:
+            if document["mask"] == "block_topk":
+                yield value, *expected(document, place)
+            elif sm.load_config(document).by_content:
                 yield value, *by_content(document, place)
             else:
                 mask = sm.Mask.from_config(document, **place)
                 yield value, mask.density, mask.pruning_ratio
         except sm.ConfigError:
             continue
+
+
+def expected(document, place):
+    """Of the best of many values, noise would be the luckiest; its mean has a test of its own."""
+    tokens, heads = place["num_tokens"], place["num_heads"]
+    counts = _core.count_edges(LayerMask(sm.load_config(document), heads).spec, tokens)
+    edges, patches = (sum(of_heads) for of_heads in zip(*counts, strict=True))
+    return edges / heads / tokens**2, 1 - patches / heads / (tokens - 1) ** 2
 
 
 def by_content(document, place):
