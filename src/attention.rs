@@ -125,7 +125,7 @@ pub fn edge_lists(row_ptr: &[i64], col: &[i64], num_queries: usize, num_keys: us
     Ok(sets)
 }
 
-/// The plan of [`edge_lists`]. Plans are cached by content: lists that were seen before are neither checked nor built again.
+/// The plan of [`edge_lists`], whose other pairs count as `masked_logits` says. Plans are cached by content: lists that were seen before are neither checked nor built again.
 ///
 /// # Errors
 /// See [`edge_lists`].
@@ -134,9 +134,10 @@ pub fn resolve_edge_lists(
     col: &[i64],
     num_queries: usize,
     num_keys: usize,
+    masked_logits: kernel::MaskedLogits,
 ) -> Result<Arc<ResolvedMask>> {
     let content = format!(
-        "edges {} {:032x} {} {:032x}",
+        "edges {masked_logits:?} {} {:032x} {} {:032x}",
         row_ptr.len(),
         xxh3_128(row_ptr.as_bytes()),
         col.len(),
@@ -144,7 +145,7 @@ pub fn resolve_edge_lists(
     );
     PLANS.get_or_init(PlanCache::default).get_or_build(&content, num_queries, num_keys, || {
         let sets = edge_lists(row_ptr, col, num_queries, num_keys)?;
-        Ok(ResolvedMask { plan: Plan::new(&sets)?, masked_logits: kernel::MaskedLogits::NegInf })
+        Ok(ResolvedMask { plan: Plan::new(&sets)?, masked_logits })
     })
 }
 
@@ -203,18 +204,26 @@ mod tests {
             (vec![0, 0, 0], vec![0]),
         ] {
             assert!(edge_lists(&row_ptr, &col, 2, 2).is_err(), "{row_ptr:?} {col:?}");
-            assert!(resolve_edge_lists(&row_ptr, &col, 2, 2).is_err(), "{row_ptr:?} {col:?}");
+            assert!(
+                resolve_edge_lists(&row_ptr, &col, 2, 2, kernel::MaskedLogits::NegInf).is_err(),
+                "{row_ptr:?} {col:?}"
+            );
         }
     }
 
     #[test]
     fn edge_lists_seen_before_are_not_built_again_and_any_change_is_noticed() {
-        let lists = |row_ptr: &[i64], col: &[i64], keys| resolve_edge_lists(row_ptr, col, 2, keys).unwrap();
+        let neg_inf = kernel::MaskedLogits::NegInf;
+        let lists =
+            |row_ptr: &[i64], col: &[i64], keys| resolve_edge_lists(row_ptr, col, 2, keys, neg_inf).unwrap();
         let first = lists(&[0, 1, 2], &[1, 0], 2);
         assert!(Arc::ptr_eq(&first, &lists(&[0, 1, 2], &[1, 0], 2)));
         assert!(!Arc::ptr_eq(&first, &lists(&[0, 1, 2], &[1, 1], 2)));
         assert!(!Arc::ptr_eq(&first, &lists(&[0, 0, 2], &[0, 1], 2)));
         assert_eq!(lists(&[0, 1, 2], &[1, 0], 3).plan.num_keys(), 3);
+        let zero = resolve_edge_lists(&[0, 1, 2], &[1, 0], 2, 2, kernel::MaskedLogits::Zero).unwrap();
+        assert_eq!(zero.masked_logits, kernel::MaskedLogits::Zero);
+        assert_eq!(lists(&[0, 1, 2], &[1, 0], 2).masked_logits, neg_inf);
     }
 
     #[test]

@@ -229,9 +229,6 @@ def plain_masks():
     return names
 
 
-BY_CONTENT = {name for name in plain_masks() if sm.load_config({"mask": name}).by_content}
-"""They refuse ``masked_logits: zero``."""
-
 DOCUMENTS = st.fixed_dictionaries(
     {"mask": st.sampled_from(plain_masks())},
     optional={
@@ -244,7 +241,7 @@ DOCUMENTS = st.fixed_dictionaries(
         "num_heads": st.integers(1, 99),
         "layers": st.dictionaries(st.sampled_from(["a", "b.*", r"\d", "#'\": x"]), st.just({"scale": 0.1})),
     },
-).filter(lambda document: document.get("masked_logits") != "zero" or document["mask"] not in BY_CONTENT)
+)
 
 
 def test_the_order_of_layers_makes_a_difference():

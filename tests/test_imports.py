@@ -18,7 +18,9 @@ ALLOWED = {
         # What a mask of the registry is, what it is asked, and what it answers.
         "pattern::AnyPattern",
         "pattern::Context",
+        "pattern::EdgeCount",
         "pattern::HeadEdges",
+        "pattern::head_counts",
         "pattern::head_edges",
         "pattern::edges::EdgeSet",
         "pattern::grid::TokenOrder",

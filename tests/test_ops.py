@@ -634,7 +634,7 @@ class TestDropout:
             span = slice(int(row_ptr[head, 0]), int(row_ptr[head, -1]))
             rows = torch.repeat_interleave(torch.arange(9), row_ptr[head].diff())
             factor[:, head, rows, col[span]] = kept[:, span]
-        edges = EdgeSource(mask.spec, None, None)
+        edges = mask.source(9)
 
         def attend(q, k, v):
             return ops.attention(q, k, v, edges, seed=seed, dropout_p=0.4, scale=0.7)[0]

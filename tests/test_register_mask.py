@@ -251,6 +251,14 @@ class TestRegistration:
         assert_same(sm.sparse_attention(q, q, q, mask), q)
         assert_same(layer(q[0, 0], q[0, 0], q[0, 0])[1], before)
 
+    def test_a_mask_that_is_made_keeps_its_zero_logits_when_its_name_is_replaced(self):
+        sm.register_mask("changing", torch.eye(4).bool(), replace=True)
+        q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+        mask = sm.Mask.from_config({"mask": "changing", "masked_logits": "zero"}, 4, 1)
+        before = sm.sparse_attention(q, q, q, mask)
+        sm.register_mask("changing", torch.eye(4).roll(1, 1).bool(), replace=True)
+        assert_same(sm.sparse_attention(q, q, q, mask), before)
+
     def test_the_decorator_returns_the_function(self):
         assert every_other.__name__ == "every_other"
         assert "multiple of step" in sm.masks.every_other.__doc__

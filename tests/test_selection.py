@@ -10,6 +10,7 @@ import torch
 
 import sparse_mhsa as sm
 from sparse_mhsa.content import edges_of
+from sparse_mhsa.functional import attend
 from sparse_mhsa.layer_mask import LayerMask
 from sparse_mhsa.reference import dense_attention
 
@@ -27,7 +28,7 @@ def layer_mask(mask, heads=HEADS, epoch=0, prefix=None, **mask_kwargs):
 
 def chosen(q, k, mask, **options):
     """(B, H, N, N) bool of the edges that the operator chose."""
-    _, row_ptr, col = edges_of(q, k, mask, scale=1.0, **options)
+    _, row_ptr, col, _ = edges_of(q, k, mask, scale=1.0, **options)
     batch, heads, tokens = q.shape[:3]
     dense = torch.zeros(batch * heads, tokens, tokens, dtype=torch.bool)
     for unit, row in itertools.product(range(batch * heads), range(tokens)):
@@ -166,8 +167,8 @@ def test_importance_is_compared_in_full_precision(score, dtype):
     q, k = (0.5 * torch.randn(BATCH, HEADS, 400, 16, generator=generator).to(dtype) for _ in range(2))
     embeddings = torch.randn(BATCH, 400, 64, generator=generator).to(dtype)
     mask = layer_mask("importance", score=score, k=200)
-    *_, in_half = edges_of(q, k, mask, embeddings=embeddings)
-    *_, in_double = edges_of(q.double(), k.double(), mask, embeddings=embeddings.double())
+    in_half = edges_of(q, k, mask, embeddings=embeddings).col
+    in_double = edges_of(q.double(), k.double(), mask, embeddings=embeddings.double()).col
     assert torch.equal(in_half, in_double)
 
 
@@ -352,6 +353,84 @@ def test_arguments_that_cannot_be_are_refused_by_name():
         sm.choose_masks("mask: topk", q.tolist(), q)
 
 
-def test_masked_logits_of_zero_are_refused():
-    with pytest.raises(ValueError, match="masked_logits: expected neg_inf"):
-        sm.SparseMHSA(8, 2, config={"mask": "topk", "masked_logits": "zero"})
+# Masked logits as zero: keys that are not chosen keep a weight; values and gradients are those of dense attention.
+
+CHOICES = {
+    "topk": {"k": 2},
+    "topk by head": {"k": [1, 2, 4], "causal": True},
+    "block_topk": {"k": 1, "block_size": 3},
+    "importance": {"score": "key_norm", "k": 2},
+    "vertical_slash": {"num_vertical": 1, "num_slash": 2, "last_queries": 4, "window": 1, "causal": True},
+}
+
+
+def zero_logits(name, kwargs):
+    config = {"mask": name.split()[0], "mask_kwargs": kwargs, "masked_logits": "zero"}
+    return LayerMask(sm.load_config(config), HEADS, num_prefix_tokens=1)
+
+
+def heads_of_tokens(*, tokens=8, kv_heads=HEADS):
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(BATCH, heads, tokens, 4) for heads in (HEADS, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), CHOICES.items())
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_not_chosen_counts_as_zero(name, kwargs, padded):
+    q, k, v = heads_of_tokens()
+    mask = zero_logits(name, kwargs)
+    key_mask = torch.arange(8) < torch.tensor([[8], [6]]) if padded else None
+    keep = chosen(q, k, mask, key_mask=key_mask)
+    assert not keep.all()
+    truth, truth_lse = dense_attention(q, k, v, keep, key_mask=key_mask, scale=1.0, masked_logits="zero")
+    other, _ = dense_attention(q, k, v, keep, key_mask=key_mask, scale=1.0)
+    assert not torch.allclose(truth, other)
+    out, lse = attend(q, k, v, mask, key_mask=key_mask, scale=1.0, needs_lse=True)
+    torch.testing.assert_close(out, truth, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, truth_lse, rtol=0, atol=1e-12, check_dtype=False)
+    got = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for mine, theirs in zip(got, torch.autograd.grad(truth.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), CHOICES.items())
+def test_zero_logits_beside_a_choice_are_differentiated_twice(name, kwargs):
+    def run(q, k, v):
+        return attend(q, k, v, zero_logits(name, kwargs), scale=1.0)[0]
+
+    inputs = heads_of_tokens(tokens=6)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_a_layer_gives_the_weights_of_zero_logits():
+    layer = sm.SparseMHSA(
+        12, HEADS, batch_first=True, dtype=torch.float64, config={"mask": "topk", "masked_logits": "zero"}
+    )
+    x = torch.randn(BATCH, 9, 12, dtype=torch.float64)
+    _, weights = layer(x, x, x, average_attn_weights=False)
+    assert (weights > 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, HEADS, 9, dtype=torch.float64))
+    out, _ = layer(x, x, x, need_weights=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], out)
+
+
+@pytest.mark.parametrize("name", [name for name in CHOICES if " " not in name])
+def test_what_zero_logits_cannot_be_combined_with_is_refused(name):
+    config = {"mask": name, "mask_kwargs": CHOICES[name], "masked_logits": "zero"}
+    with pytest.raises(ValueError, match="dropout: expected 0 with `masked_logits: zero`"):
+        sm.SparseMHSA(12, HEADS, dropout=0.1, config=config)
+    layer = sm.SparseMHSA(12, HEADS, batch_first=True, config=config)
+    x = torch.randn(1, 8, 12)
+    with pytest.raises(ValueError, match="attn_mask: expected none with `masked_logits: zero`"):
+        layer(x, x, x, attn_mask=torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="masked_logits: `zero` cannot be combined with token_positions"):
+        layer(x, x, x, token_positions=torch.arange(8)[None])
+    q = torch.randn(1, HEADS, 8, 4)
+    with pytest.raises(
+        ValueError, match=r"masked_logits: `.*` has `zero`, which a mask made from what it chooses cannot"
+    ):
+        sm.choose_masks(config, q, q)

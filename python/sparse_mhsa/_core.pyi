@@ -22,10 +22,10 @@ __all__ = [
     "backward_edges",
     "cache_step",
     "config_schema",
+    "count_edges",
     "decode",
     "dropout_keep",
     "edge_index",
-    "expected_edges",
     "forward",
     "forward_edges",
     "load_scores",
@@ -216,8 +216,9 @@ def register_mask(
     """Make a mask known to configurations, or replace one of the same name. ``edges`` takes the context and the
     ``mask_kwargs`` as JSON text and returns the edges over the patches, of one head or of all."""
 
-def expected_edges(spec: str, num_tokens: int) -> list[tuple[float, float]]:
-    """Edges and patch-to-patch edges of each head of a mask by content, in the mean if all keys are equally likely."""
+def count_edges(spec: str, num_tokens: int) -> list[tuple[float, float]]:
+    """Edges and patch-to-patch edges of each head, without warnings of clamped parameters; of a mask by content in the
+    mean over normal noise."""
 
 def selection_room(spec: str) -> tuple[int, int] | None:
     """``(a, b)`` such that a head of N tokens has at most ``N * (min(a, N) + b)`` edges, or None for a mask that
@@ -290,9 +291,11 @@ def forward_edges(
     seed: Tensor | None,
     dropout_p: float,
     scale: float,
+    background: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`forward` over edges given as tensors: ``row_ptr`` (P, N + 1) int64 with absolute offsets into the flat ``col``
-    int64, P = 1 (shared), H (per head) or B * H (per batch and head). Columns ascend strictly within a row."""
+    int64, P = 1 (shared), H (per head) or B * H (per batch and head). Columns ascend strictly within a row. With a
+    ``background``, visible keys that are no edge keep the logit 0."""
 
 def backward_edges(
     engine: Literal["cpu", "aten"],
@@ -309,6 +312,7 @@ def backward_edges(
     seed: Tensor | None,
     dropout_p: float,
     scale: float,
+    background: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool, needs_weights: bool, scale: float

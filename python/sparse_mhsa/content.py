@@ -53,7 +53,7 @@ def edges_of(
     bias = None if bias is None else bias.detach().to(dtype)
     arguments = (layer_mask.spec, key_mask, bias, importance, scale)
     row_ptr, col = torch.ops.sparse_mhsa.select_edges.default(q.detach().to(dtype), k.detach().to(dtype), *arguments)
-    return EdgeSource(None, row_ptr, col)
+    return EdgeSource(None, row_ptr, col, layer_mask.masked_logits == "zero")
 
 
 def choose_masks(
@@ -85,7 +85,8 @@ def choose_masks(
     Raises:
         TypeError: q or k has a wrong type or dtype.
         ConfigError: the configuration cannot be honoured.
-        ValueError: q or k has a wrong shape, or the mask does not choose by content; `Mask.from_config` makes it.
+        ValueError: q or k has a wrong shape, the mask does not choose by content (`Mask.from_config` makes it), or it
+            has ``masked_logits: zero``, which its edges alone cannot keep.
     """
     from .functional import check_qkv  # which needs this module
 
@@ -93,6 +94,10 @@ def choose_masks(
     layer_mask = LayerMask(load_config(config), q.shape[1], layer, epoch=epoch, num_prefix_tokens=num_prefix_tokens)
     if not layer_mask.by_content:
         raise ValueError(f"config: `{layer_mask.name}` does not choose keys by content; use Mask.from_config")
+    if layer_mask.masked_logits != "neg_inf":
+        raise ValueError(
+            f"masked_logits: `{layer_mask.name}` has `zero`, which a mask made from what it chooses cannot keep"
+        )
     edges = edges_of(q, k, layer_mask, key_mask=key_padding_mask, embeddings=embeddings)
     prefix = layer_mask.num_prefix_tokens_used
     options = MaskOptions(q.shape[-1], layer_mask.scale, layer_mask.on_empty_row)

@@ -49,6 +49,8 @@ class EdgeSource(NamedTuple):
     spec: str | None
     row_ptr: Tensor | None
     col: Tensor | None
+    background: bool = False
+    """True for ``masked_logits: zero``, as ``spec`` says it too."""
 
     def per_head(
         self, batch: int, num_heads: int, num_queries: int, num_keys: int, device: torch.device
@@ -233,7 +235,6 @@ class EdgeAttention:
         seed: int64 scalar, needed with dropout.
         dropout_p: dropout probability of the attention weights.
         scale: factor of the scores.
-        background: True for ``masked_logits: zero``.
     """
 
     def __init__(
@@ -246,10 +247,9 @@ class EdgeAttention:
         seed: Tensor | None,
         dropout_p: float,
         scale: float,
-        background: bool,
     ) -> None:
         self.lse, self.key_mask, self.seed = lse.detach().to(accumulation_dtype(q.dtype)), key_mask, seed
-        self.dropout_p, self.scale, self.background = dropout_p, scale, background
+        self.dropout_p, self.scale = dropout_p, scale
         self.edges = edges
         self.batch, self.num_heads, self.num_queries = q.shape[:3]
         self.num_keys = k.shape[2]
@@ -286,7 +286,7 @@ class EdgeAttention:
                     kept=kept,
                     dropout=None if factors is None else factors[:, span],
                     scale=self.scale,
-                    background=self.background,
+                    background=self.edges.background,
                 )
 
     def _dropout(self, samples: slice, row_ptr: Tensor, col: Tensor) -> Tensor | None:

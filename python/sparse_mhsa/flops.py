@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import flex, ops  # noqa: F401  (define the operators that the formulas are for)
-from ._core import Edges, expected_edges
+from ._core import Edges, count_edges
 from .layer_mask import LayerMask
 
 _OPS = torch.ops.sparse_mhsa
@@ -184,7 +184,7 @@ def attention_cost(model: nn.Module, num_tokens: int) -> AttentionCost:
             edges, patches = num_heads * num_tokens**2, num_heads * max(0, num_tokens - prefix) ** 2
             name, macs = ("none", None) if backend is None else (backend.name, backend.macs(num_tokens))
         elif isinstance(layer_mask, LayerMask) and layer_mask.by_content:
-            all_edges, between = zip(*expected_edges(layer_mask.spec, num_tokens), strict=True)
+            all_edges, between = zip(*count_edges(layer_mask.spec, num_tokens), strict=True)
             edges, patches = round(math.fsum(all_edges)), round(math.fsum(between))
             name, prefix, macs = layer_mask.name, layer_mask.num_prefix_tokens_used, None
         else:

@@ -244,8 +244,7 @@ def weights_of(
         return q.new_empty((q.shape[0], *(() if averaged else q.shape[1:2]), q.shape[2], k.shape[2]))
     if k.shape[2] > MANY_TOKENS:
         warn_of_dense_weights(k.shape[2])
-    background = ops.has_background(edges.spec)
-    attention = EdgeAttention(q, k, lse, edges, key_mask, seed, dropout_p, scale, background)
+    attention = EdgeAttention(q, k, lse, edges, key_mask, seed, dropout_p, scale)
     bias = None if bias is None else bias_as(q.dtype, bias)
     return attention.mean_weights(q, k, bias) if averaged else attention.weights(q, k, bias)
 

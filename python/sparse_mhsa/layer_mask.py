@@ -136,7 +136,7 @@ class LayerMask:
 
     def source(self, num_tokens: int) -> EdgeSource:
         """The edges for ``num_tokens`` tokens as the operators take them."""
-        return EdgeSource(self.spec, None, None)
+        return EdgeSource(self.spec, None, None, self.masked_logits == "zero")
 
     @property
     def is_sparse(self) -> bool:

@@ -354,8 +354,8 @@ class Mask:
         """
         self._check_tokens(num_tokens)
         if self._layer_mask is not None and self._replacements == replacements():
-            return EdgeSource(self._layer_mask.spec, None, None)
-        return EdgeSource(None, *self._lists(self._key))
+            return self._layer_mask.source(num_tokens)
+        return EdgeSource(None, *self._lists(self._key), self.masked_logits == "zero")
 
     def at(self, num_tokens: int, head_dim: int | None = None) -> "Mask":
         """The mask itself, which exists for one number of tokens only.

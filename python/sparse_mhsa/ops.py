@@ -30,25 +30,13 @@ _QKV = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "Tensor? key_mask, Tensor? bias, Tensor? seed, float dropout_p, float scale"
 # What `chosen_engine` gave when the forward pass ran; without it the operator goes by what is chosen when it runs.
 _ENGINE = "*, Tensor? engine=None"
+# Visible keys that are not edges keep the logit 0; a spec says so itself.
+_BACKGROUND = ", bool background=False"
 
 
 def _lse_dtype(device: torch.device) -> torch.dtype:
     """What the operators give ``lse`` in, where the device has it: the weights are found from it again."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def has_background(spec: str | None) -> bool:
-    """True where visible keys that are no edge keep the logit 0 (``masked_logits: zero``)."""
-    return spec is not None and _masked_logits(spec) == "zero"
-
-
-@functools.lru_cache(maxsize=256)
-def _masked_logits(spec: str) -> object:
-    return json.loads(spec).get("masked_logits")
-
-
-# What `torch.compiler.assume_constant_result` sets, which would import the whole compiler.
-has_background._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _new_heads(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -71,9 +59,9 @@ def _kernel(name: str) -> Callable[..., Any]:
     """The core's function, told which engine to use when it runs: never when it is traced."""
     compute = getattr(_core, name)
 
-    def run(first: Tensor, *args: object, engine: Tensor | None = None) -> Any:  # noqa: ANN401
+    def run(first: Tensor, *args: object, engine: Tensor | None = None, **options: bool) -> Any:  # noqa: ANN401
         chosen = None if engine is None else NAMES[int(engine)]
-        return compute(engine_for(first.device, chosen), first, *args)
+        return compute(engine_for(first.device, chosen), first, *args, **options)
 
     return run
 
@@ -84,13 +72,13 @@ def _implement(name: str, implementation: Callable[..., Any]) -> None:
 
 
 def _define_kernels() -> None:
-    for suffix, edges in (("", "str spec"), ("_edges", "Tensor row_ptr, Tensor col")):
+    for suffix, edges, own in (("", "str spec", ""), ("_edges", "Tensor row_ptr, Tensor col", _BACKGROUND)):
         forward, backward = f"forward{suffix}", f"backward{suffix}"
         _LIBRARY.define(  # type: ignore[no-untyped-call]
-            f"{forward}({_QKV}, {edges}, {_OPTIONS}, {_ENGINE}) -> (Tensor out, Tensor lse)", tags=_TAGS
+            f"{forward}({_QKV}, {edges}, {_OPTIONS}, {_ENGINE}{own}) -> (Tensor out, Tensor lse)", tags=_TAGS
         )
         _LIBRARY.define(  # type: ignore[no-untyped-call]
-            f"{backward}(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, {edges}, {_OPTIONS}, {_ENGINE})"
+            f"{backward}(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, {edges}, {_OPTIONS}, {_ENGINE}{own})"
             " -> (Tensor dq, Tensor dk, Tensor dv)",
             tags=_TAGS,
         )
@@ -113,9 +101,11 @@ def _bias_gradient(
     seed: Tensor | None,
     dropout_p: float,
     scale: float,
+    *,
+    background: bool = False,
 ) -> Tensor:
-    source = EdgeSource(spec, row_ptr, col)
-    attention = EdgeAttention(q, k, lse, source, key_mask, seed, dropout_p, scale, has_background(spec))
+    source = EdgeSource(spec, row_ptr, col, background)
+    attention = EdgeAttention(q, k, lse, source, key_mask, seed, dropout_p, scale)
     return attention.bias_gradient(grad_out, q, k, v, bias).contiguous()
 
 
@@ -192,13 +182,14 @@ def _define_edge_lists() -> None:
 def _define_bias_gradient() -> None:
     _LIBRARY.define(  # type: ignore[no-untyped-call]
         f"bias_gradient(Tensor grad_out, {_QKV}, Tensor lse, str? spec, Tensor? row_ptr, Tensor? col,"
-        " Tensor? key_mask, Tensor bias, Tensor? seed, float dropout_p, float scale) -> Tensor",
+        " Tensor? key_mask, Tensor bias, Tensor? seed, float dropout_p, float scale, *, bool background=False)"
+        " -> Tensor",
         tags=_TAGS,
     )
     _implement("bias_gradient", _bias_gradient)
     torch.library.register_fake(
         "sparse_mhsa::bias_gradient",
-        lambda grad_out, q, k, v, lse, spec, row_ptr, col, key_mask, bias, *_: bias.new_empty(bias.shape),
+        lambda grad_out, q, k, v, lse, spec, row_ptr, col, key_mask, bias, *_, **__: bias.new_empty(bias.shape),
         lib=_LIBRARY,
     )
 
@@ -229,6 +220,7 @@ class _Context(FunctionCtx):
     """What the Functions keep between their two halves; a type only, torch makes the objects."""
 
     spec: str | None
+    background: bool
     dropout_p: float
     scale: float
     saved_tensors: tuple[Tensor, ...]
@@ -250,6 +242,7 @@ class _Attention(torch.autograd.Function):
         col: Tensor | None,
         engine: Tensor | None,
         spec: str | None,
+        background: bool,
         dropout_p: float,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
@@ -258,12 +251,12 @@ class _Attention(torch.autograd.Function):
         if spec is not None:
             result = _ops.forward.default(q, k, v, spec, *options, engine=engine)
         else:
-            result = _ops.forward_edges.default(q, k, v, row_ptr, col, *options, engine=engine)
+            result = _ops.forward_edges.default(q, k, v, row_ptr, col, *options, engine=engine, background=background)
         return result
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: _Inputs, output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.spec, ctx.dropout_p, ctx.scale = inputs
+        *tensors, ctx.spec, ctx.background, ctx.dropout_p, ctx.scale = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
 
@@ -274,13 +267,13 @@ class _Attention(torch.autograd.Function):
         tensors = (grad_out, q, k, v, out, lse, key_mask, bias, seed, row_ptr, col, engine)
         differentiable = needs_autograd(grad_out, q, k, v, bias)
         run = _AttentionBackward.apply if differentiable else _AttentionBackward.forward
-        dq, dk, dv, *dbias = run(*tensors, ctx.spec, ctx.dropout_p, ctx.scale, wants_bias)
-        return dq, dk, dv, None, dbias[0] if wants_bias else None, None, None, None, None, None, None, None
+        dq, dk, dv, *dbias = run(*tensors, ctx.spec, ctx.background, ctx.dropout_p, ctx.scale, wants_bias)
+        return dq, dk, dv, None, dbias[0] if wants_bias else None, *[None] * 8
 
     @staticmethod
     def vmap(info: VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         inputs: _Inputs = args
-        if not _folds(in_dims[5:8], dropout_p=inputs[10]):
+        if not _folds(in_dims[5:8], dropout_p=inputs[11]):
             return _one_by_one(_Attention.apply, info.batch_size, in_dims, inputs)
         batch = _batch_of(inputs[0], in_dims[0])
         fold = functools.partial(_fold, size=info.batch_size, batch=batch)
@@ -312,6 +305,7 @@ class _AttentionBackward(torch.autograd.Function):
         col: Tensor | None,
         engine: Tensor | None,
         spec: str | None,
+        background: bool,
         dropout_p: float,
         scale: float,
         wants_bias: bool,
@@ -321,35 +315,36 @@ class _AttentionBackward(torch.autograd.Function):
         if spec is not None:
             grads = _ops.backward.default(*saved, spec, *options, engine=engine)
         else:
-            grads = _ops.backward_edges.default(*saved, row_ptr, col, *options, engine=engine)
+            grads = _ops.backward_edges.default(*saved, row_ptr, col, *options, engine=engine, background=background)
         if not wants_bias:
             return grads
-        return *grads, _ops.bias_gradient.default(grad_out, q, k, v, lse, spec, row_ptr, col, *options)
+        source = (spec, row_ptr, col)
+        return *grads, _ops.bias_gradient.default(grad_out, q, k, v, lse, *source, *options, background=background)
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: _Inputs, output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.spec, ctx.dropout_p, ctx.scale, _ = inputs
+        *tensors, ctx.spec, ctx.background, ctx.dropout_p, ctx.scale, _ = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: _Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, q, k, v, _, lse, key_mask, bias, seed, row_ptr, col, _ = ctx.saved_tensors
-        edges = EdgeSource(ctx.spec, row_ptr, col)
-        attention = EdgeAttention(q, k, lse, edges, key_mask, seed, ctx.dropout_p, ctx.scale, has_background(ctx.spec))
+        edges = EdgeSource(ctx.spec, row_ptr, col, ctx.background)
+        attention = EdgeAttention(q, k, lse, edges, key_mask, seed, ctx.dropout_p, ctx.scale)
         grads = attention.second_order(cotangents, grad_out, q, k, v, bias)
-        return *grads[:4], None, None, None, grads[4], None, None, None, None, None, None, None, None
+        return *grads[:4], None, None, None, grads[4], *[None] * 9
 
     @staticmethod
     def vmap(info: VmapInfo, in_dims: _Dims, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         inputs: _Inputs = args
-        if not _folds(in_dims[8:11], dropout_p=inputs[13]):
+        if not _folds(in_dims[8:11], dropout_p=inputs[14]):
             return _one_by_one(_AttentionBackward.apply, info.batch_size, in_dims, inputs)
         batch = _batch_of(inputs[1], in_dims[1])
         fold = functools.partial(_fold, size=info.batch_size, batch=batch)
         folded = [fold(tensor, dim) for tensor, dim in zip(inputs[:8], in_dims[:8], strict=True)]
         grads = _AttentionBackward.apply(*folded, *inputs[8:])  # type: ignore[no-untyped-call]
         whole = [grad.unflatten(0, (info.batch_size, batch)) for grad in grads]
-        if inputs[15] and _batch_of(inputs[7], in_dims[7]) == 1:
+        if inputs[16] and _batch_of(inputs[7], in_dims[7]) == 1:
             whole[3] = whole[3].sum(1, keepdim=True)
         return tuple(whole), (0,) * len(whole)
 
@@ -439,7 +434,7 @@ def attention(
         out (B, H, N, Dv) and lse (B, H, N), float64 (on MPS, which has none, float32); lse carries no gradient. A
         row without a key gives 0 and -inf.
     """
-    spec, row_ptr, col = edges
+    spec, row_ptr, col, background = edges
     if needs_autograd(q, k, v, bias):
         if torch.compiler.is_compiling():
             if _nested_grads() > 1:
@@ -452,7 +447,19 @@ def attention(
             q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)
             bias = None if bias is None else bias.view_as(bias)
         result: tuple[Tensor, Tensor] = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, key_mask, bias, seed, row_ptr, col, _ops.chosen_engine.default(), spec, dropout_p, scale
+            q,
+            k,
+            v,
+            key_mask,
+            bias,
+            seed,
+            row_ptr,
+            col,
+            _ops.chosen_engine.default(),
+            spec,
+            background,
+            dropout_p,
+            scale,
         )
         return result
-    return _Attention.forward(q, k, v, key_mask, bias, seed, row_ptr, col, None, spec, dropout_p, scale)
+    return _Attention.forward(q, k, v, key_mask, bias, seed, row_ptr, col, None, spec, background, dropout_p, scale)

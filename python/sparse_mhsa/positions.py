@@ -37,11 +37,11 @@ def edges_at(
     """
     if layer_mask.is_dense:
         return None
+    if layer_mask.masked_logits == "zero":
+        raise ValueError("masked_logits: `zero` cannot be combined with token_positions")
     if layer_mask.by_content:
         _check_choice(layer_mask, token_positions)
         return None
-    if layer_mask.masked_logits == "zero":
-        raise ValueError("masked_logits: `zero` cannot be combined with token_positions")
     known = layer_mask.num_tokens
     if None not in (known, num_tokens) and known != num_tokens:
         raise ValueError(f"num_tokens: the mask `{layer_mask.name}` is for {known} tokens, got {num_tokens}")

@@ -135,11 +135,6 @@ impl AttentionConfig {
         let config = AttentionConfig { document, mechanism, written: written.clone() };
         config.check_grid()?;
         config.check_prefix()?;
-        if config.by_content() && config.document.masked_logits == MaskedLogits::Zero {
-            let message =
-                format!("expected neg_inf, because `{}` chooses keys by content; got zero", config.mask());
-            return Err(Broken::at(["masked_logits"], message));
-        }
         Ok(config)
     }
 

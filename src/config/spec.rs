@@ -9,7 +9,7 @@ use super::{MaskedLogits, TokenOrder};
 use crate::error::{Error, Result};
 use crate::pattern::edges::EdgeSet;
 use crate::pattern::registry::{self, ReadError};
-use crate::pattern::{AnyPattern, Context, HeadEdges, head_edges};
+use crate::pattern::{AnyPattern, Context, EdgeCount, HeadEdges, head_counts, head_edges};
 
 /// A mask in one layer. Its text travels inside compiled and exported graphs, so it names the mask by content and holds nothing
 /// that depends on the process or on the number of tokens.
@@ -121,5 +121,21 @@ impl Spec {
             heads.resize(self.heads, heads[0].clone());
         }
         Ok(MaskEdges { heads, num_tokens, num_prefix_tokens: prefix })
+    }
+
+    /// How many edges every head has for `num_tokens` tokens.
+    ///
+    /// # Errors
+    /// See [`Self::edges`].
+    pub fn counts(&self, num_tokens: usize) -> Result<Vec<EdgeCount>> {
+        let pattern = self.pattern()?;
+        let mut counts = match num_tokens {
+            0 => vec![EdgeCount::default()],
+            _ => head_counts(pattern.as_ref(), &self.context(num_tokens))?,
+        };
+        if counts.len() == 1 {
+            counts.resize(self.heads, counts[0]);
+        }
+        Ok(counts)
     }
 }

@@ -10,7 +10,7 @@ use super::edges::{Builder, EdgeSet};
 use super::longformer::global_tokens;
 use super::random::head_draws;
 use super::segments::merge_ranges;
-use super::{Context, Domain, HeadEdges, Pattern, warn_clamped};
+use super::{Context, Domain, EdgeCount, HeadEdges, Pattern, warn_clamped};
 use crate::error::Result;
 use crate::rng::{HeadDraws, Sampler};
 
@@ -80,20 +80,32 @@ impl BigBird {
         Ok((builder, globals))
     }
 
+    /// From how many of the `n` keys `query` draws: all but those it keeps already and itself, which become `taken`.
+    fn allowed(
+        &self,
+        query: usize,
+        n: usize,
+        globals: &[Range<usize>],
+        taken: &mut Vec<Range<usize>>,
+    ) -> usize {
+        let window = self.window.clamp(0, n as i64) as usize;
+        taken.clear();
+        taken.extend(globals.iter().cloned());
+        taken.push(query.saturating_sub(window)..(query + window + 1).min(n));
+        merge_ranges(taken);
+        n - taken.iter().map(ExactSizeIterator::len).sum::<usize>()
+    }
+
     fn head(&self, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
         let n = context.num_tokens;
         let (base, globals) = self.base(context)?;
-        let (window, num_random) = (self.window.clamp(0, n as i64) as usize, self.num_random.max(0) as usize);
+        let num_random = self.num_random.max(0) as usize;
         let (mut sampler, mut chosen, mut taken) = (Sampler::new(n)?, Vec::new(), Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
             if globals.iter().any(|range| range.contains(&query)) {
                 return;
             }
-            taken.clear();
-            taken.extend(globals.iter().cloned());
-            taken.push(query.saturating_sub(window)..(query + window + 1).min(n));
-            merge_ranges(&mut taken);
-            let allowed = n - taken.iter().map(ExactSizeIterator::len).sum::<usize>();
+            let allowed = self.allowed(query, n, &globals, &mut taken);
             sampler.choose(&mut draws.row(query), allowed, num_random, &mut chosen);
             chosen.sort_unstable();
             // The allowed keys are counted with the taken ranges left out; walking both in order puts them back.
@@ -152,6 +164,25 @@ impl Pattern for BigBird {
 
     fn seeds(&mut self) -> Vec<&mut Option<i64>> {
         vec![&mut self.seed]
+    }
+
+    /// Every query that is not global draws a known number of keys; which ones they are counts only where pairs may be drawn twice
+    /// or prefix keys be drawn at all.
+    fn count(&self, context: &Context) -> Result<Option<Vec<EdgeCount>>> {
+        let (n, prefix) = (context.num_tokens, context.prefix);
+        let (base, globals) = self.base(context)?;
+        let covered =
+            prefix == 0 || globals.first().is_some_and(|first| first.start == 0 && first.end >= prefix);
+        if self.symmetric || !covered {
+            return Ok(None);
+        }
+        let mut count = EdgeCount::of(&base.build()?, prefix);
+        let (num_random, mut taken) = (self.num_random.max(0) as usize, Vec::new());
+        for query in (0..n).filter(|query| !globals.iter().any(|range| range.contains(query))) {
+            let drawn = num_random.min(self.allowed(query, n, &globals, &mut taken));
+            count.add(drawn, drawn);
+        }
+        Ok(Some(vec![count]))
     }
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {

@@ -91,6 +91,28 @@ pub enum Domain {
 /// The edges of every head: one set shared by all, or one per head.
 pub type HeadEdges = Vec<Arc<EdgeSet>>;
 
+/// How many edges a head has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EdgeCount {
+    /// All of them.
+    pub all: usize,
+    /// Those between patches, tokens after the prefix.
+    pub patches: usize,
+}
+
+impl EdgeCount {
+    /// What `edges` has, after a prefix of so many tokens.
+    pub fn of(edges: &EdgeSet, prefix: usize) -> Self {
+        EdgeCount { all: edges.nnz(), patches: edges.nnz_after(prefix) }
+    }
+
+    /// One more query with this many keys; `patches` of them are patches as it is itself.
+    fn add(&mut self, all: usize, patches: usize) {
+        self.all += all;
+        self.patches += patches;
+    }
+}
+
 /// One registered mask. Its fields are the `mask_kwargs` of a configuration; their comments and that of the type itself are the
 /// definition that the JSON Schema and the gallery show.
 pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sync + 'static {
@@ -190,6 +212,15 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         Ok(None)
     }
 
+    /// How many edges a pattern over all tokens has, where its parameters say so: for all heads, or for each. `None` where the
+    /// edges must be made to be counted.
+    ///
+    /// # Errors
+    /// See [`Self::edges`].
+    fn count(&self, _context: &Context) -> Result<Option<Vec<EdgeCount>>> {
+        Ok(None)
+    }
+
     /// The edges over the pattern's own tokens: one set for all heads, or one per head.
     ///
     /// # Errors
@@ -245,6 +276,13 @@ pub trait AnyPattern: Debug + Send + Sync {
     fn choice_per_head(&self, _context: &Context) -> Result<Option<Vec<OfHead>>> {
         Ok(None)
     }
+    /// [`Pattern::count`].
+    ///
+    /// # Errors
+    /// See [`Pattern::count`].
+    fn count(&self, _context: &Context) -> Result<Option<Vec<EdgeCount>>> {
+        Ok(None)
+    }
     /// [`Pattern::edges`].
     ///
     /// # Errors
@@ -295,6 +333,9 @@ impl<P: Pattern> AnyPattern for P {
     fn choice_per_head(&self, context: &Context) -> Result<Option<Vec<OfHead>>> {
         Pattern::choice_per_head(self, context)
     }
+    fn count(&self, context: &Context) -> Result<Option<Vec<EdgeCount>>> {
+        Pattern::count(self, context)
+    }
     fn edges(&self, context: &Context) -> Result<HeadEdges> {
         Pattern::edges(self, context)
     }
@@ -310,11 +351,7 @@ impl<P: Pattern> AnyPattern for P {
 /// patches; otherwise what the pattern reports. Keys are those of a configuration document.
 pub fn head_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdges> {
     let Context { num_tokens, prefix, .. } = *context;
-    if prefix > num_tokens {
-        return Err(Error::Value(format!(
-            "num_prefix_tokens: expected at most the {num_tokens} tokens there are, got {prefix}"
-        )));
-    }
+    check_prefix(context)?;
     let own = match pattern.domain() {
         Domain::Tokens => num_tokens,
         Domain::Patches => num_tokens - prefix,
@@ -327,6 +364,32 @@ pub fn head_edges(pattern: &dyn AnyPattern, context: &Context) -> Result<HeadEdg
         let builder = EdgeSet::builder(num_tokens, num_tokens)?.shifted(edges, prefix);
         Ok(Arc::new(builder.global(0..context.dense_prefix()).build()?))
     })
+}
+
+/// How many edges [`head_edges`] has, for all heads or for each; made only where they cannot be counted without.
+///
+/// # Errors
+/// See [`head_edges`].
+pub fn head_counts(pattern: &dyn AnyPattern, context: &Context) -> Result<Vec<EdgeCount>> {
+    if pattern.domain() == Domain::Tokens {
+        check_prefix(context)?;
+        check_grid(Domain::Tokens, context)?;
+        if let Some(counts) = pattern.count(context).map_err(|error| below(error, "mask_kwargs"))? {
+            return Ok(counts);
+        }
+    }
+    let heads = head_edges(pattern, context)?;
+    Ok(heads.iter().map(|edges| EdgeCount::of(edges, context.prefix)).collect())
+}
+
+fn check_prefix(context: &Context) -> Result<()> {
+    let Context { num_tokens, prefix, .. } = *context;
+    if prefix > num_tokens {
+        return Err(Error::Value(format!(
+            "num_prefix_tokens: expected at most the {num_tokens} tokens there are, got {prefix}"
+        )));
+    }
+    Ok(())
 }
 
 /// The edges over the pattern's own tokens, which `context.num_tokens` counts.

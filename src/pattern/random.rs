@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::edges::EdgeSet;
 use super::registry::{check_range, exactly_one_of};
 use super::shares::Shares;
-use super::{Context, Domain, HeadEdges, Pattern, warn_clamped};
+use super::{Context, Domain, EdgeCount, HeadEdges, Pattern, warn_clamped};
 use crate::error::{Error, Result};
 use crate::rng::{HeadDraws, Sampler};
 
@@ -80,12 +80,29 @@ fn seed_or_none<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Resu
 
 impl Random {
     /// Keys to draw for a query with this many allowed ones; `k` is that of its head.
-    fn count(&self, k: Option<i64>, allowed: usize) -> usize {
+    fn drawn(&self, k: Option<i64>, allowed: usize) -> usize {
         match (k, self.keep_ratio, self.mask_ratio) {
             (Some(k), ..) => (k as usize).min(allowed),
             (_, Some(keep), _) => of_ratio(keep, allowed),
             (.., mask) => of_ratio(1.0 - mask.unwrap_or_default(), allowed),
         }
+    }
+
+    /// Keys of a query that sees those before it and, unless `causal`, those after.
+    fn visible(&self, query: usize, num_tokens: usize) -> usize {
+        if self.causal { query + 1 } else { num_tokens }
+    }
+
+    /// k of each head that has its own draw, if it is a number.
+    fn keys(&self, context: &Context) -> Result<Vec<Option<i64>>> {
+        let keys = self.k.as_ref().map(|k| k.of_layer("k", context)).transpose()?;
+        if let Some(k) = keys.iter().flatten().max().filter(|&&k| k > context.num_tokens as i64) {
+            warn_clamped(format!("random: k {k} acts as {n} for {n} tokens", n = context.num_tokens));
+        }
+        let heads = if self.per_head_same { 1 } else { context.num_heads };
+        Ok((0..heads)
+            .map(|head| keys.as_ref().map(|keys| if keys.len() == 1 { keys[0] } else { keys[head] }))
+            .collect())
     }
 
     fn head(&self, k: Option<i64>, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
@@ -94,10 +111,10 @@ impl Random {
         let (mut sampler, mut chosen) = (Sampler::new(n)?, Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
             if query < first {
-                out.push(0..if self.causal { query + 1 } else { n });
+                out.push(0..self.visible(query, n));
             } else {
-                let allowed = if self.causal { query + 1 } else { n } - first;
-                sampler.choose(&mut draws.row(query), allowed, self.count(k, allowed), &mut chosen);
+                let allowed = self.visible(query, n) - first;
+                sampler.choose(&mut draws.row(query), allowed, self.drawn(k, allowed), &mut chosen);
                 out.extend(chosen.iter().map(|&key| first + key..first + key + 1));
             }
         });
@@ -173,19 +190,34 @@ impl Pattern for Random {
         vec![&mut self.seed]
     }
 
-    fn edges(&self, context: &Context) -> Result<HeadEdges> {
-        let n = context.num_tokens;
-        let keys = self.k.as_ref().map(|k| k.of_layer("k", context)).transpose()?;
-        if let Some(k) = keys.iter().flatten().max().filter(|&&k| k > n as i64) {
-            warn_clamped(format!("random: k {k} acts as {n} for {n} tokens"));
+    /// Every query draws a known number of keys; which ones they are counts only where pairs may be drawn twice or prefix keys be
+    /// drawn at all.
+    fn count(&self, context: &Context) -> Result<Option<Vec<EdgeCount>>> {
+        let (n, prefix) = (context.num_tokens, context.prefix);
+        let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
+        if self.symmetric || first != prefix {
+            return Ok(None);
         }
-        let heads = if self.per_head_same { 1 } else { context.num_heads };
-        (0..heads)
-            .map(|head| {
-                let k = keys.as_ref().map(|keys| if keys.len() == 1 { keys[0] } else { keys[head] });
-                self.head(k, head_draws(self.seed, self.reseed_each_epoch, head, context)?, context)
-            })
-            .collect()
+        let of_head = |k| {
+            let mut count = EdgeCount::default();
+            for query in 0..n {
+                let visible = self.visible(query, n);
+                if query < first {
+                    count.add(visible, 0);
+                } else {
+                    let drawn = self.drawn(k, visible - first);
+                    count.add(first + drawn, drawn);
+                }
+            }
+            count
+        };
+        Ok(Some(self.keys(context)?.into_iter().map(of_head).collect()))
+    }
+
+    fn edges(&self, context: &Context) -> Result<HeadEdges> {
+        let head =
+            |(head, k)| self.head(k, head_draws(self.seed, self.reseed_each_epoch, head, context)?, context);
+        self.keys(context)?.into_iter().enumerate().map(head).collect()
     }
 }
 

@@ -60,7 +60,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(ops::edge_index, module)?)?;
     module.add_function(wrap_pyfunction!(ops::dropout_keep, module)?)?;
     module.add_function(wrap_pyfunction!(selection::selection_room, module)?)?;
-    module.add_function(wrap_pyfunction!(selection::expected_edges, module)?)?;
+    module.add_function(wrap_pyfunction!(selection::count_edges, module)?)?;
     module.add_function(wrap_pyfunction!(scores::save_scores, module)?)?;
     module.add_function(wrap_pyfunction!(scores::load_scores, module)?)?;
     module.add_function(wrap_pyfunction!(selection::select_edges, module)?)?;

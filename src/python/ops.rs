@@ -48,26 +48,32 @@ impl FromPyObject<'_, '_> for Engine {
 #[derive(Clone, Copy)]
 enum Edges<'a> {
     Spec(&'a str),
-    Lists { row_ptr: TensorRef<'a>, col: TensorRef<'a> },
+    Lists { row_ptr: TensorRef<'a>, col: TensorRef<'a>, masked_logits: MaskedLogits },
 }
 
-impl Edges<'_> {
+impl<'a> Edges<'a> {
+    /// With a `background`, visible keys that are not edges keep a logit of 0.
+    fn lists(row_ptr: &'a PyTensor, col: &'a PyTensor, background: bool) -> Self {
+        let masked_logits = if background { MaskedLogits::Zero } else { MaskedLogits::NegInf };
+        Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref(), masked_logits }
+    }
+
     fn resolve(&self, batch: usize, queries: usize, keys: usize, heads: usize) -> Result<Arc<ResolvedMask>> {
         match self {
             Edges::Spec(text) => resolve(text, queries, keys, heads),
             // One edge set per (batch, head) of an empty batch: there is nothing to attend to, and no list to read.
-            Edges::Lists { row_ptr, .. } if batch == 0 && row_ptr.numel() == 0 => {
+            Edges::Lists { row_ptr, masked_logits, .. } if batch == 0 && row_ptr.numel() == 0 => {
                 let none = EdgeSet::builder(queries, keys)?.build()?;
                 Ok(Arc::new(ResolvedMask {
                     plan: Plan::new(&[Arc::new(none)])?,
-                    masked_logits: MaskedLogits::NegInf,
+                    masked_logits: *masked_logits,
                 }))
             }
-            Edges::Lists { row_ptr, col } => {
+            Edges::Lists { row_ptr, col, masked_logits } => {
                 // The lists of a call on another device are read here.
                 let (row_ptr, col) = (row_ptr.f_to(Device::Cpu)?, col.f_to(Device::Cpu)?);
                 let (row_ptr, col) = (slice::<i64, 2>("row_ptr", &row_ptr)?, slice::<i64, 1>("col", &col)?);
-                resolve_edge_lists(row_ptr, col, queries, keys)
+                resolve_edge_lists(row_ptr, col, queries, keys, *masked_logits)
             }
         }
     }
@@ -329,7 +335,7 @@ pub(super) fn backward(
 }
 
 #[pyfunction]
-#[pyo3(signature = (engine, q, k, v, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
+#[pyo3(signature = (engine, q, k, v, row_ptr, col, key_mask, bias, seed, dropout_p, scale, background = false))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn forward_edges(
     py: Python<'_>,
@@ -344,15 +350,16 @@ pub(super) fn forward_edges(
     seed: Option<PyTensor>,
     dropout_p: f64,
     scale: f64,
+    background: bool,
 ) -> PyResult<(PyTensor, PyTensor)> {
-    let edges = Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref() };
+    let edges = Edges::lists(&row_ptr, &col, background);
     let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
     let call = Call::new(&q, &k, &v, edges, key_mask, bias, seed, dropout_p, scale)?;
     call.run_forward(py, engine)
 }
 
 #[pyfunction]
-#[pyo3(signature = (engine, grad_out, q, k, v, out, lse, row_ptr, col, key_mask, bias, seed, dropout_p, scale))]
+#[pyo3(signature = (engine, grad_out, q, k, v, out, lse, row_ptr, col, key_mask, bias, seed, dropout_p, scale, background = false))]
 #[expect(clippy::too_many_arguments, reason = "the operator schema has this many")]
 pub(super) fn backward_edges(
     py: Python<'_>,
@@ -370,8 +377,9 @@ pub(super) fn backward_edges(
     seed: Option<PyTensor>,
     dropout_p: f64,
     scale: f64,
+    background: bool,
 ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
-    let edges = Edges::Lists { row_ptr: row_ptr.as_ref(), col: col.as_ref() };
+    let edges = Edges::lists(&row_ptr, &col, background);
     let (key_mask, bias, seed) = (key_mask.as_ref(), bias.as_ref(), seed.as_ref());
     let call = Call::new(&q, &k, &v, edges, key_mask, bias, seed, dropout_p, scale)?;
     call.run_backward(py, engine, [grad_out.as_ref(), out.as_ref(), lse.as_ref()])
@@ -420,7 +428,7 @@ pub(super) fn dropout_keep(
         let rows = row_ptr.len() / num_heads - 1;
         // Checks the lists, so that the loop below cannot leave them.
         let keys = col.iter().max().map_or(0, |&last| last.max(0) as usize + 1);
-        resolve_edge_lists(row_ptr, col, rows, keys)?;
+        resolve_edge_lists(row_ptr, col, rows, keys, MaskedLogits::NegInf)?;
         let mut factors = Vec::with_capacity(batch * edges);
         for unit in 0..batch * num_heads {
             let pointers = &row_ptr[unit % num_heads * (rows + 1)..][..rows + 1];

@@ -12,6 +12,7 @@ use crate::attention::selection::{Content, Rule};
 use crate::config::Spec;
 use crate::error::{Error, Result};
 use crate::kernel::{Element, Run};
+use crate::pattern::tried_out;
 
 /// `(a, b)` such that a head of N tokens has at most `N * (min(a, N) + b)` edges, or None for a mask that does not choose by content.
 #[pyfunction]
@@ -19,15 +20,16 @@ pub(super) fn selection_room(py: Python<'_>, spec: &str) -> PyResult<Option<(usi
     enter(py, |_| Ok(Rule::of(&Spec::from_text(spec)?)?.map(|rule| rule.room())))
 }
 
-/// Edges and patch-to-patch edges that a head is expected to keep if all keys are equally likely to be chosen.
+/// Edges and patch-to-patch edges of each head; of a mask that chooses by content, how many are expected.
 #[pyfunction]
-pub(super) fn expected_edges(py: Python<'_>, spec: &str, num_tokens: usize) -> PyResult<Vec<(f64, f64)>> {
+pub(super) fn count_edges(py: Python<'_>, spec: &str, num_tokens: usize) -> PyResult<Vec<(f64, f64)>> {
     enter(py, |_| {
         let spec = Spec::from_text(spec)?;
-        let rule = Rule::of(&spec)?.ok_or_else(|| {
-            Error::Value("spec: this mask does not choose by content; its edges can be counted".into())
-        })?;
-        rule.expected_edges(num_tokens, spec.heads)
+        if let Some(rule) = Rule::of(&spec)? {
+            return rule.expected_edges(num_tokens, spec.heads);
+        }
+        let counts = tried_out(|| spec.counts(num_tokens))?;
+        Ok(counts.into_iter().map(|count| (count.all as f64, count.patches as f64)).collect())
     })
 }
 

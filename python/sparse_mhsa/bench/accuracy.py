@@ -101,7 +101,7 @@ def bench_accuracy(
     except ValueError as error:
         raise UsageError(f"--budget: {error}") from error
     for method in solved:
-        value = "" if method.value is None else f", {METHODS[method.name].parameter or 'parameter'} {method.value:g}"
+        value = "" if method.value is None else f", {METHODS[method.name].parameter or 'parameter'} {method.value}"
         logger.info("%s%s: %s", method.name, value, method.cost)
     tasks = _tasks(options, solved, words)
     if options.dry_run:

@@ -12,7 +12,7 @@ from .._core import AttentionConfig, ConfigError
 from ..adapters import find_attention
 from ..config import load_config
 from ..flops import AttentionCost, attention_cost
-from ..solve import solve_budget
+from ..solve import Value, solve_budget
 
 REFERENCE = "fibottention"
 """The method whose cost is the budget unless one is given: its published form has no free parameter."""
@@ -87,7 +87,7 @@ class Solved:
 
     name: str
     config: str | None
-    value: float | None
+    value: Value | None
     cost: AttentionCost
 
 

@@ -18,7 +18,9 @@ from .options import GPU_EXAMPLES
 Row = Mapping[str, Any]
 
 
-def _number(value: float | None, text: str) -> str:
+def _number(value: float | list[int] | None, text: str) -> str:
+    if isinstance(value, list):  # one for each axis
+        return " x ".join(text.format(one) for one in value)
     return "-" if value is None else text.format(value)
 
 

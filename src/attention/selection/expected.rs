@@ -2,11 +2,12 @@
 
 use super::Rule;
 use crate::error::{Error, Result};
-use crate::pattern::choice::{Choice, OfHead};
+use crate::pattern::choice::{Choice, OfHead, Pool};
 
 impl Rule {
-    /// For every head, the edges and the patch-to-patch edges that are kept in the mean if all keys a query may choose are equally
-    /// likely. Exact where the number does not depend on which keys they are.
+    /// For every head, the edges and the patch-to-patch edges that are kept in the mean if keys are drawn independently from one
+    /// normal distribution: all that a query may choose are equally likely, but for a shorter block. Exact where the number
+    /// does not depend on which keys they are.
     ///
     /// # Errors
     /// [`Error::Value`] when there are fewer tokens than prefix tokens.
@@ -23,16 +24,8 @@ impl Rule {
                 let dense_rows = if dense_rows { self.dense } else { 0 };
                 self.top_keys_expected(num_tokens, keep, causal, symmetric, dense_rows)
             }
-            Choice::TopBlocks { keep, block_size, causal, .. } => {
-                let patches = num_tokens - self.prefix;
-                let blocks = patches.div_ceil(block_size);
-                let between: f64 = (0..patches)
-                    .map(|patch| {
-                        let (allowed, keys) =
-                            if causal { (patch / block_size + 1, patch + 1) } else { (blocks, patches) };
-                        keep.min(allowed) as f64 / allowed as f64 * keys as f64
-                    })
-                    .sum();
+            Choice::TopBlocks { keep, block_size, pool, causal } => {
+                let between = top_blocks_expected(num_tokens - self.prefix, keep, block_size, pool, causal);
                 (between + self.around(num_tokens), between)
             }
             Choice::VerticalSlash { columns, distances, nearest, .. } => {
@@ -53,7 +46,8 @@ impl Rule {
                 (between + self.around(num_tokens), between)
             }
         };
-        Ok((0..num_heads).map(of_head).collect())
+        let alike = self.per_head.is_none();
+        Ok(if alike { vec![of_head(0); num_heads] } else { (0..num_heads).map(of_head).collect() })
     }
 
     /// Edges of the dense prefix around patches.
@@ -92,5 +86,106 @@ impl Rule {
             }
         }
         (all, between)
+    }
+}
+
+/// Pairs between `patches` patches of which every block of queries keeps `keep` blocks of keys.
+fn top_blocks_expected(patches: usize, keep: usize, block_size: usize, pool: Pool, causal: bool) -> f64 {
+    let whole = patches / block_size;
+    let of_row = |patch: usize, share_of_last: f64| {
+        let (blocks, keys) = match causal {
+            true => (patch / block_size + 1, patch + 1),
+            false => (patches.div_ceil(block_size), patches),
+        };
+        let keep = keep.min(blocks) as f64;
+        if blocks == whole + 1 && whole > 0 {
+            let of_whole = (keep - share_of_last) / whole as f64;
+            of_whole * (whole * block_size) as f64 + share_of_last * (keys - whole * block_size) as f64
+        } else {
+            keep / blocks as f64 * keys as f64
+        }
+    };
+    let share_of_last = share_of_shorter(keep, whole, patches % block_size, block_size, pool);
+    (0..patches).map(|patch| of_row(patch, share_of_last)).sum()
+}
+
+/// How likely a block of `shorter` keys is one of the `keep` best beside `others` blocks of `block_size`.
+///
+/// The score of a mean of n keys is normal with a variance of 1 / n, so that it wins or loses by more the shorter its block is. The
+/// integral is over the score t that the `keep`-th best of the others has. Maxima have no such law for all dimensions; they
+/// count as equally likely.
+fn share_of_shorter(keep: usize, others: usize, shorter: usize, block_size: usize, pool: Pool) -> f64 {
+    if keep > others {
+        return 1.0;
+    }
+    if pool == Pool::Max {
+        return keep as f64 / (others + 1) as f64;
+    }
+    let narrower = (shorter as f64 / block_size as f64).sqrt();
+    let log_density = |t: f64| {
+        let (worse, better) = ((others - keep) as f64, (keep - 1) as f64);
+        worse * above(-t).ln() + better * above(t).ln() - t * t / 2.0
+    };
+    let scores = || (-12 * PER_UNIT..=12 * PER_UNIT).map(|step| f64::from(step) / f64::from(PER_UNIT));
+    let most = scores().map(log_density).fold(f64::NEG_INFINITY, f64::max);
+    let (mut total, mut won) = (0.0, 0.0);
+    for t in scores() {
+        let density = (log_density(t) - most).exp();
+        total += density;
+        won += density * above(t * narrower);
+    }
+    won / total
+}
+
+/// Steps of an integral over a normal distribution, which must resolve the best of many.
+const PER_UNIT: i32 = 128;
+
+/// The probability that a standard normal number is above `x`.
+fn above(x: f64) -> f64 {
+    let density = (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    if x < -3.0 {
+        1.0 - above(-x)
+    } else if x < 3.0 {
+        let (mut term, mut sum) = (x, x);
+        for odd in (3..100).step_by(2) {
+            term *= x * x / f64::from(odd);
+            sum += term;
+        }
+        0.5 - density * sum
+    } else {
+        density / (1..60).rev().fold(x, |rest, i| x + f64::from(i) / rest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_normal_distribution_is_that_of_tables() {
+        for (x, expected) in [
+            (0.0, 0.5),
+            (1.0, 0.158_655_253_931_457_05),
+            (-2.0, 0.977_249_868_051_820_8),
+            (2.999_999, 0.001_349_902_463_6),
+            (3.0, 0.001_349_898_031_630_094_5),
+            (6.0, 9.865_876_450_376_98e-10),
+        ] {
+            assert!((above(x) / expected - 1.0).abs() < 1e-9, "{x}: {}", above(x));
+        }
+    }
+
+    #[test]
+    fn a_block_as_long_as_the_others_is_as_likely_and_a_shorter_one_wins_or_loses_more_often() {
+        for (keep, others) in [(1, 6), (3, 6), (6, 6), (40, 4000), (4000, 4000)] {
+            let share = |shorter| share_of_shorter(keep, others, shorter, 32, Pool::Mean);
+            let equal = keep as f64 / (others + 1) as f64;
+            assert!((share(32) - equal).abs() < 1e-6, "{keep} of {others}: {}", share(32));
+            let extreme = (share(1) - 0.5).abs();
+            assert!(extreme < (equal - 0.5).abs() + 1e-9, "{keep} of {others}: {}", share(1));
+        }
+        // One of two: the sign of a difference, whatever the variances.
+        assert!((share_of_shorter(1, 1, 1, 32, Pool::Mean) - 0.5).abs() < 1e-9);
+        assert_eq!(share_of_shorter(2, 1, 1, 32, Pool::Mean), 1.0);
     }
 }
