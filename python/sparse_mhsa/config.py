@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -54,7 +55,7 @@ def load_config(config: ConfigLike) -> AttentionConfig:
         if not isinstance(config, Mapping):
             raise config_error("config: expected a mapping with keys such as `mask`, got an OmegaConf list")
     if isinstance(config, Mapping):
-        return AttentionConfig.parse(_mapping_text(config))
+        return _load_mapping(config)
     if isinstance(config, Path):
         return _load_file(config)
     if isinstance(config, str):
@@ -76,6 +77,15 @@ def _of_omegaconf(node: object) -> object:
         return omegaconf.OmegaConf.to_container(node, resolve=True, throw_on_missing=True, enum_to_str=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise config_error(f"config: {error}", key=getattr(error, "full_key", None)) from error
+
+
+def _load_mapping(config: Mapping[str, object]) -> AttentionConfig:
+    try:
+        return AttentionConfig.parse(_mapping_text(config))
+    except ConfigError as error:
+        # Nobody has written the text that is parsed here, so that places in it say nothing.
+        message = re.sub(r"\Aline \d+, column \d+: ", "", str(error))
+        raise config_error(message, key=error.key) from None  # type: ignore[attr-defined]
 
 
 def _mapping_text(config: Mapping[str, object]) -> str:

@@ -87,9 +87,10 @@ def choose_masks(
         ConfigError: the configuration cannot be honoured.
         ValueError: q or k has a wrong shape, or the mask does not choose by content; `Mask.from_config` makes it.
     """
-    from .functional import check_qkv  # which needs this module
+    from .functional import autocast, check_qkv  # which needs this module
 
     check_qkv(q, k, k)
+    q, k, _ = autocast(q, k, k)
     layer_mask = LayerMask(load_config(config), q.shape[1], layer, epoch=epoch, num_prefix_tokens=num_prefix_tokens)
     if not layer_mask.by_content:
         raise ValueError(f"config: `{layer_mask.name}` does not choose keys by content; use Mask.from_config")
