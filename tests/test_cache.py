@@ -486,7 +486,8 @@ def test_autocast_decides_the_dtype():
     cache = layer("full", None)
     with torch.autocast("cpu", torch.bfloat16):
         assert cache.attend(q, k, v).dtype == torch.bfloat16
-    assert cache.entries().keys.dtype == torch.bfloat16
+        cache.update(k, v.bfloat16())
+    assert cache.entries().keys.dtype == cache.entries().values.dtype == torch.bfloat16
 
 
 # Operators.

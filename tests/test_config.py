@@ -343,6 +343,12 @@ def test_a_layer_knows_its_tokens_by_the_grid_and_the_prefix_of_the_model_unless
     assert ("num_tokens=" in repr(layer)) == (num_tokens is not None)
 
 
+def test_an_error_in_a_mapping_names_no_line_that_nobody_wrote():
+    with pytest.raises(sm.ConfigError, match=r"\Amask_kwargs\.windw: unknown key") as caught:
+        sm.load_config({"mask": "local", "mask_kwargs": {"windw": 2}})
+    assert (caught.value.line, caught.value.key) == (None, "mask_kwargs.windw")
+
+
 def test_omegaconf_interpolation_is_resolved_and_its_failures_are_configuration_errors():
     omegaconf = pytest.importorskip("omegaconf")
     node = omegaconf.OmegaConf.create({"w": 3, "attention": {"mask": "local", "mask_kwargs": {"window": "${w}"}}})

@@ -705,6 +705,18 @@ class TestAutocast:
             assert out.dtype == dtype == F.scaled_dot_product_attention(q, k, v).dtype
         assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
+    def test_dtypes_may_differ_where_it_makes_them_one(self):
+        """As where queries and keys were rotated in float32, and values come from a projection."""
+        q, k, v = with_grad(*qkv(dtype=torch.float32))
+        mask = mask_of("local", 6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = sm.sparse_attention(q, k, v.bfloat16(), mask)
+        assert torch.equal(out, sm.sparse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask))
+        with pytest.raises(TypeError, match="to have the same dtype"):
+            sm.sparse_attention(q, k, v.bfloat16(), mask)
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="value: expected one of"):
+            sm.sparse_attention(q, k, v.long(), mask)
+
     def test_float64_stays(self):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert sm.sparse_attention(*qkv(), mask_of("local", 6)).dtype == torch.float64

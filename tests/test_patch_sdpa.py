@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
 
 class TestCalls:
-    @pytest.mark.parametrize("options", ["nothing", "keep", "bias", "causal", "scale", "grouped"])
+    @pytest.mark.parametrize("options", ["nothing", "keep", "bias", "causal", "both", "scale", "grouped"])
     def test_the_call_is_kept_and_the_mask_added(self, options):
         keep = torch.rand(2, 1, 9, 9) < 0.8
         keep |= torch.eye(9, dtype=torch.bool)
@@ -32,6 +32,7 @@ class TestCalls:
             "keep": {"attn_mask": keep},
             "bias": {"attn_mask": torch.randn(4, 9, 9, dtype=torch.float64)},
             "causal": {"is_causal": True},
+            "both": {"attn_mask": keep, "is_causal": True},
             "scale": {"scale": 0.3},
             "grouped": {"enable_gqa": True},
         }[options]
@@ -66,6 +67,24 @@ class TestCalls:
             F.scaled_dot_product_attention(q, k, v)
         assert torch.equal(cross, F.scaled_dot_product_attention(q[:, :, :3], k, v))
         assert (patched.calls, patched.skipped) == (1, 2)
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    def test_what_torch_broadcasts_or_refuses_is_left_to_torch(self):
+        q, k, v = qkv(2, 4, 5, 4)
+        ragged = [
+            torch.nested.nested_tensor([x[0].transpose(0, 1)], layout=torch.jagged).transpose(1, 2) for x in (q, k, v)
+        ]
+        calls = [(q, k[:1], v[:1]), (q[:1], k, v), (q[:, :1], k, v), ragged]
+        expected = [F.scaled_dot_product_attention(*call) for call in calls]
+        with sm.patch_sdpa(LOCAL) as patched:
+            got = [F.scaled_dot_product_attention(*call) for call in calls]
+            with pytest.raises(RuntimeError, match="size of tensor a"):
+                F.scaled_dot_product_attention(q, k[:, :2], v[:, :2])
+            F.scaled_dot_product_attention(q, k[:, :1], v[:, :1])  # one head for all needs no enable_gqa
+        for mine, truth in zip(got[:3], expected[:3], strict=True):
+            assert torch.equal(mine, truth)
+        assert torch.equal(got[3].values(), expected[3].values())
+        assert (patched.calls, patched.skipped) == (1, 5)
 
     def test_gradients(self):
         q, k, v = (x.requires_grad_() for x in qkv(1, 2, 5, 4))
@@ -248,7 +267,9 @@ class TestMessages:
         with pytest.raises(sm.ConfigError, match="`efficient` cannot replace a function call; use sparsify"):
             sm.patch_sdpa("backend: efficient")
 
-    def test_a_mask_and_causal_exclude_each_other(self):
+    def test_causal_calls_do_not_join_logits_of_zero(self):
+        """What such a mask drops has a weight, so that later keys would have one."""
         q, k, v = qkv(1, 2, 5, 4)
-        with sm.patch_sdpa(LOCAL), pytest.raises(ValueError, match="either a mask or is_causal"):
-            F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool), is_causal=True)
+        config = {"mask": "local", "mask_kwargs": {"window": 1, "causal": True}, "masked_logits": "zero"}
+        with sm.patch_sdpa(config), pytest.raises(ValueError, match="expected none with `masked_logits: zero`"):
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)

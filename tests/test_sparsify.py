@@ -130,6 +130,9 @@ class TestSelection:
     def test_a_pattern_that_is_no_regular_expression_is_named(self, argument):
         with pytest.raises(ValueError, match=rf"{argument}: `\(` is not a regular expression"):
             sm.sparsify(vit(), LOCAL, **{argument: ["blocks", "("]})
+        for wrong in (3, [3], {"blocks"}):
+            with pytest.raises(TypeError, match=f"{argument}: expected a regular expression or a sequence of them"):
+                sm.sparsify(vit(), LOCAL, **{argument: wrong})
 
     @pytest.mark.parametrize(
         ("model", "got"), [("vit_base", "str"), (nn.MultiheadAttention, "the class MultiheadAttention"), ([], "list")]

@@ -51,6 +51,22 @@ def masked(model, config):
 
 
 class TestRotary:
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of a dense pooling, torch's own
+    def test_it_is_a_function_of_its_parameters(self, model):
+        """Which then are tensors, and no parameters."""
+        sm.sparsify(model, FIBOTTENTION)
+        x = images(model)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+        def loss(parameters, sample):
+            return torch.func.functional_call(model, parameters, (sample[None],)).square().sum()
+
+        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        model(x[1:]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(got[name][1], parameter.grad)
+
     def test_the_full_mask_is_the_dense_model(self, model):
         x = images(model)
         dense = model(x)

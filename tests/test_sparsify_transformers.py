@@ -438,6 +438,20 @@ class TestTwoTowers:
         assert torch.equal(got.image_embeds, dense.image_embeds)
         assert not torch.allclose(got.text_embeds, dense.text_embeds)
 
+    def test_naming_us_again_leaves_the_other_tower_dense(self):
+        """`set_attn_implementation` names one implementation in the configurations of both."""
+        model = randomised(transformers.CLIPModel(transformers.CLIPConfig(**CLIP)))
+        inputs = {"input_ids": torch.randint(2, 50, (1, 9)), "pixel_values": pixels(model, 1)}
+        dense = model(**inputs)
+        sm.sparsify(model, LOCAL)
+        sparse = model(**inputs)
+        model.set_attn_implementation("sdpa")
+        assert_same(model(**inputs).image_embeds.detach(), dense.image_embeds.detach(), atol=1e-12)
+        model.set_attn_implementation("sparse_mhsa")
+        got = model(**inputs)
+        assert torch.equal(got.image_embeds, sparse.image_embeds)
+        assert_same(got.text_embeds.detach(), dense.text_embeds.detach(), atol=1e-12)
+
 
 class TestDecoder:
     """Causal layers with fewer heads for keys; dense unless named."""
@@ -446,6 +460,25 @@ class TestDecoder:
     def model(**options):
         options = {**TEXT, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, **options}
         return randomised(transformers.MistralForCausalLM(transformers.MistralConfig(**options)))
+
+    def test_autocast_makes_one_dtype_of_rotated_keys_and_values(self):
+        """Queries and keys come out of the rotation in float32, values out of their projection in bfloat16."""
+        tokens = torch.randint(2, 50, (2, 9))
+        model = self.model().float()
+        with torch.autocast("cpu", torch.bfloat16):
+            dense = model(tokens, use_cache=False).logits
+        sm.sparsify(model, "mask: none", include="self_attn")
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(tokens, use_cache=False).logits
+        got.sum().backward()
+        assert_same(got.detach(), dense.detach(), atol=0.05 * float(dense.detach().abs().max()))
+
+    def test_logits_of_zero_do_not_let_it_see_the_future(self):
+        model = self.model()
+        config = {"mask": "local", "mask_kwargs": {"window": 2, "causal": True}, "masked_logits": "zero"}
+        sm.sparsify(model, config, include="self_attn")
+        with pytest.raises(ValueError, match="attn_mask: expected none with `masked_logits: zero`"):
+            model(torch.randint(2, 50, (1, 9)), use_cache=False)
 
     def test_it_is_dense_unless_named(self):
         model = self.model()

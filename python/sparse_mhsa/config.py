@@ -55,7 +55,7 @@ def load_config(config: ConfigLike) -> AttentionConfig:
         if not isinstance(config, Mapping):
             raise config_error("config: expected a mapping with keys such as `mask`, got an OmegaConf list")
     if isinstance(config, Mapping):
-        return AttentionConfig.parse(_mapping_text(config))
+        return _load_mapping(config)
     if isinstance(config, Path):
         return _load_file(config)
     if isinstance(config, str):
@@ -81,6 +81,15 @@ def _of_omegaconf(node: object) -> object:
 
 _ESCAPED = re.compile(r"[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 """What YAML takes in quotes only if it is escaped. JSON would escape more, and as surrogates, which YAML refuses."""
+
+
+def _load_mapping(config: Mapping[str, object]) -> AttentionConfig:
+    try:
+        return AttentionConfig.parse(_mapping_text(config))
+    except ConfigError as error:
+        # Nobody has written the text that is parsed here, so that places in it say nothing.
+        message = re.sub(r"\Aline \d+, column \d+: ", "", str(error))
+        raise config_error(message, key=error.key) from None  # type: ignore[attr-defined]
 
 
 def _mapping_text(config: Mapping[str, object]) -> str:

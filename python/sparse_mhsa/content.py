@@ -88,9 +88,10 @@ def choose_masks(
         ValueError: q or k has a wrong shape, the mask does not choose by content (`Mask.from_config` makes it), or it
             has ``masked_logits: zero``, which its edges alone cannot keep.
     """
-    from .functional import check_qkv  # which needs this module
+    from .functional import autocast, check_qkv  # which needs this module
 
     check_qkv(q, k, k)
+    q, k, _ = autocast(q, k, k)
     layer_mask = LayerMask(load_config(config), q.shape[1], layer, epoch=epoch, num_prefix_tokens=num_prefix_tokens)
     if not layer_mask.by_content:
         raise ValueError(f"config: `{layer_mask.name}` does not choose keys by content; use Mask.from_config")

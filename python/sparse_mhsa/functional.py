@@ -281,28 +281,35 @@ def dense_mask(num_heads: int) -> LayerMask:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast as `scaled_dot_product_attention` does under autocast: everything but float64."""
-    device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
     return q, k, v
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise a TypeError or ValueError that names the argument unless q, k and v fit together."""
+    """Raise a TypeError or ValueError that names the argument unless q, k and v fit together.
+
+    Under autocast they may have different dtypes, as rotated queries and keys have beside values: `autocast` follows.
+    """
     for name, tensor in (("query", q), ("key", k), ("value", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested:
             raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it and pass key_padding_mask")
-    if not q.dtype == k.dtype == v.dtype:
+    if not _autocast_dtype(q) == _autocast_dtype(k) == _autocast_dtype(v):
         raise TypeError(
             "Expected query, key, and value to have the same dtype, but got "
             f"query.dtype: {q.dtype} key.dtype: {k.dtype} and value.dtype: {v.dtype} instead."
         )
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"query: expected one of {', '.join(map(str, _DTYPES))}, got {q.dtype}")
+    for name, tensor in (("query", q), ("key", k), ("value", v)):
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(
             "Expected query, key, and value to have the same device type, but got "
@@ -364,6 +371,34 @@ def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, -math.inf)
     return attn_mask.reshape(shape)
+
+
+def bias_of_call(
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    q: Tensor,
+    k: Tensor,
+    layer_mask: LayerMask | Mask,
+    edges: EdgeSource | None,
+) -> Tensor | None:
+    """What a call of `scaled_dot_product_attention` masks besides ``layer_mask``: both, where it says both.
+
+    Args:
+        attn_mask: as `additive_bias` takes it.
+        is_causal: queries keep no later keys.
+        q: (B, H, N, D).
+        k: (B, Hkv, S, D).
+        layer_mask: the mask of the layer.
+        edges: where they are not simply those of ``layer_mask``.
+
+    Returns:
+        As `additive_bias`, whose errors it raises.
+    """
+    bias = additive_bias(attn_mask, q, k)
+    # A mask that is causal itself needs no (N, S) array that says so.
+    if not is_causal or (edges is None and layer_mask.is_causal):
+        return bias
+    return causal_bias(q, k) if bias is None else bias + causal_bias(q, k)
 
 
 def bias_as(dtype: torch.dtype, bias: Tensor) -> Tensor:

@@ -175,6 +175,7 @@ class LayerCache:
             raise ValueError(f"policy: `{self.policy.name}` needs the weights of the attention; use attend")
         check_qkv(k, k, v)
         self._check(k, v, token_mask, None)
+        _, k, v = autocast(k, k, v)
         slots = self._slots_for(k, v)
         tokens = k.shape[2]
         by_age = self.policy.worth == "recency"

@@ -114,7 +114,7 @@ class LayerMask:
 
     @property
     def is_causal(self) -> bool:
-        """No query keeps a later key, whatever the number of tokens."""
+        """No query gives a later key any weight, whatever the number of tokens."""
         return self.config.uses_edges and _keeps_no_later_key(self.spec)
 
     @property
@@ -192,7 +192,9 @@ def _built_in_masks() -> frozenset[str]:
 @functools.lru_cache(maxsize=1024)
 def _keeps_no_later_key(spec: str) -> bool:
     mask = json.loads(spec)
-    return mask["mask_kwargs"].get("causal") is True and mask["num_prefix_tokens"] == 0
+    # With logits of zero, keys that are not kept have a weight all the same.
+    whole = mask["num_prefix_tokens"] == 0 and mask["masked_logits"] == "neg_inf"
+    return whole and mask["mask_kwargs"].get("causal") is True
 
 
 def draw_seed() -> int:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .config import ConfigLike, config_error, load_config
-from .functional import additive_bias, attend, causal_bias
+from .functional import attend, bias_of_call
 from .layer_mask import LayerMask
 from .module import SparseMHSA, check_layer
 from .presence import is_backward
@@ -41,10 +41,10 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
     which layer is which, and the grid and the prefix tokens of the model; here they are those of the configuration.
     Calls are numbered as layers in their order within a call of the outermost module.
 
-    Replaced is self-attention: calls of `torch.nn.functional.scaled_dot_product_attention` with (B, H, N, D) and as
-    many keys as queries, and `nn.MultiheadAttention` with as many, with and without weights, and so torch's transformer
-    layers and torchvision's Vision Transformers, which leave their fast path for it. Masks and ``is_causal`` of the
-    calls, and a ``scale`` unless the configuration has one, are kept.
+    Replaced is self-attention: calls of `torch.nn.functional.scaled_dot_product_attention` with (B, H, N, D), keys of
+    the same samples and as many as queries, and `nn.MultiheadAttention` with as many, with and without weights, and so
+    torch's transformer layers and torchvision's Vision Transformers, which leave their fast path for it. Masks and
+    ``is_causal`` of the calls, and a ``scale`` unless the configuration has one, are kept.
 
     It cannot see attention that a model spells out in products and a softmax (``attn_implementation="eager"``, timm's
     ``fused_attn=False``, files from before torch 2.0), FlexAttention, functions of other libraries, and TorchScript.
@@ -127,14 +127,7 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
             return self._replaced_layer(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _replaced(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        if query.dim() != 4 or key.dim() != 4 or query.shape[2] != key.shape[2]:
-            self.skipped += 1
-            return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-        self.calls += 1
-        return self._attend(query, key, value, *args, **kwargs)
-
-    def _attend(
+    def _replaced(
         self,
         query: Tensor,
         key: Tensor,
@@ -145,12 +138,14 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if not _is_self_attention(query, key, value, enable_gqa):
+            self.skipped += 1
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        self.calls += 1
         layer_mask = self._layer_mask(query.shape[1])
-        if is_causal and attn_mask is not None:
-            raise ValueError("attn_mask: scaled_dot_product_attention takes either a mask or is_causal")
-        bias = additive_bias(attn_mask, query, key)
-        if is_causal and not layer_mask.is_causal:
-            bias = causal_bias(query, key)
+        bias = bias_of_call(attn_mask, is_causal, query, key, layer_mask, None)
         chosen = layer_mask.scale if layer_mask.scale is not None else scale
         return attend(query, key, value, layer_mask, bias=bias, dropout_p=dropout_p, scale=chosen)[0]
 
@@ -178,6 +173,15 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
                 # A seed that was drawn is drawn once for all layers.
                 self.config = self._layer_masks[place].config
         return self._layer_masks[place]
+
+
+def _is_self_attention(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether these are the tokens of one sequence per sample; what torch broadcasts or refuses is left to torch."""
+    if any(tensor.is_nested or tensor.dim() != 4 for tensor in (query, key, value)):
+        return False
+    batch, heads, tokens, _ = query.shape
+    same = key.shape[0] == value.shape[0] == batch and key.shape[2] == value.shape[2] == tokens
+    return same and key.shape[1] == value.shape[1] and (enable_gqa or key.shape[1] in (1, heads))
 
 
 class _Projection(NamedTuple):

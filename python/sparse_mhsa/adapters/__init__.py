@@ -82,7 +82,7 @@ def sparsify(
         ConfigError: the configuration cannot be honoured, or not by a layer it selects.
         ValueError: nothing was swapped, ``include`` or ``exclude`` is no regular expression, an override matches
             no layer, or ``verify`` needs a ``sample``.
-        TypeError: ``model``, ``overrides``, ``verify`` or ``sample`` is of the wrong type.
+        TypeError: ``model``, ``include``, ``exclude``, ``overrides``, ``verify`` or ``sample`` is of the wrong type.
         RuntimeError: ``verify`` found a layer that stayed dense.
 
     Warns:

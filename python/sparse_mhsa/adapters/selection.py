@@ -25,6 +25,7 @@ class Selection:
         """Compile both.
 
         Raises:
+            TypeError: one is no text and no sequence of texts.
             ValueError: one is no regular expression.
         """
         return cls(None if include is None else _patterns("include", include), _patterns("exclude", exclude or ()))
@@ -57,7 +58,12 @@ def matches_none(pattern: str, names: Sequence[str]) -> str:
 
 
 def _patterns(argument: str, patterns: str | Sequence[str]) -> tuple[re.Pattern[str], ...]:
-    return tuple(_pattern(argument, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
+    texts = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(
+            f"{argument}: expected a regular expression or a sequence of them, as text, got {patterns!r:.60}"
+        )
+    return tuple(_pattern(argument, text) for text in texts)
 
 
 def _pattern(argument: str, pattern: str) -> re.Pattern[str]:

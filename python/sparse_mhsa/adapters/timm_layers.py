@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..edges import EdgeSource
-from ..functional import additive_bias, attend, autocast, causal_bias, check_qkv
+from ..functional import attend, autocast, bias_of_call, check_qkv
 from ..layer import SparseLayer
 from ..layer_mask import LayerMask
 from ..mask import Mask
@@ -35,7 +35,7 @@ class SparseAttention(SparseLayer):
         Args:
             x: (B, N, C).
             attn_mask: broadcastable to (B, H, N, N); bool (True = keep) or floating (added), as in timm.
-            is_causal: drop keys after the query instead of ``attn_mask``.
+            is_causal: drop keys after the query, besides what ``attn_mask`` drops.
             token_positions: (B, N) int64, for N tokens picked out of a longer sequence: where in it each stands.
             num_tokens: length of the whole sequence, if the grid and the prefix of the layer do not tell it.
 
@@ -66,7 +66,7 @@ class SparseAttention(SparseLayer):
     ) -> Tensor:
         """What follows the projections: attention, norm, gate and output projection."""
         check_qkv(q, k, v)
-        bias = additive_bias(causal_bias(q, k) if is_causal else attn_mask, q, k)
+        bias = bias_of_call(attn_mask, is_causal, q, k, self.layer_mask, edges)
         if self.backend is not None:
             q, k, v = autocast(q, *(heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v)))
             out, _ = self.backend.attend(q, k, v, bias=bias, dropout_p=self._dropout())
@@ -124,6 +124,8 @@ class SparseAttentionRope(SparseAttention):
     """
 
     num_prefix_tokens: int
+    k_bias: Tensor
+    v_bias: Tensor
 
     def forward(  # type: ignore[override]
         self,
@@ -141,7 +143,7 @@ class SparseAttentionRope(SparseAttention):
             x: (B, N, C).
             rope: rotary embedding of the tokens after the prefix, as timm's models pass it.
             attn_mask: broadcastable to (B, H, N, N); bool (True = keep) or floating (added), as in timm.
-            is_causal: drop keys after the query instead of ``attn_mask``.
+            is_causal: drop keys after the query, besides what ``attn_mask`` drops.
             token_positions: (B, N) int64, for N tokens picked out of a longer sequence: where in it each stands.
             num_tokens: length of the whole sequence, if the grid and the prefix of the layer do not tell it.
 
@@ -167,7 +169,7 @@ class SparseAttentionRope(SparseAttention):
         q_bias = getattr(self, "q_bias", None)
         if q_bias is None:
             return super()._project(x)
-        bias = torch.cat((q_bias, self.get_buffer("k_bias"), self.get_parameter("v_bias")))
+        bias = torch.cat((q_bias, self.k_bias, self.v_bias))
         # What wraps the projection, such as LoRA, would be passed over by reading its weight.
         if getattr(self, "qkv_bias_separate", False) or type(packed) is not nn.Linear:
             projected = packed(x) + bias

@@ -80,8 +80,9 @@ def generation_cache(
 
     Keys are kept as they were rotated, at the positions their tokens had. While nothing has been forgotten, the model
     generates what it would with ``use_cache=False``. A causal window (the mask ``local``, or the model's own
-    ``sliding_window``) hides what is kept further back. Beams are reordered; tokens cannot be taken back, which
-    assisted generation would need. Inference only, on the CPU.
+    ``sliding_window``) hides what is kept further back. A prompt joins token by token, as if it had been generated: one
+    that is longer than the cache is forgotten in part while it is read. Beams are reordered; tokens cannot be taken
+    back, which assisted generation would need. Inference only, on the CPU.
 
     Example:
         >>> sm.sparsify(model, "mask: none", include="self_attn")
@@ -208,9 +209,10 @@ class TransformersAdapter(Adapter):
     def finish(self, model: nn.Module) -> None:
         """Mark the layers that stay dense beside swapped ones, and keep the configuration with the model's own."""
         modules = list(model.modules())
-        shared = {id(m.config) for m in modules if isinstance(m, SparseInterfaceLayer)}
+        # Not only those that share a configuration: `set_attn_implementation` names ours in every one.
+        any_swapped = any(isinstance(module, SparseInterfaceLayer) for module in modules)
         for module in modules:
-            if id(getattr(module, "config", None)) in shared and not isinstance(module, SparseLayer):
+            if any_swapped and hasattr(module, "config") and not isinstance(module, SparseLayer):
                 module.__dict__[STAYS_DENSE] = True
             else:
                 module.__dict__.pop(STAYS_DENSE, None)

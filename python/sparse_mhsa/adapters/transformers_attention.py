@@ -24,7 +24,7 @@ IMPLEMENTATION = "sparse_mhsa"
 """Our name in both interfaces, and in the configuration that is saved."""
 
 STAYS_DENSE = "_sparse_mhsa_stays_dense"
-"""Mark of a layer that shares its configuration with swapped ones and was not swapped."""
+"""Mark of what has a configuration beside swapped layers and was not swapped."""
 _NOT_HONOURED = ("softcap", "s_aux")
 
 
@@ -222,7 +222,7 @@ def _mechanism(module: nn.Module, num_heads: int) -> "tuple[LayerMask | Mask, Ba
     raise RuntimeError(
         f"attn_implementation: `{IMPLEMENTATION}` is named, but {type(module).__name__} has no mask; call "
         "sparse_mhsa.sparsify(model, config), or sparse_mhsa.adapters.transformers.restore(model) for a model that "
-        "was saved with sparse attention"
+        "was saved with sparse attention; a dense model beside a swapped one needs a configuration object of its own"
     )
 
 
