@@ -109,15 +109,20 @@ def test_a_run_interrupted_while_testing_does_not_train_that_epoch_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of, number):
+@pytest.mark.parametrize("to", ["the process", "its group"])
+def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of, number, to):
+    """To a group as terminals, batch systems, ``timeout`` and torchrun send it, loader processes included."""
     folder = tmp_path / "run"
-    recipe = "finetune --dataset digits --patch-size 4 --epochs 500 --output-dir"
+    recipe = (
+        f"finetune --dataset digits --patch-size 4 --epochs 500 --num-workers {2 * (to == 'its group')} --output-dir"
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "sparse_mhsa", *recipe.split(), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 200
@@ -125,6 +130,8 @@ def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        if to == "its group":
+            os.killpg(process.pid, number)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:

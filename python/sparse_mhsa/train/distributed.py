@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import UsageError
+from . import TrainingError, UsageError
 from .recipes import RunOptions
 
 _OPEN_MPI = {
@@ -46,6 +46,13 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether some process says yes."""
         return self.sums([float(flag)])[0] > 0
+
+    def share(self, error: TrainingError | UsageError | None) -> None:
+        """Raise the error of one process in every process, so that all stop at the same place and none waits for it."""
+        if not self.any(error is not None):
+            return
+        found = [each for each in self.gather(error) if each is not None]
+        raise found[0]
 
     def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
         """The value of every process, by rank."""
