@@ -198,6 +198,8 @@ def test_a_run_resumes_bitwise(recipe, stopped_after, without_times, tmp_path):
         ({"data_path": Path("nowhere")}, "--data-path: no such folder: 'nowhere'"),
         ({"data_path": None, "frames": 200}, "--frames 200 with --stride 2 needs 399 frames"),
         ({"eval": True}, "--eval needs --resume"),
+        ({"eval": True, "resume": Path("x"), "dry_run": True}, "--eval and --dry-run contradict each other"),
+        ({"mask_on": ("space", "time")}, "--mask-on space time needs --attn-cfg"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

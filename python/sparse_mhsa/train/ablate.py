@@ -117,7 +117,7 @@ def recipe_of(state: Mapping[str, Any], path: Path) -> FinetuneOptions:
             value = tuple(float(part) for part in str(value).split())
         values[item.name] = value
     alone = {"dist": False, "dist_eval": False, "world_size": 1, "local_rank": -1, "resume": None, "eval": False}
-    alone |= {"attn_cfg": None, "log_dir": None}
+    alone |= {"attn_cfg": None, "log_dir": None, "dist_on_itp": False}
     try:
         return FinetuneOptions(**{**values, **alone})
     except (TypeError, UsageError) as error:

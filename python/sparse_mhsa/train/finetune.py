@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from .resume import resolve_attention  # noqa: E402
 from .tasks import Classification, TwoBranch  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
+
+Recipe = TypeVar("Recipe", bound=RunOptions)
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,8 @@ def finetune(options: FinetuneOptions) -> Run:
         TrainingError: the loss became infinite or NaN.
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
-    check_device(options.device)
-    with world_of(options) as world:
-        options = replace(options, world_size=world.size, device=str(world.device))
-        with only_first_logs(world):
-            return _finetune(options, world)
+    with started(options) as (options, world):
+        return _finetune(options, world)
 
 
 def _finetune(options: FinetuneOptions, world: World) -> Run:
@@ -134,6 +133,21 @@ def run(
     else:
         logger.info("best test loss %.4f in %s", trainer.best_value, where)
     return trainer.history[-1]
+
+
+@contextmanager
+def started(options: Recipe) -> Iterator[tuple[Recipe, World]]:
+    """The processes of a run, connected, and its options as they turn out there; the first says which have no effect.
+
+    Raises:
+        UsageError: the device or the processes cannot be used.
+    """
+    check_device(options.device)
+    with world_of(options) as world, only_first_logs(world):
+        if world.is_first:
+            for message in options.without_effect():
+                logger.warning("%s", message)
+        yield replace(options, world_size=world.size, device=str(world.device)), world
 
 
 @contextmanager

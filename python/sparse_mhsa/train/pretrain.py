@@ -3,7 +3,7 @@
 import html
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..layer import set_epoch
 from . import require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import load_data
-from .distributed import World, world_of
+from .distributed import World
 from .recipes import PretrainOptions
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
@@ -23,12 +23,11 @@ from . import figures  # noqa: E402
 from .engine import Trainer  # noqa: E402
 from .finetune import (  # noqa: E402
     attention_text,
-    check_device,
     describe,
     image_costs,
-    only_first_logs,
     run,
     sparsify_model,
+    started,
 )
 from .mae import MaskedAutoencoder, masked_autoencoder  # noqa: E402
 from .models import load_initial_weights  # noqa: E402
@@ -95,11 +94,8 @@ def pretrain(options: PretrainOptions, command: str) -> Pretrained:
         TrainingError: the loss became infinite or NaN.
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
-    check_device(options.device)
-    with world_of(options) as world:
-        options = replace(options, world_size=world.size, device=str(world.device))
-        with only_first_logs(world):
-            return _pretrain(options, world, command)
+    with started(options) as (options, world):
+        return _pretrain(options, world, command)
 
 
 def _pretrain(options: PretrainOptions, world: World, command: str) -> Pretrained:

@@ -4,7 +4,7 @@ import html
 import json
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .clips import load_clips
 from .datasets import ImageData
-from .distributed import World, world_of
-from .recipes import VideoOptions
+from .distributed import World
+from .recipes import MASKABLE, VideoOptions
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
 
 from . import figures  # noqa: E402
 from .engine import Trainer  # noqa: E402
-from .finetune import attention_text, check_device, only_first_logs, run, sparsify_model  # noqa: E402
+from .finetune import attention_text, run, sparsify_model, started  # noqa: E402
 from .models import load_state  # noqa: E402
 from .page import write_page  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
@@ -71,11 +71,8 @@ def video(options: VideoOptions, command: str) -> VideoRun:
         TrainingError: the loss became infinite or NaN.
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
-    check_device(options.device)
-    with world_of(options) as world:
-        options = replace(options, world_size=world.size, device=str(world.device))
-        with only_first_logs(world):
-            return _video(options, world, command)
+    with started(options) as (options, world):
+        return _video(options, world, command)
 
 
 def _video(options: VideoOptions, world: World, command: str) -> VideoRun:
@@ -84,6 +81,8 @@ def _video(options: VideoOptions, world: World, command: str) -> VideoRun:
     attention = attention_text(options.attn_cfg)
     if state is not None and options.resume is not None:
         attention = resolve_attention(state, options.resume, options.attn_cfg, attention)
+    if attention is None and options.mask_on != MASKABLE[options.attention][:1]:
+        raise UsageError(f"--mask-on {' '.join(options.mask_on)} needs --attn-cfg: the mask")
     data = load_clips(options)
     model = build_timesformer(options, data)
     if options.finetune is not None:
