@@ -307,7 +307,7 @@ def test_a_dry_run_trains_nothing_and_says_what_a_run_takes(quick, attn_cfg, cap
     assert run.results == {}
     assert not quick.output_dir.exists()
     edges = sum(block.attn.mask(17).nnz for block in run.model.blocks)
-    assert "1 epochs of 22 steps, 64 inputs each" in caplog.text
+    assert "1 epoch of 22 steps, 64 inputs each" in caplog.text
     assert f"17 tokens: {edges:,} edges over 4 layers and all heads" in caplog.text
     assert "MiB for the activations of a batch of 64" in caplog.text
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_mhsa.cli import main
 from sparse_mhsa.train import TrainingError, engine
 from sparse_mhsa.train.checkpoint import read_checkpoint, write_checkpoint
 from sparse_mhsa.train.datasets import load_data
@@ -183,6 +184,51 @@ def test_initial_weights_come_from_a_checkpoint_with_another_head(options):
 def test_a_loss_that_is_not_finite_stops_the_run(options):
     with pytest.raises(TrainingError, match=r"loss is (nan|inf)"):
         finetune(replace(options, lr=1e30, min_lr=0.0, epochs=1, warmup_epochs=0.0))
+
+
+# The page.
+
+
+@pytest.mark.parametrize("more", [[], ["--linear-probe"], ["--model-ema", "0.9"]], ids=["", "probe", "averaged"])
+def test_the_command_writes_a_page_with_curves_and_masks(attn_cfg, tmp_path, capsys, more):
+    words = [
+        "finetune",
+        "--dataset",
+        "digits",
+        "--patch-size",
+        "2",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "256",
+        "--output-dir",
+    ]
+    assert main([*words, str(tmp_path), "--attn-cfg", str(attn_cfg), *more]) == 0
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 1
+    for shown in ("Loss", "Top-1 (%)", "Learning rate", "fibottention", "<th>blocks.3.attn</th>", "defaults filled in"):
+        assert shown in page
+    assert ("averaged weights" in page) == ("--model-ema" in more)
+    assert ("Linear probe" in page) == ("--linear-probe" in more)
+    assert f"sparse-mhsa {' '.join(words)} {tmp_path}" in page
+
+
+def test_evaluation_and_plans_write_no_page(checkpoint, tmp_path):
+    words = [
+        "finetune",
+        "--dataset",
+        "digits",
+        "--patch-size",
+        "2",
+        "--batch-size",
+        "128",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    assert main([*words, "--dry-run"]) == 0
+    assert main([*words, "--epochs", "1", "--eval", "--resume", str(checkpoint)]) == 0
+    assert not list(tmp_path.glob("*.html"))
 
 
 # Output folders.

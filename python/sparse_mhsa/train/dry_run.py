@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..flops import AttentionCost
 from .engine import Trainer
+from .page import counted
 
 
 def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> Iterator[str]:
@@ -24,8 +25,8 @@ def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> I
     options, model = trainer.options, trainer.model
     steps = trainer.steps_per_epoch * (options.epochs - trainer.epoch)
     yield (
-        f"plan: {options.epochs - trainer.epoch} epochs of {trainer.steps_per_epoch} steps, {options.images_per_step} "
-        f"inputs each, learning rate up to {options.peak_lr:.3g}"
+        f"plan: {counted(options.epochs - trainer.epoch, 'epoch')} of {counted(trainer.steps_per_epoch, 'step')}, "
+        f"{counted(options.images_per_step, 'input')} each, learning rate up to {options.peak_lr:.3g}"
     )
     gmacs = 0.0
     for about, cost, sequences in costs:

@@ -68,7 +68,7 @@ class RunOptions(Options):
     local_rank: int = option(-1, "place of this process on its machine; torchrun tells it", at_least=-1)
     dist_on_itp: bool = option(False, "started by Open MPI instead of torchrun")
     dist_url: str = option("env://", "where the processes of --dist meet")
-    output_dir: Path = option(Path("runs/finetune"), "where log.txt and checkpoints go", metavar="DIR")
+    output_dir: Path = option(Path("runs/finetune"), "where log.txt, checkpoints and report.html go", metavar="DIR")
     log_dir: Path | None = option(None, "also write TensorBoard events here", metavar="DIR")
     progress: Literal["auto", "on", "off"] = option("auto", "progress bars; auto shows them on a terminal")
 

@@ -1,6 +1,5 @@
 """``sparse-mhsa video``: a TimeSformer, with a mask on its attention along space, along time or over both."""
 
-import html
 import json
 import logging
 from contextlib import suppress
@@ -29,8 +28,8 @@ from . import figures  # noqa: E402
 from .engine import Trainer  # noqa: E402
 from .finetune import attention_text, run, sparsify_model, started  # noqa: E402
 from .models import load_state  # noqa: E402
-from .page import write_page  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
+from .run_page import write_run_page  # noqa: E402
 from .tasks import Classification, adamw  # noqa: E402
 from .timesformer import TimeSformer  # noqa: E402
 
@@ -185,21 +184,17 @@ def _write_report(trainer: Trainer, model: TimeSformer, command: str) -> Path:
         for label, guess in zip(labels, guesses, strict=True)
     }
     last = trainer.history[-1]
-    attention = trainer.attention["attention"]
-    lines = "".join(
-        f"<li>{html.escape(about)}: {sequences} sequences per clip; {html.escape(str(cost))} for each.</li>"
-        for about, cost, sequences in costs(model)
-    )
-    where = f"mask on {' and '.join(options.mask_on)}" if attention else "dense"
+    where = f"mask on {' and '.join(options.mask_on)}" if trainer.attention["attention"] else "dense"
     task = "which film a clip is from" if options.task == "clip" else "whether a clip runs forward or backward"
-    body = f"""<p>Task: {task}. TimeSformer ({options.attention}, {where}), {data.sizes[0]:,} training and
-{data.sizes[1]:,} test clips of {options.frames} frames. Test top-1 {last["test_acc1"]:.1f} % after the last epoch, best
-{trainer.best_value:.1f} %; guessing gives {100 / data.num_classes:.1f} %.</p>
-<p>Clips to test come from the end of each film, so they show scenes that were not trained on, but the same films.</p>
-<ul>{lines}</ul>
-<h2>Training</h2><figure>{figures.loss_curves(trainer.history)}</figure>
-<h2>The first test clip of every class</h2><figure>{figures.picture_rows(rows)}</figure>
-<details><summary>Attention configuration, defaults filled in</summary>
-<pre>{html.escape(attention or "dense")}</pre></details>
-<p>Made by <code>{html.escape(command)}</code>.</p>"""
-    return write_page(options.output_dir / "report.html", "Sparse attention over video", body)
+    about = (
+        f"Task: {task}. TimeSformer ({options.attention}, {where}), {data.sizes[0]:,} training and {data.sizes[1]:,} "
+        f"test clips of {options.frames} frames. Test top-1 {last['test_acc1']:.1f} % after the last epoch, best "
+        f"{trainer.best_value:.1f} %; guessing gives {100 / data.num_classes:.1f} %."
+    )
+    if options.data_path is None:
+        about += (
+            " Clips to test come from the end of each film, so they show scenes that were not trained on, but the "
+            "same films."
+        )
+    shown = f"<h2>The first test clip of every class</h2><figure>{figures.picture_rows(rows)}</figure>"
+    return write_run_page(trainer, "Sparse attention over video", about, costs(model), command, shown)
