@@ -95,7 +95,8 @@ def _about(report: Mapping[str, Any]) -> str:
         f"{recipe['model']} on {data['name']} ({data['train_images']:,} training and {data['test_images']:,} test "
         f"images), {counted(recipe['epochs'], 'epoch')} per run. {counted(runs, 'run')}, "
         f"{seconds / 3600:.2f} hours of training steps in all, {report['jobs']} at a time, on "
-        f"{environment['machine']} with {environment['cores']} cores ({environment['threads']} threads). Made {report['created']} by `{report['command']}`."
+        f"{environment['machine']} with {environment['cores']} cores ({environment['threads']} threads). "
+        f"Made {report['created']} by `{report['command']}`."
     )
 
 
