@@ -346,7 +346,7 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(options,
         finetune(replace(recipe, batch_size=32, accum_iter=2, dist_url="env://", resume=tmp_path / LAST))
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("part", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_an_image_that_one_process_cannot_read_stops_all_of_them_and_costs_nothing(
     options, image_root, tmp_path, log_of, part
 ):
@@ -373,6 +373,43 @@ def test_an_image_that_one_process_cannot_read_stops_all_of_them_and_costs_nothi
     for one, other in zip(log_of(tmp_path), straight.trainer.history, strict=True):
         for key in ("train_loss", "test_loss"):
             assert one[key] == pytest.approx(other[key], rel=1e-3)
+
+
+@pytest.fixture
+def open_mpi(monkeypatch):
+    """What mpirun tells a process."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(rank, size):
+        for name, value in (("RANK", rank), ("SIZE", size), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+
+    return start
+
+
+@pytest.mark.slow
+def test_open_mpi_starts_processes_too(tmp_path, open_mpi):
+    recipe = ["--dataset", "digits", "--patch-size", "4", "--epochs", "1", "--batch-size", "64", "--lr", "2e-3"]
+    place = f"file://{tmp_path / 'meeting'}"
+    words = ["finetune", "--dist", "--dist-on-itp", "--dist-url", place, *recipe, "--output-dir", str(tmp_path / "run")]
+    processes = []
+    for rank in (0, 1):
+        open_mpi(rank, 2)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        start = [sys.executable, "-m", "sparse_mhsa", *words]
+        processes.append(subprocess.Popen(start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "epoch 1/1" in outputs[0]
+    assert outputs[1] == ""
+    assert read_checkpoint(tmp_path / "run" / LAST)["args"]["world_size"] == 2
+
+
+def test_open_mpi_without_an_address_says_how_to_give_one(options, open_mpi):
+    open_mpi(0, 2)
+    with pytest.raises(UsageError, match=r"--dist-url env://: .*MASTER_ADDR.*give --dist-url tcp://HOST:PORT"):
+        finetune(replace(options, dist=True, dist_on_itp=True))
 
 
 def test_processes_that_were_not_meant_to_train_together_are_refused(options, monkeypatch):

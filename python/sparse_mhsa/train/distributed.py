@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import TrainingError, UsageError
+from .checkpoint import first_line
 from .recipes import RunOptions
 
 _OPEN_MPI = {
@@ -93,7 +94,11 @@ def world_of(options: RunOptions) -> Iterator[World]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=options.dist_url, rank=rank, world_size=size)
+    try:
+        dist.init_process_group(backend, init_method=options.dist_url, rank=rank, world_size=size)
+    except (ValueError, RuntimeError) as error:  # a variable that env:// reads is missing, or nobody listens there
+        where = f"--dist-url {options.dist_url}: {first_line(error)}"
+        raise UsageError(f"{where}; mpirun sets no address: give --dist-url tcp://HOST:PORT") from error
     try:
         yield World(rank, size, device)
     finally:
