@@ -86,9 +86,13 @@ class Trainer:
         train_size, _ = data.sizes
         self.steps_per_epoch = train_size // options.images_per_step
         if self.steps_per_epoch == 0:
-            what = "--batch-size" if options.images_per_step == options.batch_size else "images per step (--batch-size "
-            what += "" if options.images_per_step == options.batch_size else "* --accum-iter * processes)"
-            raise UsageError(f"{what} must be at most the {train_size} training images, got {options.images_per_step}")
+            samples = f"{options.sample_name}s"
+            what = f"{samples} per step (--batch-size * --accum-iter * processes)"
+            if options.images_per_step == options.batch_size:
+                what = "--batch-size"
+            raise UsageError(
+                f"{what} must be at most the {train_size} training {samples}, got {options.images_per_step}"
+            )
         self.loaders = Loaders(data.train, data.test, options, self.world, shares_test=task.shares_test)
         self.optimizer = task.optimizer(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")

