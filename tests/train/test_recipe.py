@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_mhsa.cli import main
 from sparse_mhsa.train import UsageError
 from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.datasets import load_data
@@ -310,6 +311,42 @@ def test_a_dry_run_trains_nothing_and_says_what_a_run_takes(quick, attn_cfg, cap
     assert "1 epoch of 22 steps, 64 inputs each" in caplog.text
     assert f"17 tokens: {edges:,} edges over 4 layers and all heads" in caplog.text
     assert "MiB for the activations of a batch of 64" in caplog.text
+
+
+@pytest.mark.parametrize("given", [[], ["--data-path", "nowhere"]], ids=["not given", "not there"])
+def test_a_dry_run_of_a_published_data_set_needs_no_data(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["finetune", "--dataset", "cifar100", "--patch-size", "14", "--epochs", "2", "--dry-run", *given]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "the plan takes the published cifar100" in out
+    assert "cifar100: 50,000 training and 10,000 test images" in out.replace("50000", "50,000").replace(
+        "10000", "10,000"
+    )
+    assert "2 epochs of 781 steps, 64 inputs each" in out
+    assert not list(tmp_path.iterdir())
+    assert main([word for word in words if word != "--dry-run"]) == 2
+
+
+def test_a_dry_run_that_cannot_know_the_size_says_what_is_missing(capsys):
+    words = ["finetune", "--dataset", "imagefolder", "--data-path", "nowhere", "--nb-classes", "5", "--dry-run"]
+    assert main(words) == 2
+    assert "--data-path: no such folder: 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_whether_the_output_folder_can_be_written(quick, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    (tmp_path / "file").write_text("")
+    for folder, message in (
+        (tmp_path / "new" / "run", "which can be written; "),
+        (tmp_path / "file" / "run", f"which cannot be made: '{tmp_path / 'file'}' is not a folder"),
+    ):
+        finetune(replace(quick, dry_run=True, output_dir=folder))
+        assert f"per checkpoint in {folder}, {message}" in caplog.text
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    finetune(replace(quick, dry_run=True, output_dir=tmp_path / "locked"))
+    assert f"in {tmp_path / 'locked'}, which cannot be made: no permission for '{tmp_path}'" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # Several processes.

@@ -30,7 +30,21 @@ EMBEDDED = ("mnist5k", "digits", "photos")
 FOLDERS = ("cifar10", "cifar100", "tinyimagenet", "imagenet", "imagefolder")
 """Data sets of coloured images of any size, which timm's transforms prepare."""
 
+PUBLISHED = {
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "tinyimagenet": (100_000, 10_000, 200),
+    "imagenet": (1_281_167, 50_000, 1_000),
+}
+"""Training images, test images and classes of the sets among them that are always the same."""
+
 assert {*EMBEDDED, *FOLDERS, *ALIASES} == set(get_args(Dataset))
+
+
+DRY_RUN = (
+    "print tokens, edges, operations, memory and whether --output-dir can be written, and train nothing; cifar10, "
+    "cifar100, tinyimagenet and imagenet need not be there"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +164,8 @@ class ImageOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "dataset", ALIASES.get(self.dataset, self.dataset))
-        if (self.data_path is None) == (self.dataset in FOLDERS):
+        plans = getattr(self, "dry_run", False) and self.data_path is None and self.dataset in PUBLISHED
+        if (self.data_path is None) == (self.dataset in FOLDERS) and not plans:
             raise UsageError(
                 f"--dataset {self.dataset} needs --data-path"
                 if self.data_path is None
@@ -268,7 +283,7 @@ class FinetuneOptions(TrainOptions):
 
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
     eval: bool = option(False, "only evaluate the checkpoint given with --resume")
-    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+    dry_run: bool = option(False, DRY_RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -306,7 +321,7 @@ class PretrainOptions(ImageOptions):
         None, "initial weights, with the key names of public MAE checkpoints", metavar="FILE"
     )
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
-    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+    dry_run: bool = option(False, DRY_RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -376,7 +391,9 @@ class VideoOptions(RunOptions):
     finetune: Path | None = option(None, "initial weights, with the key names of public TimeSformers", metavar="FILE")
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
     eval: bool = option(False, "only evaluate the checkpoint given with --resume")
-    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+    dry_run: bool = option(
+        False, "print tokens, edges, operations, memory and whether --output-dir can be written, and train nothing"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
