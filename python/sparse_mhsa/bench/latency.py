@@ -265,6 +265,9 @@ def _plot(report: dict[str, Any], path: Path) -> None:
             axes.set_xscale("log")
             if any(len(line.get_xdata()) for line in axes.lines):  # a logarithm needs something that was timed
                 axes.set_yscale("log")
+            axes.margins(x=0.15, y=0.45)  # for the legend above and the marks below
+            axes.update_datalim([(number, 1.0) for number in tokens], updatey=False)
+            axes.autoscale_view()
             axes.set_xticks(tokens, labels=[str(number) for number in tokens])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("tokens")

@@ -240,9 +240,9 @@ def _gate(method: Method, problem: Problem) -> Gate:
     try:
         return Gate(problem, masked=method.masked, stepwise=method.stepwise)
     except (MemoryError, RuntimeError) as error:
-        if (message := out_of_memory(error)) is None:
+        if out_of_memory(error) is None:
             raise
-        raise MemoryError(f"computing what it is compared with: {message}") from error
+        raise MemoryError(f"computing what it is compared with: {error}") from error
 
 
 def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwidth) -> dict[str, float]:
