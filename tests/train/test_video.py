@@ -128,6 +128,17 @@ def test_a_full_mask_is_dense_attention_wherever_it_goes(recipe, attention):
     torch.testing.assert_close(model(clips), dense, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["divided", "joint"])
+def test_a_new_model_is_not_blind_to_the_order_of_frames(recipe, attention):
+    """Else a clip and its reverse have the same logits and opposite labels, and nothing is learned from them."""
+    recipe = replace(recipe, attention=attention, mask_on=())
+    data = load_clips(recipe)
+    torch.manual_seed(0)
+    model = build_timesformer(recipe, data).eval()
+    clips = torch.stack([data.test[index][0] for index in range(3)])
+    assert (model(clips) - model(clips.flip(2))).abs().min() > 1e-4
+
+
 def test_a_joint_mask_knows_that_time_is_fastest(recipe):
     """Attention within a frame alone: what happens in one frame stays there until the class token tells."""
     recipe = replace(recipe, attention="joint", mask_on=())

