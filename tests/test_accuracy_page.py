@@ -1,6 +1,7 @@
 """The committed accuracy table: complete, made from its data, and found from the README."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -11,9 +12,10 @@ pytest.importorskip("matplotlib")
 
 from sparse_mhsa.arguments import read_options
 from sparse_mhsa.bench.accuracy_methods import METHODS
-from sparse_mhsa.bench.accuracy_report import comma_separated, markdown
+from sparse_mhsa.bench.accuracy_report import comma_separated, markdown, web
 from sparse_mhsa.cli import build_parser
 from sparse_mhsa.config import load_config
+from sparse_mhsa.train.page import STYLE
 from sparse_mhsa.train.recipes import FinetuneOptions
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,24 @@ def report(request):
 def test_page_and_csv_are_made_from_the_data(report):
     assert (FOLDER / "accuracy.md").read_text(encoding="utf-8") == markdown(report)
     assert (FOLDER / "accuracy.csv").read_text(encoding="utf-8") == comma_separated(report)
+
+
+def test_the_web_page_is_that_of_the_report_and_looks_like_the_others(report):
+    """But for the curves, whose text depends on the version of matplotlib."""
+
+    def without_curves(text):
+        return re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+    committed = (FOLDER / "accuracy.html").read_text(encoding="utf-8")
+    assert without_curves(committed) == without_curves(web(report))
+    assert committed.count("<svg") == 1
+    assert "`" not in without_curves(committed)
+    assert f"<style>{STYLE}</style>" in committed
+
+
+def test_one_epoch_is_no_epochs(report):
+    report["recipe"]["epochs"] = 1
+    assert "1 epoch per run" in markdown(report)
 
 
 def test_every_method_is_there_with_several_seeds(report):

@@ -260,7 +260,7 @@ def test_a_method_without_a_backward_pass_is_timed_forward_only():
 
 def test_calls_take_turns_and_every_turn_starts_with_another():
     order = []
-    seconds = interleave({name: lambda name=name: order.append(name) for name in "abc"}, repeat=4, budget=100.0)
+    seconds = interleave({name: lambda name=name: order.append(name) for name in "abc"}, repeat=4, budget=100.0).seconds
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # a warm-up, then four turns
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
@@ -270,9 +270,40 @@ def test_a_slow_call_takes_part_in_fewer_turns(monkeypatch):
 
     lengths = {"fast": 0.001, "slow": 0.3, "endless": 9.0}
     monkeypatch.setattr(measure, "seconds_of", lambda call: lengths[call()])
-    seconds = interleave({name: lambda name=name: name for name in lengths}, repeat=10, budget=1.5)
+    seconds = interleave({name: lambda name=name: name for name in lengths}, repeat=10, budget=1.5).seconds
     took_part = {name: sum(value is not None for value in values) for name, values in seconds.items()}
     assert took_part == {"fast": 10, "slow": 5, "endless": 1}
+
+
+def test_a_call_that_runs_out_of_memory_is_left_out_at_any_turn_and_the_others_go_on():
+    def shortly(turns):
+        def call():
+            done.append(None)
+            if len(done) > turns:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+        done = []
+        return call
+
+    turns = interleave({"at once": shortly(0), "later": shortly(3), "never": shortly(99)}, repeat=5, budget=100.0)
+    assert turns.seconds.keys() == {"never"}
+    assert len(turns.seconds["never"]) == 5
+    assert turns.short.keys() == {"at once", "later"}
+    assert turns.short["later"].startswith("out of memory: DefaultCPUAllocator: can't allocate")
+
+
+def test_a_call_that_fails_otherwise_is_not_taken_for_short_of_memory():
+    def call():
+        raise RuntimeError("sizes differ")
+
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        interleave({"odd": call}, repeat=1, budget=1.0)
+
+
+def test_the_memory_there_is_ends_at_the_limit_of_the_process(monkeypatch):
+    used = memory._resident("VmSize")
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (used + (64 << 20), used + (64 << 20)))
+    assert 0 < memory.available_memory() <= 64 << 20
 
 
 def test_ratios_are_those_of_the_same_turn():

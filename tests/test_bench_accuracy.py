@@ -201,7 +201,9 @@ def test_times_are_those_of_the_precision_that_was_trained_in(monkeypatch):
         (["--methods", "magic"], RECIPE, "--methods: there is no 'magic'; allowed: dense, random"),
         (["--seeds", "1", "1"], RECIPE, "--seeds must be different, got 1 1"),
         ([], ["--epochs", "0"], "--epochs must be at least 1"),
-        ([], ["--resume", "x.pth"], "--resume is set by bench accuracy itself"),
+        ([], ["--resume", "x.pth"], "--resume after -- is set by bench accuracy itself"),
+        ([], ["--seed=0"], "--seed after -- is set by bench accuracy itself"),
+        ([], ["--output-dir", "here"], "--output-dir after -- is set by bench accuracy itself"),
         ([], ["--epoch", "3"], "unrecognized arguments: --epoch 3 (see sparse-mhsa finetune --help)"),
     ],
 )

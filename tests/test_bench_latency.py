@@ -45,8 +45,70 @@ def test_what_would_take_too_long_is_left_out_and_says_so(report):
     )
     assert (small["tokens"], large["tokens"]) == (30, 50)
     assert small["methods"]["sdpa"]["status"] == "ok"
-    assert large["methods"]["sdpa"]["status"] == "unsupported"
+    assert large["methods"]["sdpa"]["status"] == "left_out"
     assert "B 1, N 50, SDPA: left out: a call would take about" in text
+
+
+def failing(name, error):
+    """A method of this name whose every call needs more memory than there is, but for the gate's."""
+    method = copy.copy(next(method for method in METHODS if method.name == name))
+    prepare, calls = method.prepare, []
+
+    def short(problem):
+        attend = prepare(problem)
+
+        def call(q, k, v):
+            calls.append(None)
+            if len(calls) > 1:
+                raise error
+            return attend(q, k, v)
+
+        return call
+
+    method.prepare = short
+    return method
+
+
+def test_what_runs_out_of_memory_while_it_is_timed_is_a_row_that_says_so(tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    methods = [failing("sdpa", error), *(method for method in METHODS if method.name in (OURS, "sdpa_masked"))]
+
+    def forward(module, x):
+        raise MemoryError
+
+    monkeypatch.setattr(latency, "_layer_forward", forward)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    options = LatencyOptions(tokens=(30,), batches=(1,), repeat=2, budget=0.1, threads=1, output_dir=tmp_path)
+    bench_latency(options, "sparse-mhsa bench latency", methods)
+    rows = {
+        (row["kind"], row["direction"]): row["methods"]
+        for row in json.loads((tmp_path / "latency.json").read_text())["rows"]
+    }
+    assert rows["attention", "forward"]["sdpa"]["status"] == "oom"
+    assert "can't allocate memory" in rows["attention", "forward"]["sdpa"]["reason"]
+    assert rows["attention", "forward"][OURS]["status"] == rows["attention", "forward"]["sdpa_masked"]["status"] == "ok"
+    assert {one["status"] for one in rows["layer", "forward"].values()} == {"oom"}
+    assert {one["status"] for one in rows["layer", "step"].values()} == {"ok"}
+    table = (tmp_path / "latency.md").read_text()
+    assert "| layer | forward | 1 | 30 | out of memory | out of memory |" in table
+    assert "- layer, forward, B 1, N 30, sparse_mhsa: out of memory" in table
+    alone, _, layer, _ = drawn[0].axes
+    assert [text.get_text() for text in alone.texts] == ["out of memory"]
+    assert [text.get_text() for text in layer.texts] == ["out of memory"] * 2
+
+
+def test_inputs_that_do_not_fit_are_rows_that_say_so(tmp_path, monkeypatch):
+    def inputs(self, dtype):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(latency.Case, "inputs", inputs)
+    options = LatencyOptions(tokens=(30,), batches=(1,), repeat=1, budget=0.1, threads=1, output_dir=tmp_path)
+    bench_latency(options, "sparse-mhsa bench latency", [method for method in METHODS if method.name != "flex"])
+    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    attention = [row["methods"] for row in rows if row["kind"] == "attention"]
+    assert len(attention) == 2
+    assert {one["status"] for methods in attention for one in methods.values()} == {"oom"}
 
 
 def test_a_method_keeps_its_colour_and_the_ticks_are_the_sizes(report, monkeypatch, tmp_path):
@@ -60,8 +122,9 @@ def test_a_method_keeps_its_colour_and_the_ticks_are_the_sizes(report, monkeypat
     colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in drawn[0].axes]
     forward, step = colours[0], colours[2]
     assert forward
-    assert forward.keys() < step.keys()
-    assert all(step[name] == colour for name, colour in forward.items())
+    assert forward == step
+    marks = {(text.get_text(), text.get_color()) for text in drawn[0].axes[0].texts}
+    assert marks >= {("out of memory", forward["SDPA"])}
     assert [text.get_text() for text in drawn[0].axes[0].get_xticklabels()] == ["30", "50"]
 
 

@@ -128,6 +128,10 @@ def run_masks(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa masks``."""
     from . import Mask, load_config
 
+    if parsed.markdown and not parsed.list:
+        raise UsageError("masks: --markdown needs --list")
+    if parsed.list and parsed.file is not None:
+        raise UsageError(f"masks: --list shows what there is and takes no FILE, got '{parsed.file}'")
     if parsed.list:
         from .catalogue import tables
 

@@ -115,7 +115,7 @@ def test_a_field_of_another_kind_is_named(half_way, tmp_path, key, value):
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (["epoch"], 99, "epoch: expected the 1 epochs of the history, got 99"),
+        (["epoch"], 99, "epoch: expected 1, as many as the history has, got 99"),
         (["step"], 10**9, "step: expected an integer from 0 to 11, got 1000000000"),
         (["step"], 4, "meter.images: expected an integer from 512 to 512, got 384"),
         (["history"], ["x"], "history.0.: expected a mapping, got str 'x'"),

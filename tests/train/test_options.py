@@ -25,7 +25,13 @@ from sparse_mhsa.train.finetune import finetune
         ),
         ({"aa": "rand-m9-mstd0.5-inc1"}, "--aa and --color-jitter are only for --dataset cifar10"),
         ({"mixup": 0.5, "batch_size": 3}, "--batch-size must be even"),
-        ({"mixup_prob": 1.5}, "--mixup-prob must be at most 1, got 1.5"),
+        ({"mixup_prob": 1.5}, "--mixup-prob must be at least 0 and at most 1, got 1.5"),
+        ({"mixup_switch_prob": 2.0}, "--mixup-switch-prob must be at least 0 and at most 1, got 2.0"),
+        ({"layer_decay": 2.0}, "--layer-decay must be above 0 and at most 1, got 2.0"),
+        ({"norm_pix_loss": True}, "--norm-pix-loss needs --two-branch"),
+        ({"two_branch": True, "mask_ratio": 0.0}, "--mask-ratio must be above 0 with --two-branch, got 0"),
+        ({"linear_probe": True, "drop_path": 0.3}, "--linear-probe drops nothing .*: no --drop-path, got 0.3"),
+        ({"dist_on_itp": True}, "--dist-on-itp needs --dist"),
         ({"cutmix_minmax": (0.8, 0.2)}, "--cutmix-minmax must be two ascending shares of at most 1, got 0.8 0.2"),
         ({"global_pool": True, "cls_token": True}, "--global-pool and --cls-token contradict each other"),
         ({"linear_probe": True, "two_branch": True}, "--linear-probe trains only the head"),
@@ -60,3 +66,32 @@ def test_unusable_options_are_named(options, changes, message, tmp_path, monkeyp
     Path("vit.yaml").write_text("mask: fibottention\n")
     with pytest.raises(UsageError, match=message):
         finetune(replace(options, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_ratio": 0.0}, "--mask-ratio 0.0 has no effect without --two-branch"),
+        ({"world_size": 8}, "--world-size 8 has no effect without --dist"),
+        ({"local_rank": 0}, "--local-rank 0 has no effect without --dist"),
+        ({"dist_url": "tcp://here"}, "--dist-url tcp://here has no effect without --dist"),
+        ({"blr": 0.1}, "--blr 0.1 has no effect beside --lr 0.002"),
+        ({"mixup_prob": 0.5}, "--mixup-prob 0.5 has no effect without --mixup, --cutmix or --cutmix-minmax"),
+        ({"mixup_mode": "elem"}, "--mixup-mode elem has no effect without --mixup"),
+        ({"mixup": 0.5, "mixup_switch_prob": 0.1}, "--mixup-switch-prob 0.1 has no effect unless both"),
+        ({"remode": "const"}, "--remode const has no effect without --reprob"),
+        ({"recount": 3}, "--recount 3 has no effect without --reprob"),
+        ({"resplit": True}, "--resplit has no effect on batches that have no clean splits"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_published_programs_accept_and_ignore_is_said_once(options, changes, message, caplog):
+    finetune(replace(options, dry_run=True, **changes))
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(message)
+
+
+def test_a_plain_run_has_nothing_without_effect(options, caplog):
+    finetune(replace(options, dry_run=True))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

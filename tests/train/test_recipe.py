@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_mhsa.cli import main
 from sparse_mhsa.train import UsageError
 from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.datasets import load_data
 from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.finetune import finetune
+from sparse_mhsa.train.loading import EpochOrder
 from sparse_mhsa.train.models import build_model, load_initial_weights
 from sparse_mhsa.train.recipes import FinetuneOptions
 from sparse_mhsa.train.schedule import layer_of, learning_rate, parameter_groups, set_learning_rate
@@ -240,24 +242,36 @@ def test_tensorboard_sees_steps_and_epochs(quick, tmp_path):
     assert accuracy.value == pytest.approx(run.results["test_acc1"])
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_tensorboard_is_one_line_and_not_the_end_of_the_run(tmp_path):
+    """By the command in a process of its own, since a thread's traceback would reach stderr and nothing else."""
+    pytest.importorskip("tensorboard")
+    folder = tmp_path / "events"
+    program = """
+import pathlib, sys
+from sparse_mhsa.cli import main
+opened = pathlib.Path.open
+def on_a_full_disk(path, *args, **kwargs):
+    return open("/dev/full", "wb") if "tfevents" in path.name else opened(path, *args, **kwargs)
+pathlib.Path.open = on_a_full_disk
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["finetune", "--dataset", "digits", "--patch-size", "4", "--epochs", "2", "--output-dir"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, str(tmp_path), "--log-dir", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.count(f"--log-dir '{folder}': No space left on device; no more events are written") == 1
+    assert read_checkpoint(tmp_path / LAST)["epoch"] == 2
+
+
 # Initial weights and probes.
-
-
-def test_a_full_disk_under_tensorboard_ends_the_events_and_not_the_run(quick, tmp_path, monkeypatch, caplog):
-    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
-    original, calls = writer.add_scalar, []
-
-    def add_scalar(self, *args):
-        calls.append(args)
-        if len(calls) > 4:
-            raise OSError(28, "No space left on device")
-        original(self, *args)
-
-    monkeypatch.setattr(writer, "add_scalar", add_scalar)
-    run = finetune(replace(quick, log_dir=tmp_path / "events"))
-    assert len(run.trainer.history) == quick.epochs
-    assert len(calls) == 5
-    assert f"--log-dir '{tmp_path / 'events'}': No space left on device; no more events" in caplog.text
 
 
 def test_a_linear_probe_trains_the_head_alone(quick, checkpoint):
@@ -294,9 +308,45 @@ def test_a_dry_run_trains_nothing_and_says_what_a_run_takes(quick, attn_cfg, cap
     assert run.results == {}
     assert not quick.output_dir.exists()
     edges = sum(block.attn.mask(17).nnz for block in run.model.blocks)
-    assert "1 epochs of 22 steps, 64 inputs each" in caplog.text
+    assert "1 epoch of 22 steps, 64 inputs each" in caplog.text
     assert f"17 tokens: {edges:,} edges over 4 layers and all heads" in caplog.text
     assert "MiB for the activations of a batch of 64" in caplog.text
+
+
+@pytest.mark.parametrize("given", [[], ["--data-path", "nowhere"]], ids=["not given", "not there"])
+def test_a_dry_run_of_a_published_data_set_needs_no_data(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["finetune", "--dataset", "cifar100", "--patch-size", "14", "--epochs", "2", "--dry-run", *given]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "the plan takes the published cifar100" in out
+    assert "cifar100: 50,000 training and 10,000 test images" in out.replace("50000", "50,000").replace(
+        "10000", "10,000"
+    )
+    assert "2 epochs of 781 steps, 64 inputs each" in out
+    assert not list(tmp_path.iterdir())
+    assert main([word for word in words if word != "--dry-run"]) == 2
+
+
+def test_a_dry_run_that_cannot_know_the_size_says_what_is_missing(capsys):
+    words = ["finetune", "--dataset", "imagefolder", "--data-path", "nowhere", "--nb-classes", "5", "--dry-run"]
+    assert main(words) == 2
+    assert "--data-path: no such folder: 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_whether_the_output_folder_can_be_written(quick, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    (tmp_path / "file").write_text("")
+    for folder, message in (
+        (tmp_path / "new" / "run", "which can be written; "),
+        (tmp_path / "file" / "run", f"which cannot be made: '{tmp_path / 'file'}' is not a folder"),
+    ):
+        finetune(replace(quick, dry_run=True, output_dir=folder))
+        assert f"per checkpoint in {folder}, {message}" in caplog.text
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    finetune(replace(quick, dry_run=True, output_dir=tmp_path / "locked"))
+    assert f"in {tmp_path / 'locked'}, which cannot be made: no permission for '{tmp_path}'" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # Several processes.
@@ -304,25 +354,23 @@ def test_a_dry_run_trains_nothing_and_says_what_a_run_takes(quick, attn_cfg, cap
 
 def launch(folder, processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    recipe = "-m sparse_mhsa finetune --dist --dataset digits --patch-size 4 --epochs 2 --lr 2e-3 --drop-path 0"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    recipe = "-m sparse_mhsa finetune --dist --patch-size 4 --epochs 2 --lr 2e-3 --drop-path 0"
+    return subprocess.run(
         [*command, *recipe.split(), "--output-dir", str(folder), *arguments],
-        env=env,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_two_processes_compute_what_one_does_with_the_same_global_batch(options, tmp_path, log_of):
     recipe = replace(options, patch_size=4, drop_path=0.0)
     alone = finetune(recipe)
-    output = launch(tmp_path, 2, "--batch-size", "32", "--accum-iter", "2", "--dist-eval")
-    assert output.count("epoch 2/2") == 1
+    done = launch(tmp_path, 2, "--dataset", "digits", "--batch-size", "32", "--accum-iter", "2", "--dist-eval")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 2/2") == 1
     log = log_of(tmp_path)
     for one, other in zip(log, alone.trainer.history, strict=True):
         assert one["train_lr"] == other["train_lr"]
@@ -333,6 +381,72 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(options,
     assert len(state["rng"]) == state["args"]["world_size"] == 2
     with pytest.raises(UsageError, match="--world-size 2, this run has 1"):
         finetune(replace(recipe, batch_size=32, accum_iter=2, dist_url="env://", resume=tmp_path / LAST))
+
+
+@pytest.mark.parametrize("part", ["train", pytest.param("val", marks=pytest.mark.slow)])
+def test_an_image_that_one_process_cannot_read_stops_all_of_them_and_costs_nothing(
+    options, image_root, tmp_path, log_of, part
+):
+    recipe = replace(options, dataset="imagefolder", data_path=image_root, patch_size=4, batch_size=8, drop_path=0.0)
+    data = load_data(recipe)
+    # Of the last step of the first epoch, or of the second process's share of the test images.
+    index = list(EpochOrder(24, options.seed))[-1]
+    broken = Path((data.train.samples[index] if part == "train" else data.test.samples[1])[0])
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    words = ["--dataset", "imagefolder", "--data-path", str(image_root), "--batch-size", "4", "--dist-eval"]
+    done = launch(tmp_path, 2, *words)
+    assert done.returncode != 0
+    assert f"error: {broken}: not a readable image: " in done.stderr
+    assert f"continue with --resume {tmp_path / LAST}" in done.stderr
+    assert "Error(s)" not in done.stderr
+    state = read_checkpoint(tmp_path / LAST)
+    assert (state["epoch"], state["step"]) == (0, 2 if part == "train" else 3)
+
+    broken.write_bytes(content)
+    done = launch(tmp_path, 2, *words, "--resume", str(tmp_path / LAST))
+    assert done.returncode == 0, done.stderr[-3000:]
+    straight = finetune(recipe)
+    for one, other in zip(log_of(tmp_path), straight.trainer.history, strict=True):
+        for key in ("train_loss", "test_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-3)
+
+
+@pytest.fixture
+def open_mpi(monkeypatch):
+    """What mpirun tells a process."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(rank, size):
+        for name, value in (("RANK", rank), ("SIZE", size), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+
+    return start
+
+
+@pytest.mark.slow
+def test_open_mpi_starts_processes_too(tmp_path, open_mpi):
+    recipe = ["--dataset", "digits", "--patch-size", "4", "--epochs", "1", "--batch-size", "64", "--lr", "2e-3"]
+    place = f"file://{tmp_path / 'meeting'}"
+    words = ["finetune", "--dist", "--dist-on-itp", "--dist-url", place, *recipe, "--output-dir", str(tmp_path / "run")]
+    processes = []
+    for rank in (0, 1):
+        open_mpi(rank, 2)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        start = [sys.executable, "-m", "sparse_mhsa", *words]
+        processes.append(subprocess.Popen(start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "epoch 1/1" in outputs[0]
+    assert outputs[1] == ""
+    assert read_checkpoint(tmp_path / "run" / LAST)["args"]["world_size"] == 2
+
+
+def test_open_mpi_without_an_address_says_how_to_give_one(options, open_mpi):
+    open_mpi(0, 2)
+    with pytest.raises(UsageError, match=r"--dist-url env://: .*MASTER_ADDR.*give --dist-url tcp://HOST:PORT"):
+        finetune(replace(options, dist=True, dist_on_itp=True))
 
 
 def test_processes_that_were_not_meant_to_train_together_are_refused(options, monkeypatch):

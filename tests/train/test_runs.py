@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_mhsa.cli import main
 from sparse_mhsa.train import TrainingError, engine
 from sparse_mhsa.train.checkpoint import read_checkpoint, write_checkpoint
 from sparse_mhsa.train.datasets import load_data
@@ -109,15 +110,20 @@ def test_a_run_interrupted_while_testing_does_not_train_that_epoch_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of, number):
+@pytest.mark.parametrize("to", ["the process", "its group"])
+def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of, number, to):
+    """To a group as terminals, batch systems, ``timeout`` and torchrun send it, loader processes included."""
     folder = tmp_path / "run"
-    recipe = "finetune --dataset digits --patch-size 4 --epochs 500 --output-dir"
+    recipe = (
+        f"finetune --dataset digits --patch-size 4 --epochs 500 --num-workers {2 * (to == 'its group')} --output-dir"
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "sparse_mhsa", *recipe.split(), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 200
@@ -125,6 +131,8 @@ def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        if to == "its group":
+            os.killpg(process.pid, number)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -176,6 +184,51 @@ def test_initial_weights_come_from_a_checkpoint_with_another_head(options):
 def test_a_loss_that_is_not_finite_stops_the_run(options):
     with pytest.raises(TrainingError, match=r"loss is (nan|inf)"):
         finetune(replace(options, lr=1e30, min_lr=0.0, epochs=1, warmup_epochs=0.0))
+
+
+# The page.
+
+
+@pytest.mark.parametrize("more", [[], ["--linear-probe"], ["--model-ema", "0.9"]], ids=["", "probe", "averaged"])
+def test_the_command_writes_a_page_with_curves_and_masks(attn_cfg, tmp_path, capsys, more):
+    words = [
+        "finetune",
+        "--dataset",
+        "digits",
+        "--patch-size",
+        "2",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "256",
+        "--output-dir",
+    ]
+    assert main([*words, str(tmp_path), "--attn-cfg", str(attn_cfg), *more]) == 0
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 1
+    for shown in ("Loss", "Top-1 (%)", "Learning rate", "fibottention", "<th>blocks.3.attn</th>", "defaults filled in"):
+        assert shown in page
+    assert ("averaged weights" in page) == ("--model-ema" in more)
+    assert ("Linear probe" in page) == ("--linear-probe" in more)
+    assert f"sparse-mhsa {' '.join(words)} {tmp_path}" in page
+
+
+def test_evaluation_and_plans_write_no_page(checkpoint, tmp_path):
+    words = [
+        "finetune",
+        "--dataset",
+        "digits",
+        "--patch-size",
+        "2",
+        "--batch-size",
+        "128",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    assert main([*words, "--dry-run"]) == 0
+    assert main([*words, "--epochs", "1", "--eval", "--resume", str(checkpoint)]) == 0
+    assert not list(tmp_path.glob("*.html"))
 
 
 # Output folders.

@@ -1,6 +1,7 @@
 """TimeSformer: the block against golden values, where the masks go, and runs on real clips."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ pytest.importorskip("matplotlib")
 import sparse_mhsa as sm
 from sparse_mhsa.cli import main
 from sparse_mhsa.train import DataError, UsageError
-from sparse_mhsa.train.clips import load_clips, read_frames
-from sparse_mhsa.train.engine import LAST
+from sparse_mhsa.train import clips as clips_module
+from sparse_mhsa.train.checkpoint import read_checkpoint
+from sparse_mhsa.train.clips import count_frames, load_clips, read_frames
+from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.recipes import VideoOptions
 from sparse_mhsa.train.timesformer import SpaceTimeBlock
 from sparse_mhsa.train.video import build_timesformer, costs, sparsify_timesformer, video
@@ -72,6 +75,12 @@ def recipe(films, tmp_path):
     )
 
 
+def whole(clips):
+    """All clips of a data set and their labels."""
+    samples = [clips[index] for index in range(len(clips))]
+    return torch.stack([clip for clip, _ in samples]), torch.tensor([label for _, label in samples])
+
+
 def run_quietly(options):
     return video(options, "sparse-mhsa video")
 
@@ -109,7 +118,7 @@ def test_a_full_mask_is_dense_attention_wherever_it_goes(recipe, attention):
     if attention == "divided":
         for block in model.blocks:
             torch.nn.init.normal_(block.temporal_fc.weight, std=0.1)
-    clips = data.test.tensors[0][:3].double()
+    clips = torch.stack([data.test[index][0] for index in range(3)]).double()
     dense = model(clips)
     everything = sm.load_config({"mask": "local", "mask_kwargs": {"window": 64}}).to_yaml()
     where = {"divided": ("space", "time"), "joint": ("both",), "space_only": ("space",)}[attention]
@@ -117,6 +126,17 @@ def test_a_full_mask_is_dense_attention_wherever_it_goes(recipe, attention):
     swapped = [name for name, module in model.named_modules() if hasattr(module, "layer_mask")]
     assert len(swapped) == 2 * len(where)
     torch.testing.assert_close(model(clips), dense, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["divided", "joint"])
+def test_a_new_model_is_not_blind_to_the_order_of_frames(recipe, attention):
+    """Else a clip and its reverse have the same logits and opposite labels, and nothing is learned from them."""
+    recipe = replace(recipe, attention=attention, mask_on=())
+    data = load_clips(recipe)
+    torch.manual_seed(0)
+    model = build_timesformer(recipe, data).eval()
+    clips = torch.stack([data.test[index][0] for index in range(3)])
+    assert (model(clips) - model(clips.flip(2))).abs().min() > 1e-4
 
 
 def test_a_joint_mask_knows_that_time_is_fastest(recipe):
@@ -147,20 +167,82 @@ def test_the_films_of_the_package_are_real_and_split_by_time():
     recipe = VideoOptions(input_size=16)
     data = load_clips(recipe)
     assert data.class_names == ("bigbuckbunny", "bikes", "carphone_pristine")
-    clips, labels = data.train.tensors
+    clips, labels = whole(data.train)
     assert clips.shape[1:] == (3, 8, 16, 16)
     assert (torch.bincount(labels) > 20).all()
-    assert (torch.bincount(data.test.tensors[1]) > 5).all()
-    assert abs(clips.mean()) < 1e-3
-    arrow = load_clips(replace(recipe, task="arrow"))
-    forward, backward = (arrow.train.tensors[0][arrow.train.tensors[1] == label] for label in (0, 1))
+    assert (torch.bincount(whole(data.test)[1]) > 5).all()
+    assert abs(clips.mean()) < 0.1
+    seen = {(film.path, start + 2 * frame) for film, start, _ in data.train.places for frame in range(8)}
+    held_out = {(film.path, start + 2 * frame) for film, start, _ in data.test.places for frame in range(8)}
+    assert not seen & held_out
+    arrow_clips, directions = whole(load_clips(replace(recipe, task="arrow")).train)
+    forward, backward = (arrow_clips[directions == label] for label in (0, 1))
     assert torch.equal(forward.flip(2), backward)
+    assert torch.equal(forward, clips)
+
+
+def test_films_of_a_folder_give_several_clips_spread_over_them(recipe):
+    """The films have 8 frames, in which a clip of 4 with a stride of 1 can begin at 5 places."""
+    recipe = replace(recipe, stride=1)
+    for asked, starts in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, [0, 1, 2, 3, 4])):
+        data = load_clips(replace(recipe, clips_per_film=asked))
+        assert data.sizes == (2 * 8 * len(starts), 2 * 4 * len(starts))
+        assert [start for _, start, _ in data.train.places[: len(starts)]] == starts
+    assert load_clips(recipe).sizes[0] == 2 * 8 * 4
+    every, one = load_clips(replace(recipe, clips_per_film=5)), load_clips(replace(recipe, clips_per_film=1))
+    # Consecutive clips share all frames but one.
+    torch.testing.assert_close(every.train[0][0][:, 1:], every.train[1][0][:, :-1])
+    assert not torch.equal(every.train[0][0], every.train[1][0])
+    assert [label for _, label in (one.train[index] for index in range(16))] == [0] * 8 + [1] * 8
+
+
+def test_decoded_frames_are_kept_up_to_a_limit_and_decoded_again(recipe, monkeypatch):
+    read = []
+    original = clips_module.read_frames
+    monkeypatch.setattr(clips_module, "read_frames", lambda path, *rest: read.append(path) or original(path, *rest))
+    data = load_clips(recipe)
+    first = whole(data.train)[0]
+    assert len(read) == len(set(read)) == 16
+    assert torch.equal(first, whole(data.train)[0])
+    assert len(read) == 16
+    monkeypatch.setattr(clips_module, "KEPT_BYTES", 1)
+    assert torch.equal(first, whole(data.train)[0])
+    assert len(data.train.frames._kept) == 1
+    assert torch.equal(first, whole(data.train)[0])
+    assert len(read) > 16
+
+
+def test_a_film_that_breaks_while_training_is_named_and_costs_nothing(films, recipe, tmp_path, monkeypatch):
+    root = tmp_path / "films"
+    shutil.copytree(films, root)
+    monkeypatch.setattr(clips_module, "KEPT_BYTES", 1)
+    broken = root / "val" / "across" / "3.mp4"
+    original = Trainer._train_step
+
+    def train_step(self, batches):
+        broken.write_bytes(b"not a film")
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    with pytest.raises(DataError, match=rf"^{broken}: not a readable video: .* continue with --resume"):
+        run_quietly(replace(recipe, data_path=root))
+    assert read_checkpoint(recipe.output_dir / LAST, "video")["step"] > 0
 
 
 def test_a_film_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"not a film")
     with pytest.raises(DataError, match=r"broken\.mp4: not a readable video"):
-        read_frames(tmp_path / "broken.mp4", 16)
+        read_frames(tmp_path / "broken.mp4", 16, [0])
+    with pytest.raises(DataError, match=r"broken\.mp4: not a readable video"):
+        count_frames(tmp_path / "broken.mp4")
+
+
+def test_a_film_has_the_frames_that_its_packets_say(films):
+    path = films / "train" / "across" / "0.mp4"
+    assert count_frames(path) == 8
+    assert read_frames(path, 16, [0, 7]).shape == (2, 3, 16, 16)
+    with pytest.raises(DataError, match="it has no frame 8"):
+        read_frames(path, 16, [8])
 
 
 # Runs.
@@ -196,8 +278,12 @@ def test_a_run_resumes_bitwise(recipe, stopped_after, without_times, tmp_path):
         ({"num_heads": 3}, "--num-heads must divide --embed-dim 16, got 3"),
         ({"patch_size": 5}, "--patch-size must divide the side 16 of a frame, got 5"),
         ({"data_path": Path("nowhere")}, "--data-path: no such folder: 'nowhere'"),
+        ({"stride": 4}, r"--frames 4 with --stride 4 needs 13 frames, and '.*0\.mp4' has 8"),
+        ({"batch_size": 500}, "--batch-size must be at most the 32 training clips, got 500"),
         ({"data_path": None, "frames": 200}, "--frames 200 with --stride 2 needs 399 frames"),
         ({"eval": True}, "--eval needs --resume"),
+        ({"eval": True, "resume": Path("x"), "dry_run": True}, "--eval and --dry-run contradict each other"),
+        ({"mask_on": ("space", "time")}, "--mask-on space time needs --attn-cfg"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,7 +1,6 @@
 """The accuracy table as Markdown, CSV and an HTML page with plots."""
 
 import csv
-import html
 import io
 import statistics
 from collections.abc import Callable, Mapping
@@ -12,10 +11,12 @@ from matplotlib.figure import Figure
 
 from ..train.checkpoint import replacing
 from ..train.figures import INK, svg
-from ..train.page import write_page
+from ..train.page import counted, folded, page, prose, table
 from .options import GPU_EXAMPLES
 
 Row = Mapping[str, Any]
+
+TITLE = "Accuracy at the same attention budget"
 
 
 def _number(value: float | list[int] | None, text: str) -> str:
@@ -53,15 +54,16 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     Returns:
         The path of the page.
     """
-    for name, text in (("accuracy.md", markdown(report)), ("accuracy.csv", comma_separated(report))):
+    texts = {"accuracy.md": markdown(report), "accuracy.csv": comma_separated(report), "accuracy.html": web(report)}
+    for name, text in texts.items():
         with replacing(folder / name) as file:
             file.write(text.encode())
-    return write_page(folder / "accuracy.html", "Accuracy at the same attention budget", _body(report))
+    return folder / "accuracy.html"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The table, what it means, and the command of every run."""
-    lines = ["# Accuracy at the same attention budget\n", _about(report) + "\n"]
+    lines = [f"# {TITLE}\n", _about(report) + "\n"]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell(row) for cell in COLUMNS.values()) + " |" for row in report["rows"]]
     lines += ["", *(f"- {note}" for note in _notes(report))]
@@ -93,9 +95,10 @@ def _about(report: Mapping[str, Any]) -> str:
     runs = sum(len(row["seeds"]) for row in report["rows"])
     return (
         f"{recipe['model']} on {data['name']} ({data['train_images']:,} training and {data['test_images']:,} test "
-        f"images), {recipe['epochs']} epochs per run. {runs} runs, {seconds / 3600:.2f} hours of training steps "
-        f"in all, {report['jobs']} at a time, on {environment['machine']} with {environment['cores']} cores "
-        f"({environment['threads']} threads). Made {report['created']} by `{report['command']}`."
+        f"images), {counted(recipe['epochs'], 'epoch')} per run. {counted(runs, 'run')}, "
+        f"{seconds / 3600:.2f} hours of training steps in all, {report['jobs']} at a time, on "
+        f"{environment['machine']} with {environment['cores']} cores ({environment['threads']} threads). "
+        f"Made {report['created']} by `{report['command']}`."
     )
 
 
@@ -124,25 +127,22 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def web(report: Mapping[str, Any]) -> str:
+    """The page, with the plots inside it."""
+    return page(TITLE, _body(report))
+
+
 def _body(report: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<{'th' if i == 0 else 'td'}>{html.escape(cell(row))}</{'th' if i == 0 else 'td'}>"
-            for i, cell in enumerate(COLUMNS.values())
-        )
-        + "</tr>"
-        for row in report["rows"]
-    )
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(report))
+    rows = ([cell(row) for cell in COLUMNS.values()] for row in report["rows"])
+    notes = "".join(f"<li>{prose(note)}</li>" for note in _notes(report))
     commands = "\n".join(command for row in report["rows"] for command in row["commands"])
-    return f"""<p>{html.escape(_about(report))}</p>
-<figure><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></figure>
+    return f"""<p>{prose(_about(report))}</p>
+<figure>{table(tuple(COLUMNS), rows)}</figure>
 <h2>Accuracy against operations and against measured time</h2>
 <figure>{_plots(report)}</figure>
 <h2>How to read this</h2><ul>{notes}</ul>
-<details><summary>Commands of the runs</summary><p>{_again(report)}</p><pre>{html.escape(commands)}</pre></details>"""
+<p>{prose(_again(report))}</p>
+{folded("Commands of the runs", commands)}"""
 
 
 def _plots(report: Mapping[str, Any]) -> str:

@@ -83,9 +83,8 @@ def add_kernel_options(parser: argparse.ArgumentParser, files: str) -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        default=default.budget,
         metavar="SECONDS",
-        help=f"time that one method may take per row (default: {default.budget:g})",
+        help=f"time that one method may take per row (default: {default.budget:g}, with --quick {QUICK_BUDGET:g})",
     )
     parser.add_argument(
         "--output-dir",
@@ -103,7 +102,7 @@ def bench_options(parsed: argparse.Namespace) -> BenchOptions:
         dtypes=tuple(parsed.dtype),
         quick=parsed.quick,
         repeat=parsed.repeat,
-        budget=min(parsed.budget, QUICK_BUDGET) if parsed.quick else parsed.budget,
+        budget=parsed.budget if parsed.budget is not None else QUICK_BUDGET if parsed.quick else BenchOptions.budget,
         threads=parsed.threads,
         memory=not parsed.no_memory,
         plots=not parsed.no_plots,
@@ -138,9 +137,9 @@ def run_bench_accuracy(parsed: argparse.Namespace) -> int:
     parser = Parser(prog="sparse-mhsa finetune", allow_abbrev=False)
     add_options(parser, FinetuneOptions())
     recipe = read_options(FinetuneOptions, parser.parse_args(words))
-    for name, flag in (("attn_cfg", "--attn-cfg"), ("resume", "--resume"), ("eval", "--eval"), ("dist", "--dist")):
-        if getattr(recipe, name):
-            raise UsageError(f"{flag} is set by bench accuracy itself, for every run")
+    for flag in ("--attn-cfg", "--resume", "--eval", "--dist", "--seed", "--output-dir", "--dry-run"):
+        if any(word.partition("=")[0] == flag for word in words):
+            raise UsageError(f"{flag} after -- is set by bench accuracy itself, for every run")
     from .accuracy import bench_accuracy
 
     page = bench_accuracy(options, recipe, words, shlex.join(["sparse-mhsa", *parsed.given]))

@@ -146,16 +146,18 @@ def measure(case: DecodeCase, dtype: torch.dtype, options: BenchOptions) -> dict
             results[name] = {"status": "failed", "reason": str(error)}
             continue
         calls[name] = lambda cache=cache: cache.attend(*token)  # type: ignore[misc]
-    seconds = interleave(
+    turns = interleave(
         {name: call for name, call in calls.items() if name not in results},
         repeat=options.repeat,
         budget=options.budget,
     )
+    seconds = turns.seconds
+    results |= {name: {"status": "oom", "reason": message} for name, message in turns.short.items()}
     for name, times in seconds.items():
         results[name] = {
             "status": "ok",
             "seconds": asdict(spread(times)),
-            "speedup_over_sdpa": asdict(paired_ratio(seconds[SDPA], times)),
+            **({"speedup_over_sdpa": asdict(paired_ratio(seconds[SDPA], times))} if SDPA in seconds else {}),
         }
     return {
         "case": case.name,

@@ -1,9 +1,10 @@
 """``sparse-mhsa bench latency``: attention alone and whole layers, and from where on sparse is faster."""
 
 import datetime
+import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,9 @@ from ..train.checkpoint import make_folder
 from .cases import Case
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, spread
-from .methods import METHODS, OURS, Attention, Method, Problem, UnsupportedError
+from .methods import METHODS, OURS, Attention, Method, Problem, UnaffordableError
 from .options import BenchOptions, LatencyOptions
-from .run import measure_case, torch_threads
+from .run import measure_case, refused, short_of_memory, torch_threads
 from .table import MARKS
 
 logger = logging.getLogger("sparse_mhsa")
@@ -30,6 +31,8 @@ logger = logging.getLogger("sparse_mhsa")
 SCHEMA = "sparse_mhsa-latency-1"
 COMPARED = (OURS, "sdpa", "sdpa_masked", "flex", "reference_masked", "reference_gather")
 DIRECTIONS = {"forward": "forward", "step": "forward and backward"}
+KINDS = {"attention": "attention alone", "layer": "whole layer"}
+PANELS = tuple(itertools.product(KINDS, DIRECTIONS))
 
 
 class _Affordable(Method):
@@ -49,7 +52,7 @@ class _Affordable(Method):
             before = max(self.known)
             expected = self.known[before] * (tokens / before) ** 2
             if expected > self.seconds:
-                raise UnsupportedError(
+                raise UnaffordableError(
                     f"left out: a call would take about {expected:.0f} s, --limit is {self.seconds:g}"
                 )
         return self.method.prepare(problem)
@@ -97,8 +100,11 @@ def bench_latency(options: LatencyOptions, command: str, methods: Sequence[Metho
                     rows.append({"kind": "attention", **row})
                     logger.info("%s", _line(rows[-1], report))
                     _remember(compared, row)
-                rows.extend(_layers(case, dtype, options))
-                _write(report, options.output_dir)  # what is measured survives a Ctrl-C
+                    _write(report, options.output_dir)  # what is measured survives a Ctrl-C
+                for row in _layers(case, dtype, options, rows[-1]["methods"].get("sdpa")):
+                    rows.append(row)
+                    logger.info("%s", _line(row, report))
+                    _write(report, options.output_dir)
     _plot(report, options.output_dir / "latency.png")
     return options.output_dir / "latency.md"
 
@@ -111,36 +117,48 @@ def _remember(compared: Sequence[_Affordable], row: dict[str, Any]) -> None:
             method.known[row["tokens"]] = max(seconds, method.known.get(row["tokens"], 0.0))
 
 
-def _layers(case: Case, dtype: torch.dtype, options: LatencyOptions) -> list[dict[str, Any]]:
-    """The whole layer, projections included: torch's `MultiheadAttention` and ours with the same weights."""
-    width = case.num_heads * case.head_dim
-    dense = nn.MultiheadAttention(width, case.num_heads, batch_first=True, dtype=dtype)
-    layers = {OURS: SparseMHSA.from_dense(dense, case.config, layer=0)}
-    x = torch.randn(case.batch, case.num_tokens, width, dtype=dtype, requires_grad=True)
-    rows = []
-    square = 4 * case.batch * case.num_heads * case.num_tokens**2 * case.head_dim
-    affordable = square / 1e11 < options.limit  # at a hundred GFLOP/s
-    candidates: dict[str, nn.Module] = {**layers, **({"sdpa": dense} if affordable else {})}
+def _layers(
+    case: Case, dtype: torch.dtype, options: LatencyOptions, alone: dict[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """The whole layer, projections included: torch's `MultiheadAttention` and ours with the same weights.
+
+    Where ``alone``, the result of dense attention, was left out or took too long, the dense layer is left out.
+    """
+    left_out = alone if alone is not None and alone["status"] == "left_out" else None
+    if alone is not None and alone["status"] == "ok" and (seconds := alone["seconds"]["median"]) > options.limit:
+        left_out = refused("left_out", f"left out: attention alone takes {seconds:.0f} s, --limit is {options.limit:g}")
     for direction in DIRECTIONS:
-        call = _layer_forward if direction == "forward" else _layer_step
-        calls: dict[str, Call] = {name: partial(call, module, x) for name, module in candidates.items()}
-        seconds = interleave(calls, repeat=options.repeat, budget=options.budget)
-        results: dict[str, Any] = {
-            name: {"status": "ok", "seconds": asdict(spread(times))} for name, times in seconds.items()
+        try:
+            results = _layer_times(case, dtype, options, direction, dense=left_out is None)
+        except (MemoryError, RuntimeError, ValueError) as error:  # not even room for what goes into the layers
+            results = {name: short_of_memory(error) for name in (OURS, "sdpa")}
+        if left_out is not None:
+            results["sdpa"] = left_out
+        yield {
+            "kind": "layer",
+            "direction": direction,
+            "batch": case.batch,
+            "tokens": case.num_tokens,
+            "methods": results,
         }
-        if not affordable:
-            reason = f"left out: a call would take longer than --limit {options.limit:g} s"
-            results["sdpa"] = {"status": "unsupported", "reason": reason}
-        rows.append(
-            {
-                "kind": "layer",
-                "direction": direction,
-                "batch": case.batch,
-                "tokens": case.num_tokens,
-                "methods": results,
-            }
-        )
-    return rows
+
+
+def _layer_times(
+    case: Case, dtype: torch.dtype, options: LatencyOptions, direction: str, *, dense: bool
+) -> dict[str, dict[str, Any]]:
+    width = case.num_heads * case.head_dim
+    module = nn.MultiheadAttention(width, case.num_heads, batch_first=True, dtype=dtype)
+    layers: dict[str, nn.Module] = {OURS: SparseMHSA.from_dense(module, case.config, layer=0)}
+    if dense:
+        layers["sdpa"] = module
+    x = torch.randn(case.batch, case.num_tokens, width, dtype=dtype, requires_grad=True)
+    call = _layer_forward if direction == "forward" else _layer_step
+    calls: dict[str, Call] = {name: partial(call, layer, x) for name, layer in layers.items()}
+    turns = interleave(calls, repeat=options.repeat, budget=options.budget)
+    return {
+        **{name: {"status": "ok", "seconds": asdict(spread(times))} for name, times in turns.seconds.items()},
+        **{name: refused("oom", message) for name, message in turns.short.items()},
+    }
 
 
 @torch.no_grad()
@@ -171,8 +189,7 @@ def crossover(report: dict[str, Any], kind: str, direction: str, batch: int) -> 
 def _write(report: dict[str, Any], folder: Path) -> None:
     report["crossover"] = [
         {"kind": kind, "direction": direction, "batch": batch, "tokens": crossover(report, kind, direction, batch)}
-        for kind in ("attention", "layer")
-        for direction in DIRECTIONS
+        for kind, direction in PANELS
         for batch in sorted({row["batch"] for row in report["rows"]})
     ]
     (folder / "latency.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -228,26 +245,34 @@ def _plot(report: dict[str, Any], path: Path) -> None:
 
     tokens = sorted({row["tokens"] for row in report["rows"]})
     batches = sorted({row["batch"] for row in report["rows"]})
-    figure = Figure(figsize=(5 * len(batches), 8), layout="constrained")
-    for line, direction in zip(figure.subplots(2, len(batches), squeeze=False), DIRECTIONS, strict=True):
+    figure = Figure(figsize=(5 * len(batches), 4 * len(PANELS)), layout="constrained")
+    for line, (kind, direction) in zip(figure.subplots(len(PANELS), len(batches), squeeze=False), PANELS, strict=True):
         for axes, batch in zip(line, batches, strict=True):
+            about = (kind, direction, batch)
+            rows = [row for row in report["rows"] if (row["kind"], row["direction"], row["batch"]) == about]
             for place, (name, title) in enumerate(report["methods"].items()):
-                points = [
-                    (row["tokens"], 1e3 * row["methods"][name]["seconds"]["median"])
-                    for row in report["rows"]
-                    if (row["kind"], row["direction"], row["batch"]) == ("attention", direction, batch)
-                    and row["methods"][name]["status"] == "ok"
-                ]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=title, color=f"C{place}")
+                results = [(row["tokens"], row["methods"][name]) for row in rows if name in row["methods"]]
+                points = [(number, 1e3 * one["seconds"]["median"]) for number, one in results if one["status"] == "ok"]
+                if results:
+                    x, y = zip(*points, strict=True) if points else ((), ())
+                    axes.plot(x, y, marker="o", markersize=3, label=title, color=f"C{place}")
+                for number, one in results:
+                    if one["status"] != "ok":
+                        at, mark = (number, 0.02 + 0.045 * place), MARKS[one["status"]]
+                        axes.annotate(
+                            mark, at, xycoords=("data", "axes fraction"), color=f"C{place}", fontsize=5, ha="center"
+                        )
             axes.set_xscale("log")
-            axes.set_yscale("log")
+            if any(len(line.get_xdata()) for line in axes.lines):  # a logarithm needs something that was timed
+                axes.set_yscale("log")
+            axes.margins(x=0.15, y=0.45)  # for the legend above and the marks below
+            axes.update_datalim([(number, 1.0) for number in tokens], updatey=False)
+            axes.autoscale_view()
             axes.set_xticks(tokens, labels=[str(number) for number in tokens])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("tokens")
             axes.set_ylabel("ms")
-            axes.set_title(f"{DIRECTIONS[direction]}, batch {batch}", fontsize=9)
+            axes.set_title(f"{KINDS[kind]}, {DIRECTIONS[direction]}, batch {batch}", fontsize=9)
             axes.grid(color="#e9ecf1")
-            if axes.lines:  # not where everything was out of memory
-                axes.legend(fontsize=6)
+            axes.legend(fontsize=6, loc="upper left")
     figure.savefig(path, dpi=150)

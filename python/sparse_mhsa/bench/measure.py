@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Call = Callable[[], object]
 
@@ -33,31 +33,66 @@ def seconds_of(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def interleave(calls: Mapping[str, Call], *, repeat: int, budget: float) -> dict[str, list[float | None]]:
+def out_of_memory(error: Exception) -> str | None:
+    """What an error says about memory that is missing, or None for an error about something else."""
+    message = " ".join(str(error).split())[:200]
+    # torch names what it could not allocate, our core what does not fit.
+    signs = ("allocate memory", "fit in memory", "out of memory")
+    if not isinstance(error, MemoryError) and not any(sign in message for sign in signs):
+        return None
+    return f"out of memory: {message}" if message else "out of memory"
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What `interleave` measured.
+
+    Attributes:
+        seconds: by name, those of every turn, ``None`` where the call did not take part.
+        short: of the calls that ran out of memory, which are not in ``seconds``: what the error said.
+    """
+
+    seconds: dict[str, list[float | None]] = field(default_factory=dict)
+    short: dict[str, str] = field(default_factory=dict)
+
+
+def interleave(calls: Mapping[str, Call], *, repeat: int, budget: float) -> Turns:
     """Time every call ``repeat`` times, taking turns, so that what slows the machine down slows all of them.
 
     Every turn starts with another call. A call takes part in the first turns until it has used up its budget, but in
-    at least three (one, if a single call takes longer than the budget).
+    at least three (one, if a single call takes longer than the budget). One that runs out of memory is left out.
 
     Args:
         calls: what to call, by name.
         repeat: turns.
         budget: seconds that each call may take in all.
-
-    Returns:
-        Per name, the seconds of every turn, ``None`` where it did not take part.
     """
-    names = list(calls)
-    seconds: dict[str, list[float | None]] = {name: [] for name in names}
+    names, measured = list(calls), Turns()
+
+    def take(name: str) -> float | None:
+        try:
+            return seconds_of(calls[name])
+        except (MemoryError, RuntimeError, ValueError) as error:
+            message = out_of_memory(error)
+            if message is None:
+                raise
+            measured.short[name] = message
+            measured.seconds.pop(name, None)
+            return None
+
     turns = {}
     for name in names:
-        warm = seconds_of(calls[name])
-        turns[name] = 1 if warm > budget else min(repeat, max(3, int(budget / max(warm, 1e-9))))
+        warm = take(name)
+        if warm is not None:
+            measured.seconds[name] = []
+            turns[name] = 1 if warm > budget else min(repeat, max(3, int(budget / max(warm, 1e-9))))
     for turn in range(max(turns.values(), default=0)):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(seconds_of(calls[name]) if turn < turns[name] else None)
-    return seconds
+            if name in measured.seconds:
+                seconds = take(name) if turn < turns[name] else None
+                measured.seconds.get(name, []).append(seconds)
+    return measured
 
 
 def paired_ratio(numerator: list[float | None], denominator: list[float | None]) -> Spread:

@@ -6,6 +6,7 @@ nor plans cached by them are seen.
 
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
+from .measure import out_of_memory
 from .methods import METHODS, Attention, Problem
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -58,13 +60,23 @@ def footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool, th
             return pool.submit(_measure, case, method, dtype, backward, threads).result()
     except BrokenProcessPool as error:
         raise FootprintError("the process ended: out of memory?") from error
+    except (MemoryError, RuntimeError, ValueError) as error:
+        message = out_of_memory(error)
+        if message is None:
+            raise
+        raise FootprintError(message) from error
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping; half of what the machine has where the system does not say."""
+    """Bytes that can be used without swapping and within ``ulimit -v``.
+
+    Half of what the machine has where the system does not say.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - _resident("VmSize")))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 

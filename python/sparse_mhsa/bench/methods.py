@@ -28,6 +28,14 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 class UnsupportedError(Exception):
     """A method that does not exist for this row; the message says why."""
 
+    status = "unsupported"
+
+
+class UnaffordableError(UnsupportedError):
+    """A method that would take too long for this row; the message says how long."""
+
+    status = "left_out"
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -21,7 +21,7 @@ from ..train.checkpoint import make_folder
 from .cases import Case, select
 from .gate import Gate, WrongResultError
 from .limits import Bandwidth, peak_flops
-from .measure import Call, interleave, paired_ratio, spread
+from .measure import Call, interleave, out_of_memory, paired_ratio, spread
 from .memory import FootprintError, available_memory, footprint
 from .methods import DENSE, METHODS, OURS, Attention, Method, Problem, UnsupportedError
 from .options import BenchOptions
@@ -122,8 +122,12 @@ def measure_case(
         backward = direction == "step"
         results: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
-        inputs = case.inputs(dtype)
-        grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        try:
+            inputs = case.inputs(dtype)
+            grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        except (MemoryError, RuntimeError) as error:
+            yield _row(problem, direction, {method.name: short_of_memory(error) for method in methods})
+            continue
         for method in methods:
             refusal = admit(method, problem, gates, prepared, backward=backward)
             if refusal is not None:
@@ -134,9 +138,10 @@ def measure_case(
         if problem.by_content and OURS in calls:
             q, k, _ = (x.detach() for x in inputs)
             calls[CHOICE] = partial(edges_of, q, k, case.layer_mask)
-        seconds = interleave(calls, repeat=options.repeat, budget=options.budget)
+        turns = interleave(calls, repeat=options.repeat, budget=options.budget)
+        seconds = turns.seconds
+        results |= {name: refused("oom", message) for name, message in turns.short.items() if name != CHOICE}
         choice = seconds.pop(CHOICE, None)
-        calls.pop(CHOICE, None)
         for name, times in seconds.items():
             measured = spread(times)
             result: dict[str, Any] = {"status": "ok", "seconds": asdict(measured)}
@@ -149,30 +154,40 @@ def measure_case(
                 result["ns_per_edge"] = 1e9 * measured.median / work
                 result["flops_share"] = FLOPS[direction] * work * case.head_dim / measured.median / peak
             results[name] = result
-        if choice is not None:
+        if choice is not None and OURS in seconds:
             results[OURS]["choice"] = {"seconds": asdict(spread(choice))}
             if DENSE in seconds and direction == "forward":
                 # Half of what dense attention multiplies is q k^T.
                 half = [None if value is None else value / 2 for value in seconds[DENSE]]
                 results[OURS]["choice"]["over_qkt"] = asdict(paired_ratio(choice, half))
-        if OURS in calls:
+        if OURS in seconds:
             results[OURS]["bandwidth"] = traffic(problem, direction, results[OURS]["seconds"]["median"], bandwidth)
         if options.memory:
-            for name in calls:
+            for name in seconds:
                 if name == OURS or (not options.quick and name != "flex"):
                     results[name].update(_footprint(case, name, dtype, backward=backward))
-        yield {
-            "case": case.name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "direction": direction,
-            "batch": case.batch,
-            "heads": case.num_heads,
-            "head_dim": case.head_dim,
-            "tokens": case.num_tokens,
-            "edges": None if problem.work is None else problem.mask.nnz,
-            "density": None if problem.work is None else problem.mask.density,
-            "methods": {method.name: results[method.name] for method in methods},
-        }
+        yield _row(problem, direction, {method.name: results[method.name] for method in methods})
+
+
+def _row(problem: Problem, direction: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    case = problem.case
+    try:
+        mask = None if problem.work is None else problem.mask
+    except (MemoryError, RuntimeError, ValueError) as error:
+        short_of_memory(error)
+        mask = None
+    return {
+        "case": case.name,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "direction": direction,
+        "batch": case.batch,
+        "heads": case.num_heads,
+        "head_dim": case.head_dim,
+        "tokens": case.num_tokens,
+        "edges": None if mask is None else mask.nnz,
+        "density": None if mask is None else mask.density,
+        "methods": methods,
+    }
 
 
 def admit(
@@ -189,37 +204,45 @@ def admit(
         ``None`` if it may be timed (its function is in ``prepared``), else its result: why it may not.
     """
     if backward and not method.backward:
-        return _refused("unsupported", "has no backward pass on this device")
+        return refused("unsupported", "has no backward pass on this device")
     if problem.backend is not None and method.masked and method.name != OURS:
-        return _refused("unsupported", f"computes attention over edges, which `{problem.backend.name}` does not have")
+        return refused("unsupported", f"computes attention over edges, which `{problem.backend.name}` does not have")
     need, free = method.memory(problem, backward=backward), available_memory()
     if need > free // 2:
         sizes = f"{need / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free, half of it for one method"
-        return _refused("oom", f"needs {sizes}")
+        return refused("oom", f"out of memory: needs {sizes}")
     try:
         if method.name not in prepared:
             try:
                 prepared[method.name] = method.prepare(problem)
             except UnsupportedError as error:
-                prepared[method.name] = _refused("unsupported", str(error))
+                prepared[method.name] = refused(error.status, str(error))
         attend = prepared[method.name]
         if isinstance(attend, dict):
             return attend
         kind = (method.masked, method.stepwise)
         if kind not in gates:
-            gates[kind] = Gate(problem, masked=method.masked, stepwise=method.stepwise)
+            gates[kind] = _gate(method, problem)
         gates[kind].check(attend, backward=backward)
     except WrongResultError as error:
-        return _refused("failed", str(error))
+        return refused("failed", str(error))
     except (MemoryError, RuntimeError, ValueError) as error:
-        message = " ".join(str(error).split())[:200]
-        # torch names what it could not allocate, our core what does not fit.
-        short = isinstance(error, MemoryError) or any(sign in message for sign in ("allocate memory", "fit in memory"))
-        if isinstance(error, ValueError) and not short:
+        if (message := out_of_memory(error)) is not None:
+            return refused("oom", message)
+        if isinstance(error, ValueError):
             raise
         # Ours has no excuse: an error of it is a wrong result.
-        return _refused("oom" if short else "failed" if method.name == OURS else "unsupported", message)
+        return refused("failed" if method.name == OURS else "unsupported", " ".join(str(error).split())[:200])
     return None
+
+
+def _gate(method: Method, problem: Problem) -> Gate:
+    try:
+        return Gate(problem, masked=method.masked, stepwise=method.stepwise)
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error) is None:
+            raise
+        raise MemoryError(f"computing what it is compared with: {error}") from error
 
 
 def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwidth) -> dict[str, float]:
@@ -260,8 +283,17 @@ def _footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool) -
         return {"footprint_missing": str(error)}
 
 
-def _refused(status: str, reason: str) -> dict[str, Any]:
+def refused(status: str, reason: str) -> dict[str, Any]:
+    """The result of a method that was not timed."""
     return {"status": status, "reason": reason}
+
+
+def short_of_memory(error: Exception) -> dict[str, Any]:
+    """The result of a method that memory did not suffice for; an error about something else is raised again."""
+    message = out_of_memory(error)
+    if message is None:
+        raise error
+    return refused("oom", message)
 
 
 @contextmanager

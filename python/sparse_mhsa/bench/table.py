@@ -6,7 +6,7 @@ from typing import Any
 from .methods import OURS
 
 DIRECTIONS = {"forward": "forward", "step": "forward + backward"}
-MARKS = {"failed": "FAILED", "unsupported": "-", "oom": "OOM"}
+MARKS = {"failed": "FAILED", "unsupported": "unsupported", "left_out": "left out", "oom": "out of memory"}
 
 
 def table_head(report: Mapping[str, Any], dtype: str) -> str:

@@ -5,7 +5,7 @@ Nothing here is needed to use sparse attention; it needs the packages of ``pip i
 
 from importlib.util import find_spec
 
-__all__ = ["DataError", "TrainingError", "UsageError", "require_packages"]
+__all__ = ["DataError", "LoaderError", "TrainingError", "UsageError", "require_packages"]
 
 
 class UsageError(ValueError):
@@ -18,6 +18,10 @@ class DataError(UsageError):
 
 class TrainingError(RuntimeError):
     """A run that started well and cannot go on."""
+
+
+class LoaderError(TrainingError):
+    """A process that loads images has ended."""
 
 
 _EXTRAS = {"av": "video", "skvideo": "video", "onnx": "dinov2"}

@@ -29,7 +29,7 @@ from .distributed import World  # noqa: E402
 from .engine import Trainer  # noqa: E402
 from .finetune import check_device, sparsify_model  # noqa: E402
 from .models import build_model, num_tokens  # noqa: E402
-from .page import write_page  # noqa: E402
+from .page import table, write_page  # noqa: E402
 from .structure import mask_record  # noqa: E402
 from .tasks import Classification, TwoBranch  # noqa: E402
 
@@ -117,7 +117,7 @@ def recipe_of(state: Mapping[str, Any], path: Path) -> FinetuneOptions:
             value = tuple(float(part) for part in str(value).split())
         values[item.name] = value
     alone = {"dist": False, "dist_eval": False, "world_size": 1, "local_rank": -1, "resume": None, "eval": False}
-    alone |= {"attn_cfg": None, "log_dir": None}
+    alone |= {"attn_cfg": None, "log_dir": None, "dist_on_itp": False}
     try:
         return FinetuneOptions(**{**values, **alone})
     except (TypeError, UsageError) as error:
@@ -182,15 +182,11 @@ def _masks(sites: list[Site], tokens: int) -> list[dict[str, Any]]:
 
 
 def _body(results: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{one['head']}</th><td>{one['test_acc1']:.2f}</td><td>{one['drop']:+.2f}</td></tr>"
-        for one in results["heads"]
-    )
+    rows = [(str(one["head"]), f"{one['test_acc1']:.2f}", f"{one['drop']:+.2f}") for one in results["heads"]]
     parts = [
         f"<p>{html.escape(results['checkpoint'])}: top-1 {results['test_acc1']:.2f} % with all heads; a head taken "
         f"from all layers costs {results['mean_drop']:.2f} points in the mean.</p>",
-        "<table><thead><tr><th>head</th><th>top-1 without it (%)</th><th>drop</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>",
+        table(("head", "top-1 without it (%)", "drop"), rows),
         f"<figure>{figures.bars([one['drop'] for one in results['heads']], 'head', 'drop of top-1 (points)')}</figure>",
     ]
     if "drop_per_layer" in results:

@@ -249,7 +249,7 @@ def _check(state: Field, task: str) -> None:
 def _check_history(state: Field, task: str, epoch: int) -> None:
     history, start = state["history"].items(), state["args"]["start_epoch"].integer(0)
     if start + len(history) != epoch:
-        state["epoch"].reject(f"the {start + len(history)} epochs of the history", epoch)
+        state["epoch"].reject(f"{start + len(history)}, as many as the history has", epoch)
     keys = {*HISTORY, *TASKS[task].measures}
     for index, entry in enumerate(history):
         averaged = {key for key in entry.mapping() if key.startswith("ema_")}

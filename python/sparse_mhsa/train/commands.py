@@ -122,7 +122,7 @@ def run_finetune(parsed: argparse.Namespace) -> int:
     options = read_options(FinetuneOptions, parsed)
     from .finetune import finetune
 
-    finetune(options)
+    finetune(options, shlex.join(["sparse-mhsa", *parsed.given]))
     return 0
 
 

@@ -60,10 +60,11 @@ def load_data(options: ImageOptions) -> ImageData:
         UsageError: a package, folder or image is missing or of another kind than expected, or the set has
             more classes than ``--nb-classes``.
     """
-    from .folders import load_folder
+    from .folders import load_folder, planned_folder
 
+    load = planned_folder if getattr(options, "dry_run", False) else load_folder
     embedded: dict[str, Callable[[int | None], ImageData]] = {"mnist5k": mnist5k, "digits": digits, "photos": photos}
-    data = embedded[options.dataset](options.input_size) if options.dataset in embedded else load_folder(options)
+    data = embedded[options.dataset](options.input_size) if options.dataset in embedded else load(options)
     classes = getattr(options, "nb_classes", None)
     if classes is not None and classes < data.num_classes:
         raise UsageError(

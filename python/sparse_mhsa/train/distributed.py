@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import UsageError
+from . import TrainingError, UsageError
+from .checkpoint import first_line
 from .recipes import RunOptions
 
 _OPEN_MPI = {
@@ -46,6 +47,13 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether some process says yes."""
         return self.sums([float(flag)])[0] > 0
+
+    def share(self, error: TrainingError | UsageError | None) -> None:
+        """Raise the error of one process in every process, so that all stop at the same place and none waits for it."""
+        if not self.any(error is not None):
+            return
+        found = [each for each in self.gather(error) if each is not None]
+        raise found[0]
 
     def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
         """The value of every process, by rank."""
@@ -86,7 +94,11 @@ def world_of(options: RunOptions) -> Iterator[World]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=options.dist_url, rank=rank, world_size=size)
+    try:
+        dist.init_process_group(backend, init_method=options.dist_url, rank=rank, world_size=size)
+    except (ValueError, RuntimeError) as error:  # a variable that env:// reads is missing, or nobody listens there
+        where = f"--dist-url {options.dist_url}: {first_line(error)}"
+        raise UsageError(f"{where}; mpirun sets no address: give --dist-url tcp://HOST:PORT") from error
     try:
         yield World(rank, size, device)
     finally:

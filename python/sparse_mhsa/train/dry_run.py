@@ -1,12 +1,16 @@
 """What a run would take, worked out without training: tokens, edges, operations and memory."""
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..flops import AttentionCost
 from .engine import Trainer
+from .page import counted
 
 
 def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> Iterator[str]:
@@ -24,8 +28,8 @@ def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> I
     options, model = trainer.options, trainer.model
     steps = trainer.steps_per_epoch * (options.epochs - trainer.epoch)
     yield (
-        f"plan: {options.epochs - trainer.epoch} epochs of {trainer.steps_per_epoch} steps, {options.images_per_step} "
-        f"inputs each, learning rate up to {options.peak_lr:.3g}"
+        f"plan: {counted(options.epochs - trainer.epoch, 'epoch')} of {counted(trainer.steps_per_epoch, 'step')}, "
+        f"{counted(options.images_per_step, 'input')} each, learning rate up to {options.peak_lr:.3g}"
     )
     gmacs = 0.0
     for about, cost, sequences in costs:
@@ -40,7 +44,17 @@ def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> I
     yield f"memory: {_mib(copies)} for weights, gradients, moments{' and averaged weights' if trainer.ema else ''}"
     per_image = _kept_bytes(trainer) / 2
     yield f"memory: about {_mib(per_image * options.batch_size)} for the activations of a batch of {options.batch_size}"
-    yield f"files: {_mib(weights + 2 * trained)} per checkpoint in {options.output_dir}"
+    yield f"files: {_mib(weights + 2 * trained)} per checkpoint in {options.output_dir}, {_room(options.output_dir)}"
+
+
+def _room(folder: Path) -> str:
+    """Whether a folder that need not exist yet could be written, and how much room there is."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        return f"which cannot be made: '{there}' is not a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"which cannot be {'written' if there == folder.absolute() else 'made'}: no permission for '{there}'"
+    return f"which can be written; {_mib(shutil.disk_usage(there).free)} are free there"
 
 
 def _kept_bytes(trainer: Trainer) -> int:

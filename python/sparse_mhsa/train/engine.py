@@ -7,7 +7,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import find_attention
-from . import DataError, TrainingError, UsageError
-from .checkpoint import make_folder, random_state, replacing, set_random_state, write_checkpoint
+from . import DataError, LoaderError, TrainingError, UsageError
+from .checkpoint import first_line, make_folder, random_state, replacing, set_random_state, write_checkpoint
 from .datasets import ImageData
 from .distributed import World, averaged
 from .events import Events
 from .interrupt import Interrupted, catch_interrupt
-from .loading import Loaders
+from .loading import Loaders, of_loader
 from .recipes import RunOptions
 from .resume import check_data, check_model, check_run
 from .schedule import learning_rate, set_learning_rate
@@ -86,9 +86,13 @@ class Trainer:
         train_size, _ = data.sizes
         self.steps_per_epoch = train_size // options.images_per_step
         if self.steps_per_epoch == 0:
-            what = "--batch-size" if options.images_per_step == options.batch_size else "images per step (--batch-size "
-            what += "" if options.images_per_step == options.batch_size else "* --accum-iter * processes)"
-            raise UsageError(f"{what} must be at most the {train_size} training images, got {options.images_per_step}")
+            samples = f"{options.sample_name}s"
+            what = f"{samples} per step (--batch-size * --accum-iter * processes)"
+            if options.images_per_step == options.batch_size:
+                what = "--batch-size"
+            raise UsageError(
+                f"{what} must be at most the {train_size} training {samples}, got {options.images_per_step}"
+            )
         self.loaders = Loaders(data.train, data.test, options, self.world, shares_test=task.shares_test)
         self.optimizer = task.optimizer(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
@@ -113,6 +117,7 @@ class Trainer:
         Raises:
             TrainingError: the loss became infinite or NaN, or a file cannot be written.
             DataError: an image cannot be read; `LAST` continues after the last finished step.
+            LoaderError: a process of ``--num-workers`` ended; likewise.
             Interrupted: Ctrl-C was pressed or SIGTERM came; `LAST` continues after the last finished step.
         """
         # Now rather than after an epoch: a folder that cannot be made should cost nothing.
@@ -136,12 +141,17 @@ class Trainer:
                         self._stop_if(interrupted)
                     self._finish_epoch(self.evaluate(lambda: self._stop_if(interrupted, alone=True)), events)
                     self._stop_if(interrupted, saved=True)
-        except DataError as error:
-            if (self.epoch == self.step == 0) or self.world.size > 1:
+        except (DataError, LoaderError) as error:
+            if self.epoch == self.step == 0:
                 raise
             self.save(LAST)
             path = self.options.output_dir / LAST
-            raise DataError(f"{error}; once that is mended, continue with --resume {path}") from error
+            raise type(error)(f"{error}; once that is mended, continue with --resume {path}") from error
+        except RuntimeError as error:
+            if not of_loader(error):
+                raise
+            # Inside a step, whose half cannot be saved.
+            raise LoaderError(f"a process of --num-workers ended: {first_line(error)}") from error
 
     @torch.no_grad()
     def evaluate(self, after_batch: Callable[[], object] = lambda: None) -> dict[str, float]:
@@ -157,9 +167,14 @@ class Trainer:
 
     def _test(self, model: nn.Module, after_batch: Callable[[], object]) -> dict[str, float]:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for image, target in self.loaders.batches(self.loaders.test, "test"):
-                yield image.to(self.device), target.to(self.device)
-                after_batch()
+            error: DataError | LoaderError | None = None
+            try:
+                for image, target in self.loaders.batches(self.loaders.test, "test"):
+                    yield image.to(self.device), target.to(self.device)
+                    after_batch()
+            except (DataError, LoaderError) as caught:
+                error = caught
+            self.world.share(error)
 
         model.eval()
         with self.autocast():
@@ -231,7 +246,7 @@ class Trainer:
         with self.loaders.batches(self.loaders.train, title, initial=done, total=total) as progress:
             batches = iter(progress)
             while self.step < self.steps_per_epoch:
-                batch = list(itertools.islice(batches, accumulated))
+                batch = self._load(batches, accumulated)
                 clock.lap()
                 start = time.perf_counter()
                 loss, correct = self._train_step([(x.to(self.device), y.to(self.device)) for x, y in batch])
@@ -244,6 +259,16 @@ class Trainer:
                 self.step += 1
                 progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 yield loss
+
+    def _load(self, batches: Iterator[Any], count: int) -> list[Any]:
+        """The next ``count`` batches, or an error in every process where one of them has none."""
+        batch, error = [], None
+        try:
+            batch = list(itertools.islice(batches, count))
+        except (DataError, LoaderError) as caught:
+            error = caught
+        self.world.share(error)
+        return batch
 
     def _train_step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
         """One update from the mean gradient of some batches.
@@ -331,10 +356,21 @@ class Trainer:
         return f"epoch {self.epoch}/{self.options.epochs}: loss {entry['train_loss']:.3f}, {shown}, {times}"
 
     def save(self, *names: str) -> None:
-        """Write the log and the checkpoints of these names into the output folder."""
-        state = self.state()
-        if not self.world.is_first:
-            return
+        """Write the log and the checkpoints of these names into the output folder.
+
+        Raises:
+            TrainingError: the first process cannot write them; raised in all.
+        """
+        state, error = self.state(), None
+        try:
+            if self.world.is_first:
+                self._write(state, names)
+        except TrainingError as caught:
+            error = caught
+        # Together, because torchrun ends them all once one has ended: the first must have written by then.
+        self.world.share(error)
+
+    def _write(self, state: dict[str, Any], names: Sequence[str]) -> None:
         folder = self.options.output_dir
         for name in names:
             write_checkpoint(folder / name, state)

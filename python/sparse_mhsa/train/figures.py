@@ -138,18 +138,29 @@ def pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArra
     return restored.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy().astype(np.float32)
 
 
-def loss_curves(history: Sequence[Mapping[str, float]]) -> str:
-    """Training and test loss per epoch of one run."""
-    figure = Figure(figsize=(6, 3.1), layout="constrained")
-    axes = figure.subplots()
+CURVES = {
+    "Loss": {"train_loss": "training", "test_loss": "test", "ema_test_loss": "test, averaged weights"},
+    "Top-1 (%)": {"train_acc1": "training", "test_acc1": "test", "ema_test_acc1": "test, averaged weights"},
+    "Learning rate": {"train_lr": "at the end of the epoch"},
+}
+"""What is drawn of a run, if its log has it: by panel, the keys of the log and what they are."""
+
+
+def run_curves(history: Sequence[Mapping[str, float]]) -> str:
+    """Losses, accuracies where there are any, and the learning rate of one run per epoch."""
+    panels = {title: [name for name in names if name in history[0]] for title, names in CURVES.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    figure = Figure(figsize=(3.6 * len(panels), 3.1), layout="constrained")
     epochs = [entry["epoch"] + 1 for entry in history]
-    for name, title, colour in (("train_loss", "training", "dense"), ("test_loss", "test", "sparse")):
-        axes.plot(epochs, [entry[name] for entry in history], color=COLOURS[colour], linewidth=2, label=title)
-    axes.set_title("Loss", loc="left", fontsize=10, color=INK)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#e9ecf1")
-    axes.legend(frameon=False)
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, colour in zip(names, (*COLOURS.values(), MARK), strict=False):
+            values = [entry[name] for entry in history]
+            axes.plot(epochs, values, color=colour, linewidth=2, marker="o", markersize=3, label=CURVES[title][name])
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color="#e9ecf1")
+        axes.legend(frameon=False, fontsize=8)
     return svg(figure)
 
 

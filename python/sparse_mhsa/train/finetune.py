@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from .tasks import Classification, TwoBranch  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
+Recipe = TypeVar("Recipe", bound=RunOptions)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,8 +54,12 @@ class Run:
     results: dict[str, Any]
 
 
-def finetune(options: FinetuneOptions) -> Run:
+def finetune(options: FinetuneOptions, command: str | None = None) -> Run:
     """Train the model that ``options`` describe, or evaluate its checkpoint.
+
+    Args:
+        options: the recipe.
+        command: what the user typed; ``report.html`` quotes it, and is written only if it is given.
 
     Raises:
         UsageError: an option, path, data set or checkpoint cannot be used as given.
@@ -61,11 +67,29 @@ def finetune(options: FinetuneOptions) -> Run:
         TrainingError: the loss became infinite or NaN.
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
-    check_device(options.device)
-    with world_of(options) as world:
-        options = replace(options, world_size=world.size, device=str(world.device))
-        with only_first_logs(world):
-            return _finetune(options, world)
+    writes = command is not None and not (options.eval or options.dry_run)
+    if writes:  # now rather than after hours of training
+        require_packages("matplotlib")
+    with started(options) as (options, world):
+        run = _finetune(options, world)
+        if writes and world.is_first:
+            logger.info("report: %s", _write_page(run, command))
+        return run
+
+
+def _write_page(run: Run, command: str | None) -> Path:
+    from .run_page import write_run_page
+
+    options, last = run.options, run.trainer.history[-1]
+    train_images, test_images = run.data.sizes
+    kind = "Linear probe" if options.linear_probe else "Two branches" if options.two_branch else "Classifier"
+    about = (
+        f"{options.model} on {options.dataset}: {train_images:,} training and {test_images:,} test images, "
+        f"{run.data.num_classes} classes, {'dense' if run.attention is None else 'sparse'} attention. Test top-1 "
+        f"{last['test_acc1']:.2f} % after the last epoch, best {run.trainer.best_value:.2f} %; guessing gives "
+        f"{100 / run.data.num_classes:.1f} %."
+    )
+    return write_run_page(run.trainer, kind, about, image_costs(run.model), command or "")
 
 
 def _finetune(options: FinetuneOptions, world: World) -> Run:
@@ -134,6 +158,21 @@ def run(
     else:
         logger.info("best test loss %.4f in %s", trainer.best_value, where)
     return trainer.history[-1]
+
+
+@contextmanager
+def started(options: Recipe) -> Iterator[tuple[Recipe, World]]:
+    """The processes of a run, connected, and its options as they turn out there; the first says which have no effect.
+
+    Raises:
+        UsageError: the device or the processes cannot be used.
+    """
+    check_device(options.device)
+    with world_of(options) as world, only_first_logs(world):
+        if world.is_first:
+            for message in options.without_effect():
+                logger.warning("%s", message)
+        yield replace(options, world_size=world.size, device=str(world.device)), world
 
 
 @contextmanager

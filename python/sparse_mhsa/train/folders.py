@@ -1,16 +1,21 @@
 """Images that come inside no package: CIFAR, Tiny-ImageNet, ImageNet and any folder, with timm's transforms."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from . import DataError, UsageError, require_packages
 from .checkpoint import first_line
 from .datasets import ImageData
-from .recipes import ImageOptions, PretrainOptions
+from .recipes import PUBLISHED, ImageOptions, PretrainOptions
+
+logger = logging.getLogger("sparse_mhsa")
 
 CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -43,6 +48,41 @@ def load_folder(options: ImageOptions) -> ImageData:
         "imagefolder": _image_folder,
     }
     return load[options.dataset](root, Transforms(options), options)
+
+
+def planned_folder(options: ImageOptions) -> ImageData:
+    """The data set to plan with: where it is not there, black images in the numbers of the published one.
+
+    Raises:
+        UsageError: as `load_folder`, for a data set whose size only its folder tells.
+    """
+    why = "--data-path is not given"
+    if options.data_path is not None:
+        try:
+            return load_folder(replace(options, download=False))
+        except UsageError as error:
+            if options.dataset not in PUBLISHED:
+                raise
+            why = str(error)
+    require_packages("timm", "torchvision")
+    transforms = Transforms(options)
+    train, test, classes = PUBLISHED[options.dataset]
+    logger.info("%s; the plan takes the published %s", why, options.dataset)
+    seen, held_out = (_Black(number, transforms.size) for number in (train, test))
+    return transforms.data(seen, held_out, tuple(map(str, range(classes))))
+
+
+class _Black(Dataset[Any]):
+    """As many black images of the first class."""
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number, self.size = number, size
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, _index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(3, self.size, self.size), 0
 
 
 class Transforms:

@@ -1,13 +1,17 @@
 """Ctrl-C and SIGTERM while training: the step under way is finished and saved."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 """Ctrl-C, and how batch systems and torchrun end a process."""
+SAME = 1.0
+"""Seconds within which signals are one request: whoever ends a group of processes often ends its first one as well."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -16,7 +20,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event; a second one interrupts at once, as usual.
+    """Turn the first Ctrl-C or SIGTERM into an event; one that comes later than `SAME` interrupts at once, as usual.
 
     Outside the main thread, where Python delivers no signals, the event never comes.
     """
@@ -25,14 +29,20 @@ def catch_interrupt() -> Iterator[threading.Event]:
         yield event
         return
     previous = {number: signal.getsignal(number) for number in SIGNALS}
+    first = 0.0
 
     def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        event.set()
-        restore()
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
+        if not event.is_set():
+            first = time.monotonic()
+            event.set()
+        elif time.monotonic() - first > SAME:
+            restore()
+            os.kill(os.getpid(), number)
 
     for number in SIGNALS:
         signal.signal(number, note)
@@ -55,6 +65,32 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+TELLS_SENDER = hasattr(signal, "sigwaitinfo")
+"""The system says who sent a signal; macOS does not, and there SIGTERM to a group ends loader processes."""
+
+
+@contextmanager
+def without_sigterm() -> Iterator[None]:
+    """Let SIGTERM wait, also in processes that are forked inside the block, until they have been prepared for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if TELLS_SENDER else ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_interrupts_to_parent(_worker: int) -> None:
-    """A terminal sends Ctrl-C to loader processes too; they must live until the step is finished."""
+    """Signals to a whole group come to loader processes too; they must live until the step is finished.
+
+    SIGTERM from the parent itself still ends them: that is how multiprocessing takes leave of a process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if TELLS_SENDER:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm.auto import tqdm
 
-from . import DataError, TrainingError
+from . import DataError, LoaderError
 from .checkpoint import first_line
 from .distributed import World
-from .interrupt import leave_interrupts_to_parent
+from .interrupt import leave_interrupts_to_parent, without_sigterm
 from .recipes import RunOptions
 
 
@@ -141,14 +141,21 @@ def _translated(loader: DataLoader[Any]) -> Iterator[Any]:
 
     Raises:
         DataError: an image cannot be read.
-        TrainingError: a loader process ended.
+        LoaderError: a loader process ended.
     """
     try:
-        yield from loader
+        with without_sigterm():
+            batches = iter(loader)
+        yield from batches
     except DataError as error:
         last = str(error).strip().splitlines()[-1]
         raise DataError(last.partition("DataError: ")[2] or last) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not of_loader(error):
             raise
-        raise TrainingError(f"a process of --num-workers ended: {first_line(error)}") from error
+        raise LoaderError(f"a process of --num-workers ended: {first_line(error)}") from error
+
+
+def of_loader(error: RuntimeError) -> bool:
+    """Whether torch says that a loader process ended, which it does wherever the main thread is."""
+    return "DataLoader worker" in str(error)

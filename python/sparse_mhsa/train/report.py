@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .page import page
+from .page import counted, folded, page, prose, table
 
 SCHEMA = "sparse_mhsa-demo-1"
 
@@ -63,7 +63,7 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
         f"<div><strong>{html.escape(value)}</strong><span>{html.escape(about)}</span></div>"
         for value, about in _cards(report)
     )
-    notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>" for name, text in _notes(report))
+    notes = "".join(f"<li><b>{html.escape(name)}</b>: {prose(text)}</li>" for name, text in _notes(report))
     body = f"""<p>{html.escape(_summary(report))}</p>
 <section class="cards">{cards}</section>
 <h2>Numbers</h2>
@@ -83,8 +83,7 @@ adds up over the layers.</p>
 <figure>{figures["visible"]}</figure>
 <h2>How to read this</h2>
 <ul>{notes}</ul>
-<details><summary>Attention configuration, defaults filled in</summary>
-<pre>{html.escape(report["runs"]["sparse"]["attention_config"])}</pre></details>"""
+{folded("Attention configuration, defaults filled in", report["runs"]["sparse"]["attention_config"])}"""
     return page(title, body)
 
 
@@ -94,7 +93,7 @@ def _summary(report: Report) -> str:
         f"{model['name']} ({model['layers']} layers, {model['heads']} heads of {model['head_dim']} channels) "
         f"on {data['name']}: {data['train_images']:,} training and {data['test_images']:,} test images of "
         f"{data['image_size']} \N{MULTIPLICATION SIGN} {data['image_size']} pixels, {data['tokens']} tokens. "
-        f"Two runs ({report['recipe']['epochs']} epochs) that differ in their attention only: same initial "
+        f"Two runs ({counted(report['recipe']['epochs'], 'epoch')}) that differ in their attention only: same initial "
         "weights, same images in the same order, same steps."
     )
 
@@ -163,9 +162,8 @@ def _notes(report: Report) -> list[tuple[str, str]]:
 def _table(report: Report) -> str:
     runs, timing = report["runs"], report["timing"]
 
-    def row(about: str, value: Callable[[str, Mapping[str, Any]], str]) -> str:
-        cells = "".join(f"<td>{html.escape(value(name, run))}</td>" for name, run in runs.items())
-        return f"<tr><th>{html.escape(about)}</th>{cells}</tr>"
+    def row(about: str, value: Callable[[str, Mapping[str, Any]], str]) -> list[str]:
+        return [about, *(value(name, run) for name, run in runs.items())]
 
     def spread(kind: str, name: str) -> str:
         values = timing[kind][name]
@@ -194,8 +192,7 @@ def _table(report: Report) -> str:
         row("While training: whole step", lambda _, run: f"{_ms(run['step_time'])} ms"),
         row("All training steps", lambda _, run: f"{run['train_time']:.0f} s"),
     ]
-    heads = "".join(f"<th>{html.escape(run['title'])}</th>" for run in runs.values())
-    return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return table(["", *(run["title"] for run in runs.values())], rows)
 
 
 def _speed(timing: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ MUST_AGREE = (
     "mask_on",
     "frames",
     "stride",
+    "clips_per_film",
     "seed",
     "layer_decay",
     "amp",
@@ -126,8 +127,8 @@ def check_run(trainer: "Trainer", state: dict[str, Any], path: Path) -> Iterator
     train_images = trainer.data.sizes[0]
     if state["data"]["train_images"] != train_images:
         raise UsageError(
-            f"--resume: '{path}' was written with {state['data']['train_images']} training images, "
-            f"this run has {train_images}"
+            f"--resume: '{path}' was written with {state['data']['train_images']} training "
+            f"{trainer.options.sample_name}s, this run has {train_images}"
         )
     options, steps = trainer.options, trainer.steps_per_epoch
     if state["epoch"] > options.epochs:

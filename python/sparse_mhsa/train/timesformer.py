@@ -83,6 +83,10 @@ class SpaceTimeBlock(nn.Module):
         return torch.cat([first + to_first, patches + to_patches], dim=1)
 
 
+TIME_STD = 0.5
+"""Spread of the time embedding at the start."""
+
+
 class TimeSformer(nn.Module):
     """A classifier of clips.
 
@@ -128,6 +132,10 @@ class TimeSformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
+        if kind != "space_only":
+            # Not zero, as where the weights of an image model are taken over: from a start that is blind to the order
+            # of frames, nothing is learned about it.
+            trunc_normal_(self.time_embed, std=TIME_STD)
         for block in self.blocks:
             if kind == "divided":
                 # The layer starts as one without time.

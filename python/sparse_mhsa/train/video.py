@@ -1,10 +1,9 @@
 """``sparse-mhsa video``: a TimeSformer, with a mask on its attention along space, along time or over both."""
 
-import html
 import json
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .clips import load_clips
 from .datasets import ImageData
-from .distributed import World, world_of
-from .recipes import VideoOptions
+from .distributed import World
+from .recipes import MASKABLE, VideoOptions
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
 
 from . import figures  # noqa: E402
 from .engine import Trainer  # noqa: E402
-from .finetune import attention_text, check_device, only_first_logs, run, sparsify_model  # noqa: E402
+from .finetune import attention_text, run, sparsify_model, started  # noqa: E402
 from .models import load_state  # noqa: E402
-from .page import write_page  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
+from .run_page import write_run_page  # noqa: E402
 from .tasks import Classification, adamw  # noqa: E402
 from .timesformer import TimeSformer  # noqa: E402
 
@@ -71,11 +70,8 @@ def video(options: VideoOptions, command: str) -> VideoRun:
         TrainingError: the loss became infinite or NaN.
         Interrupted: Ctrl-C was pressed; the last checkpoint continues after the last finished step.
     """
-    check_device(options.device)
-    with world_of(options) as world:
-        options = replace(options, world_size=world.size, device=str(world.device))
-        with only_first_logs(world):
-            return _video(options, world, command)
+    with started(options) as (options, world):
+        return _video(options, world, command)
 
 
 def _video(options: VideoOptions, world: World, command: str) -> VideoRun:
@@ -84,6 +80,8 @@ def _video(options: VideoOptions, world: World, command: str) -> VideoRun:
     attention = attention_text(options.attn_cfg)
     if state is not None and options.resume is not None:
         attention = resolve_attention(state, options.resume, options.attn_cfg, attention)
+    if attention is None and options.mask_on != MASKABLE[options.attention][:1]:
+        raise UsageError(f"--mask-on {' '.join(options.mask_on)} needs --attn-cfg: the mask")
     data = load_clips(options)
     model = build_timesformer(options, data)
     if options.finetune is not None:
@@ -174,8 +172,10 @@ def _write_report(trainer: Trainer, model: TimeSformer, command: str) -> Path:
     data, options = trainer.data, trainer.options
     assert isinstance(options, VideoOptions)
     firsts: dict[int, torch.Tensor] = {}
-    for clip, label in data.test:  # type: ignore[attr-defined]  # torch's Dataset declares no __iter__
+    for clip, label in (data.test[index] for index in range(data.sizes[1])):
         firsts.setdefault(int(label), clip)
+        if len(firsts) == data.num_classes:
+            break
     model.eval()
     labels = sorted(firsts)
     guesses = model(torch.stack([firsts[label] for label in labels]).to(trainer.device)).argmax(1).tolist()
@@ -186,21 +186,17 @@ def _write_report(trainer: Trainer, model: TimeSformer, command: str) -> Path:
         for label, guess in zip(labels, guesses, strict=True)
     }
     last = trainer.history[-1]
-    attention = trainer.attention["attention"]
-    lines = "".join(
-        f"<li>{html.escape(about)}: {sequences} sequences per clip; {html.escape(str(cost))} for each.</li>"
-        for about, cost, sequences in costs(model)
-    )
-    where = f"mask on {' and '.join(options.mask_on)}" if attention else "dense"
+    where = f"mask on {' and '.join(options.mask_on)}" if trainer.attention["attention"] else "dense"
     task = "which film a clip is from" if options.task == "clip" else "whether a clip runs forward or backward"
-    body = f"""<p>Task: {task}. TimeSformer ({options.attention}, {where}), {data.sizes[0]:,} training and
-{data.sizes[1]:,} test clips of {options.frames} frames. Test top-1 {last["test_acc1"]:.1f} % after the last epoch, best
-{trainer.best_value:.1f} %; guessing gives {100 / data.num_classes:.1f} %.</p>
-<p>Clips to test come from the end of each film, so they show scenes that were not trained on, but the same films.</p>
-<ul>{lines}</ul>
-<h2>Training</h2><figure>{figures.loss_curves(trainer.history)}</figure>
-<h2>The first test clip of every class</h2><figure>{figures.picture_rows(rows)}</figure>
-<details><summary>Attention configuration, defaults filled in</summary>
-<pre>{html.escape(attention or "dense")}</pre></details>
-<p>Made by <code>{html.escape(command)}</code>.</p>"""
-    return write_page(options.output_dir / "report.html", "Sparse attention over video", body)
+    about = (
+        f"Task: {task}. TimeSformer ({options.attention}, {where}), {data.sizes[0]:,} training and {data.sizes[1]:,} "
+        f"test clips of {options.frames} frames. Test top-1 {last['test_acc1']:.1f} % after the last epoch, best "
+        f"{trainer.best_value:.1f} %; guessing gives {100 / data.num_classes:.1f} %."
+    )
+    if options.data_path is None:
+        about += (
+            " Clips to test come from the end of each film, so they show scenes that were not trained on, but the "
+            "same films."
+        )
+    shown = f"<h2>The first test clip of every class</h2><figure>{figures.picture_rows(rows)}</figure>"
+    return write_run_page(trainer, "Sparse attention over video", about, costs(model), command, shown)
