@@ -66,7 +66,9 @@ def solve_budget(
 
     A window on the grid gets one number for all axes, and a list by axis only where that comes closer. Heads and
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by
-    content is counted in the mean over keys that are drawn independently from one normal distribution.
+    content is counted in the mean over queries and keys that are drawn independently from one normal distribution, so
+    that scaled scores have a variance of 1: to a few percent for an estimated ``vertical_slash``, which looks at sums
+    of weights, and for ``block_topk`` with ``pool: max``, where a shorter last block counts as likely as the others.
 
     Args:
         config: whatever `load_config` takes; a mapping may leave out the parameter itself.
