@@ -422,6 +422,20 @@ def test_values_that_are_only_tried_are_not_warned_of(caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_tokens": "50"}, "num_tokens: expected an integer, got str '50'"),
+        ({"num_heads": 4.0}, "num_heads: expected an integer, got float 4.0"),
+        ({"density": "0.1"}, "density: expected a number, got str '0.1'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_named(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        sm.solve_budget({"mask": "local"}, **({"num_tokens": TOKENS, "num_heads": HEADS, "density": 0.1} | wrong))
+
+
 def test_the_callers_generator_is_left_alone():
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
