@@ -139,6 +139,19 @@ def test_no_value_alone_brings_the_parameters_closer(name, target):
     assert missed <= 0.02 * target or target < 0.3
 
 
+@pytest.mark.parametrize("target", [0.31, 0.37, 0.4354, 0.5244, 0.8])
+@pytest.mark.parametrize("kwargs", [{}, {"num_global": 3}, {"symmetric": True}, {"per_head_same": True}], ids=str)
+def test_no_pair_of_values_is_much_closer(kwargs, target):
+    """Without its window, two random keys may meet what one beside the window is far from."""
+    config = {"mask": "bigbird", "mask_kwargs": {"seed": 0, **kwargs}, "num_prefix_tokens": 1}
+    place = {"num_tokens": 13, "num_heads": 2}
+    pairs = ({"window": window, "num_random": drawn} for window in range(13) for drawn in range(13))
+    documents = (config | {"mask_kwargs": config["mask_kwargs"] | pair} for pair in pairs)
+    closest = min(abs(sm.Mask.from_config(document, **place).density - target) for document in documents)
+    solution = sm.solve_budget(config, density=target, **place)
+    assert abs(solution.density - target) <= max(closest + 1e-12, 5e-3 * target)
+
+
 @pytest.mark.parametrize("target", [0.021, 0.05, 0.1, 0.3, 0.5])
 @pytest.mark.parametrize("tokens", [50, 197])
 def test_block_topk_meets_a_budget_by_the_size_of_its_blocks(tokens, target):
@@ -382,9 +395,45 @@ def test_a_shorter_last_block_is_expected_as_often_as_noise_chooses_it(tokens, b
     assert abs(edges.mean() - expected) <= 4 * edges.std() / 64**0.5 + 1e-9
 
 
+@pytest.mark.parametrize("tokens", [50, 197])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_vertical": 8},
+        {"num_slash": 8},
+        {"num_vertical": 8, "num_slash": 8, "window": 3},
+        {"num_vertical": [2, 4, 30, 30], "num_slash": [0, 9, 1, 40], "last_queries": 8},
+    ],
+    ids=str,
+)
+def test_estimated_columns_and_distances_are_expected_where_noise_has_them(kwargs, tokens):
+    """Early columns and short distances, whose diagonals are long, get attention from more queries."""
+    config = {"mask": "vertical_slash", "mask_kwargs": {"causal": True, **kwargs}, "num_prefix_tokens": 1}
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(64, HEADS, tokens, 16, generator=generator) for _ in range(2))
+    chosen = [mask.nnz for mask in sm.choose_masks(config, q, k)]
+    counts = _core.count_edges(LayerMask(sm.load_config(config), HEADS).spec, tokens)
+    # Counted as equally likely, 8 columns of 49 and 8 of 196 fell short by up to 45 and 18 %.
+    assert sum(edges for edges, _ in counts) == pytest.approx(sum(chosen) / len(chosen), rel=0.02)
+
+
 def test_values_that_are_only_tried_are_not_warned_of(caplog):
     sm.solve_budget({"mask": "sparse", "mask_kwargs": {"pattern": "local"}}, 41, HEADS, 0.99)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_tokens": "50"}, "num_tokens: expected an integer, got str '50'"),
+        ({"num_heads": 4.0}, "num_heads: expected an integer, got float 4.0"),
+        ({"density": "0.1"}, "density: expected a number, got str '0.1'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_named(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        sm.solve_budget({"mask": "local"}, **({"num_tokens": TOKENS, "num_heads": HEADS, "density": 0.1} | wrong))
 
 
 def test_the_callers_generator_is_left_alone():

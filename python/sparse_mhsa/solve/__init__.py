@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .._core import AttentionConfig
-from ..config import ConfigLike, load_config
+from ..config import ConfigLike, integer, load_config
 from ..flops import Unit
 from .choice import Value, choose, document_of, with_values
 from .cost import Budget, Place
@@ -66,7 +66,10 @@ def solve_budget(
 
     A window on the grid gets one number for all axes, and a list by axis only where that comes closer. Heads and
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by
-    content is counted in the mean over keys that are drawn independently from one normal distribution.
+    content is counted in the mean over queries and keys that are drawn independently from one normal distribution, so
+    that scaled scores have a variance of 1: to a few percent for an estimated ``vertical_slash``, which looks at sums
+    of weights, and to a tenth for ``block_topk`` with ``pool: max``, where a shorter last block, which noise chooses
+    less often, counts as likely as the others.
 
     Args:
         config: whatever `load_config` takes; a mapping may leave out the parameter itself.
@@ -90,11 +93,13 @@ def solve_budget(
     Raises:
         ConfigError: the configuration cannot be honoured, the backend has no edges, or the mask has no such
             parameter (the message says its density).
+        TypeError: a number is none, or not whole where it counts.
         ValueError: not exactly one budget is given, or it is out of range, such as less than one key for each
                 query.
     """
     document = document_of(config)
-    place = Place(num_tokens, num_heads, layer, num_layers, grid, num_prefix_tokens, head_dim)
+    tokens, heads = integer("num_tokens", num_tokens), integer("num_heads", num_heads)
+    place = Place(tokens, heads, layer, num_layers, grid, num_prefix_tokens, head_dim)
     chosen = choose(document, parameter, place, Budget(density, pruning_ratio, flops, unit))
     finished = load_config(with_values(document, chosen.values))
     return Solution(chosen.values, finished, chosen.count.density, chosen.count.pruning_ratio, chosen.count.edges)

@@ -133,7 +133,7 @@ def _closest_nearby(
             found = _set_in_turn(with_values(document, fixed), others, place, budget)
         except ConfigError:  # no value of the first, or none of the others with it
             continue
-        if found.missed < chosen.missed and all(found.values.values()):  # no part of the mask is dropped for it
+        if found.missed < chosen.missed:
             chosen = replace(found, values=fixed | dict(found.values))
     return chosen
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from .. import _core
 from .._core import AttentionConfig
@@ -100,6 +101,9 @@ class Budget:
         given = {"density": self.density, "pruning_ratio": self.pruning_ratio, "flops": self.flops}
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"budget: give exactly one of {', '.join(given)}")
+        for key, number in given.items():
+            if number is not None and not isinstance(number, Real):
+                raise TypeError(f"{key}: expected a number, got {type(number).__name__} {number!r:.60}")
         if self.flops is None and self.unit is not None:
             raise ValueError(f"unit: expected None except with flops, got {self.unit!r}")
         if self.density is not None:

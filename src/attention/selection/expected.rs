@@ -6,8 +6,8 @@ use crate::pattern::choice::{Choice, OfHead, Pool};
 
 impl Rule {
     /// For every head, the edges and the patch-to-patch edges that are kept in the mean if keys are drawn independently from one
-    /// normal distribution: all that a query may choose are equally likely, but for a shorter block. Exact where the number
-    /// does not depend on which keys they are.
+    /// normal distribution: all that a query may choose are equally likely, but for a shorter block and for the columns and
+    /// distances of `vertical_slash`. Exact where the number does not depend on which keys they are.
     ///
     /// # Errors
     /// [`Error::Value`] when there are fewer tokens than prefix tokens.
@@ -28,16 +28,10 @@ impl Rule {
                 let between = top_blocks_expected(num_tokens - self.prefix, keep, block_size, pool, causal);
                 (between + self.around(num_tokens), between)
             }
-            Choice::VerticalSlash { columns, distances, nearest, .. } => {
+            Choice::VerticalSlash { columns, distances, last_queries, nearest } => {
                 let shared = OfHead { keys: columns, distances };
-                let OfHead { keys: columns, distances } =
-                    self.per_head.as_ref().map_or(shared, |heads| heads[head]);
-                let patches = num_tokens - self.prefix;
-                let share = |of: usize| of.min(patches) as f64 / patches as f64;
-                let dropped = (1.0 - share(columns)) * (1.0 - share(distances));
-                let at_distance = |distance: usize| if distance < nearest { 1.0 } else { 1.0 - dropped };
-                let between: f64 =
-                    (0..patches).map(|distance| (patches - distance) as f64 * at_distance(distance)).sum();
+                let of_head = self.per_head.as_ref().map_or(shared, |heads| heads[head]);
+                let between = slashes_expected(num_tokens - self.prefix, of_head, last_queries, nearest);
                 (between + self.around(num_tokens), between)
             }
             Choice::Keys { keep, .. } => {
@@ -137,6 +131,59 @@ fn share_of_shorter(keep: usize, others: usize, shorter: usize, block_size: usiz
     won / total
 }
 
+/// Pairs between `patches` patches of which a head keeps columns, distances and the `nearest` distances.
+fn slashes_expected(patches: usize, of_head: OfHead, last_queries: usize, nearest: usize) -> f64 {
+    let column = share_of_sums(of_head.keys, patches, last_queries);
+    let mut distance = share_of_sums(of_head.distances, patches, last_queries);
+    distance.iter_mut().take(nearest).for_each(|share| *share = 1.0);
+    // Row i has the keys i - d; so distance d crosses the first `patches - d` columns.
+    let mut columns_dropped = vec![0.0];
+    for share in &column {
+        columns_dropped.push(columns_dropped[columns_dropped.len() - 1] + 1.0 - share);
+    }
+    let kept =
+        |(d, share): (usize, &f64)| (patches - d) as f64 - (1.0 - share) * columns_dropped[patches - d];
+    distance.iter().enumerate().map(kept).sum()
+}
+
+/// How likely each column is among the `keep` with the largest sums of causal attention from the last queries; the same for
+/// distances.
+///
+/// Query i gives each of its i + 1 keys a weight of mean 1 / (i + 1), and keys and distances from x on get none from queries before
+/// x: the first ones have sums of more weights, and of larger ones. With scores of variance 1, exp(score) has a variance of e - 1
+/// times its squared mean. Sums count as normal and independent; `keep` of them are expected above a common bound.
+fn share_of_sums(keep: usize, patches: usize, last_queries: usize) -> Vec<f64> {
+    if keep == 0 || keep >= patches {
+        return vec![if keep == 0 { 0.0 } else { 1.0 }; patches];
+    }
+    let first_query = patches.saturating_sub(last_queries);
+    let (mut mean, mut variance) = (0.0, 0.0);
+    // From the last query back; all before the first query have the sums of that one.
+    let of_query = |query: usize| {
+        let weight = 1.0 / (query + 1) as f64;
+        mean += weight;
+        variance += (std::f64::consts::E - 1.0) * weight * weight;
+        (mean, f64::sqrt(variance))
+    };
+    let laws: Vec<(f64, f64)> = (first_query..patches).rev().map(of_query).collect();
+    let shares = |bound: f64| laws.iter().map(move |(mean, deviation)| above((bound - mean) / deviation));
+    let alike = first_query as f64;
+    let expected = |bound: f64| alike * shares(bound).next_back().unwrap_or(0.0) + shares(bound).sum::<f64>();
+    let most = mean + 40.0 * variance.sqrt();
+    let (mut low, mut high) = (-most, most);
+    for _ in 0..HALVINGS {
+        let middle = f64::midpoint(low, high);
+        if expected(middle) > keep as f64 { low = middle } else { high = middle }
+    }
+    let mut shares: Vec<f64> = shares(high).collect();
+    shares.resize(patches, shares[shares.len() - 1]);
+    shares.reverse();
+    shares
+}
+
+/// Of an interval; what is left of it is below the precision of its ends.
+const HALVINGS: usize = 64;
+
 /// Steps of an integral over a normal distribution, which must resolve the best of many.
 const PER_UNIT: i32 = 128;
 
@@ -173,6 +220,35 @@ mod tests {
         ] {
             assert!((above(x) / expected - 1.0).abs() < 1e-9, "{x}: {}", above(x));
         }
+    }
+
+    #[test]
+    fn early_columns_are_likelier_and_as_many_are_expected_as_are_kept() {
+        for (keep, patches, last_queries) in
+            [(1, 1, 1), (5, 49, 64), (8, 196, 64), (1, 196, 1), (195, 196, 3), (0, 7, 2)]
+        {
+            let shares = share_of_sums(keep, patches, last_queries);
+            assert_eq!(shares.len(), patches);
+            assert!(
+                (shares.iter().sum::<f64>() - keep as f64).abs() < 1e-9,
+                "{keep} of {patches}: {shares:?}"
+            );
+            let alike = patches.saturating_sub(last_queries);
+            assert!(shares[..alike].iter().all(|&share| share == shares[0]), "{shares:?}");
+        }
+        let shares = share_of_sums(8, 196, 64);
+        assert!(shares[0] > 8.0 / 196.0 && shares[0] > 2.0 * shares[195], "{shares:?}");
+    }
+
+    #[test]
+    fn pairs_of_columns_and_distances_are_counted_once() {
+        let all = |patches: usize| (patches * (patches + 1) / 2) as f64;
+        let count = |keys, distances, nearest| slashes_expected(9, OfHead { keys, distances }, 4, nearest);
+        assert_eq!(count(9, 0, 0), all(9));
+        assert_eq!(count(0, 9, 0), all(9));
+        assert_eq!(count(9, 9, 9), all(9));
+        assert_eq!(count(0, 0, 2), 17.0);
+        assert!(count(2, 3, 1) < count(2, 0, 1) + count(0, 3, 1) - 9.0);
     }
 
     #[test]
