@@ -359,6 +359,35 @@ def test_a_demo_goes_on_where_it_was_interrupted_with_the_same_command(run, tmp_
     assert len(steps) == 20
 
 
+def test_a_demo_of_a_linear_probe_reports(run, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    recipe = "demo --dataset digits --patch-size 4 --batch-size 256 --epochs 1 --linear-probe --output-dir"
+    assert run(recipe, tmp_path)[0] == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        ("--two-branch", "mask: none", "--two-branch is for sparse-mhsa finetune"),
+        ("", "mask: topk", "blocks.0.attn chooses keys anew for every input"),
+        ("", "backend: efficient", "blocks.0.attn computes without edges"),
+        ("", "mask: axial\ngrid: [3, 3]", "grid: [3, 3] has 9 cells"),
+    ],
+)
+def test_a_demo_refuses_before_it_trains(run, tmp_path, flags, config, message):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "attention.yaml").write_text(f"{config}\n")
+    recipe = f"demo --dataset digits --patch-size 4 --batch-size 256 --epochs 1 {flags}"
+    code, out, err = run(recipe, "--attn-cfg", tmp_path / "attention.yaml", "--output-dir", tmp_path / "demo")
+    assert one_line_error(code, err)
+    assert message in err
+    assert out == ""
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "name"),
     [

@@ -62,6 +62,9 @@ def demo(options: TrainOptions, command: str) -> Path:
     # Read before the dense run, whose minutes a mistake in the configuration should not cost.
     if attention_text(options.attn_cfg) is None:
         raise UsageError("--attn-cfg: expected the attention configuration of the sparse run, got none")
+    if options.two_branch:
+        raise UsageError("--two-branch is for sparse-mhsa finetune: the demo compares what classifies and nothing else")
+    _check_masks(options)
     with _without_resume():
         runs = {
             "dense": finetune(_run_options(options, "dense", None)),
@@ -73,6 +76,28 @@ def demo(options: TrainOptions, command: str) -> Path:
     page = write_report(report, draw(runs, masks, report), options.output_dir)
     logger.info("report: %s", page)
     return page
+
+
+def _check_masks(options: TrainOptions) -> None:
+    """Refuse, before anything is trained, masks that do not fit the model or that have nothing to draw.
+
+    Raises:
+        UsageError: a layer chooses keys by content, or has a backend without edges.
+        ConfigError: the attention configuration cannot be honoured.
+    """
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the runs themselves will say it all
+    try:
+        planned = finetune(replace(_run_options(options, "sparse", options.attn_cfg), resume=None, dry_run=True))
+    finally:
+        logger.setLevel(level)
+    for site in find_attention(planned.model):
+        if site.layer_mask is not None and (site.backend is not None or site.layer_mask.by_content):
+            why = "computes without edges" if site.backend is not None else "chooses keys anew for every input"
+            raise UsageError(
+                f"--attn-cfg '{options.attn_cfg}': the demo draws what every head keeps, and {site.name} {why}; "
+                "compare it by sparse-mhsa finetune or bench accuracy"
+            )
 
 
 def layer_masks(model: nn.Module) -> list[Mask]:
@@ -180,6 +205,9 @@ def measure(
     images = random(data.in_chans, data.input_size, data.input_size).detach()
     labels = torch.arange(options.batch_size, device=device) % data.num_classes
 
+    def trained(module: nn.Module) -> list[Tensor]:
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
     def dense_core() -> None:
         for _ in masks:
             _differentiate(F.scaled_dot_product_attention(q, k, v), [q, k, v])
@@ -190,11 +218,11 @@ def measure(
 
     def layers(name: str) -> None:
         for site in sites[name]:
-            _differentiate(site.module(x), [x, *site.module.parameters()])
+            _differentiate(site.module(x), [x, *trained(site.module)])
 
     def step(name: str) -> None:
         loss = F.cross_entropy(models[name](images), labels)
-        torch.autograd.grad(loss, list(models[name].parameters()))
+        torch.autograd.grad(loss, trained(models[name]))
 
     for model in models.values():
         model.train()
