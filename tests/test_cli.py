@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -357,6 +359,20 @@ def test_a_demo_goes_on_where_it_was_interrupted_with_the_same_command(run, tmp_
     # Another recipe is another demo, though the folder is the same.
     assert run(recipe, "--seed", 1)[0] == 0
     assert len(steps) == 20
+
+
+def test_of_a_distributed_demo_only_the_first_process_measures_and_writes(monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    from sparse_mhsa.train import demo as module
+    from sparse_mhsa.train.commands import DEMO_DEFAULTS
+    from sparse_mhsa.train.distributed import World
+
+    monkeypatch.setattr(module, "_check_masks", lambda _: None)
+    trained = SimpleNamespace(trainer=SimpleNamespace(world=World(rank=1, size=2)))
+    monkeypatch.setattr(module, "finetune", lambda _: trained)
+    assert module.demo(replace(DEMO_DEFAULTS, output_dir=tmp_path), "sparse-mhsa demo --dist") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_demo_of_a_linear_probe_reports(run, tmp_path):

@@ -42,7 +42,7 @@ NOT_RECIPE = ("attn_cfg", "blr", "data_path", "finetune", "output_dir", "progres
 """Options that the report does not list: paths, what has no effect on the result, and `blr`, which gives `lr`."""
 
 
-def demo(options: TrainOptions, command: str) -> Path:
+def demo(options: TrainOptions, command: str) -> Path | None:
     """Train twice, measure, and write ``report.html`` and ``report.json`` into ``options.output_dir``.
 
     What a demo of the same recipe has trained there is not trained again: one that was interrupted goes on.
@@ -52,7 +52,7 @@ def demo(options: TrainOptions, command: str) -> Path:
         command: what the user typed; the report quotes it.
 
     Returns:
-        The path of the HTML page.
+        The path of the HTML page; None in all but the first process of a distributed run.
 
     Raises:
         UsageError: an option cannot be used as given.
@@ -70,6 +70,8 @@ def demo(options: TrainOptions, command: str) -> Path:
             "dense": finetune(_run_options(options, "dense", None)),
             "sparse": finetune(_run_options(options, "sparse", options.attn_cfg)),
         }
+    if not runs["sparse"].trainer.world.is_first:
+        return None
     logger.info("measuring, the two runs taking turns")
     masks = layer_masks(runs["sparse"].model)
     report = assemble(runs, masks, command)
