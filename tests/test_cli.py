@@ -375,6 +375,15 @@ def test_of_a_distributed_demo_only_the_first_process_measures_and_writes(monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_of_a_published_set_can_be_planned_without_it(run):
+    pytest.importorskip("timm")
+    words = "bench accuracy --dry-run --methods dense fibottention --seeds 0 --"
+    code, out, _ = run(f"{words} --dataset cifar10 --data-path nowhere --patch-size 8 --input-size 32 --epochs 1")
+    assert code == 0
+    assert "sparse-mhsa finetune --dataset cifar10 --data-path nowhere" in out
+    assert "--dry-run" not in out
+
+
 def test_a_demo_of_a_linear_probe_reports(run, tmp_path):
     pytest.importorskip("timm")
     pytest.importorskip("matplotlib")
@@ -389,7 +398,7 @@ def test_a_demo_of_a_linear_probe_reports(run, tmp_path):
         ("--two-branch", "mask: none", "--two-branch is for sparse-mhsa finetune"),
         ("", "mask: topk", "blocks.0.attn chooses keys anew for every input"),
         ("", "backend: efficient", "blocks.0.attn computes without edges"),
-        ("", "mask: axial\ngrid: [3, 3]", "grid: [3, 3] has 9 cells"),
+        ("", "mask: axial\ngrid: [3, 3]", "--attn-cfg: blocks.0.attn: grid: [3, 3] has 9 cells"),
     ],
 )
 def test_a_demo_refuses_before_it_trains(run, tmp_path, flags, config, message):
