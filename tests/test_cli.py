@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,3 +333,107 @@ def test_demo_reports_both_runs(run, local, tmp_path):
     for external in ("http://", "https://", "<script", "<link"):
         assert external not in page.replace("http://www.w3.org", "")
     assert (folder / "report.html").stat().st_size < 2_000_000
+
+
+def test_a_demo_goes_on_where_it_was_interrupted_with_the_same_command(run, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    from sparse_mhsa.train.engine import Trainer
+
+    recipe = f"demo --dataset digits --patch-size 4 --batch-size 256 --epochs 1 --output-dir {tmp_path}"
+    steps, original = [], Trainer._train_step
+
+    def train_step(self, batches):
+        steps.append(self.attention["attention"] is not None)
+        if len(steps) == 7:  # 5 for the dense run, 2 for the sparse one
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    code, _, err = run(recipe)
+    assert code == 130
+    assert err.strip() == "interrupted; the same command goes on where it stopped"
+    assert run(recipe)[0] == 0
+    assert steps == [False] * 5 + [True] * 5
+    assert (tmp_path / "report.html").is_file()
+    # Another recipe is another demo, though the folder is the same.
+    assert run(recipe, "--seed", 1)[0] == 0
+    assert len(steps) == 20
+
+
+def test_of_a_distributed_demo_only_the_first_process_measures_and_writes(monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    from sparse_mhsa.train import demo as module
+    from sparse_mhsa.train.commands import DEMO_DEFAULTS
+    from sparse_mhsa.train.distributed import World
+
+    monkeypatch.setattr(module, "_check_masks", lambda _: None)
+    trained = SimpleNamespace(trainer=SimpleNamespace(world=World(rank=1, size=2)))
+    monkeypatch.setattr(module, "finetune", lambda _: trained)
+    assert module.demo(replace(DEMO_DEFAULTS, output_dir=tmp_path), "sparse-mhsa demo --dist") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_of_a_published_set_can_be_planned_without_it(run):
+    pytest.importorskip("timm")
+    words = "bench accuracy --dry-run --methods dense fibottention --seeds 0 --"
+    code, out, _ = run(f"{words} --dataset cifar10 --data-path nowhere --patch-size 8 --input-size 32 --epochs 1")
+    assert code == 0
+    assert "sparse-mhsa finetune --dataset cifar10 --data-path nowhere" in out
+    assert "--dry-run" not in out
+
+
+def test_a_demo_of_a_linear_probe_reports(run, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    recipe = "demo --dataset digits --patch-size 4 --batch-size 256 --epochs 1 --linear-probe --output-dir"
+    assert run(recipe, tmp_path)[0] == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        ("--two-branch", "mask: none", "--two-branch is for sparse-mhsa finetune"),
+        ("", "mask: topk", "blocks.0.attn chooses keys anew for every input"),
+        ("", "backend: efficient", "blocks.0.attn computes without edges"),
+        ("", "mask: axial\ngrid: [3, 3]", "--attn-cfg: blocks.0.attn: grid: [3, 3] has 9 cells"),
+    ],
+)
+def test_a_demo_refuses_before_it_trains(run, tmp_path, flags, config, message):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "attention.yaml").write_text(f"{config}\n")
+    recipe = f"demo --dataset digits --patch-size 4 --batch-size 256 --epochs 1 {flags}"
+    code, out, err = run(recipe, "--attn-cfg", tmp_path / "attention.yaml", "--output-dir", tmp_path / "demo")
+    assert one_line_error(code, err)
+    assert message in err
+    assert out == ""
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("bench latency --tokens 16 --batches 1 --repeat 1 --budget 0.01 --output-dir", "latency.json"),
+        ("calibrate LOCAL --dataset digits --patch-size 4 --batches 1 --no-plots --output-dir", "calibration.json"),
+        ("masks LOCAL --tokens 17 --heads 2 --plot", "plot.png"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file_that_has_no_room(run, local, tmp_path, command, name):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    resource = pytest.importorskip("resource")
+    place = tmp_path / name if name == "plot.png" else tmp_path
+    (tmp_path / name).write_text("before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        code, _, err = run(command.replace("LOCAL", str(local)), place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: cannot write '{tmp_path / name}'")
+    if name != "plot.png":
+        assert (tmp_path / name).read_text() == "before"

@@ -194,6 +194,8 @@ def save_plot(mask: "Mask", path: Path) -> None:
         figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except ValueError as error:  # an ending that matplotlib has no format for
         raise UsageError(f"--plot '{path}': {error}") from error
+    except OSError as error:
+        raise TrainingError(f"cannot write '{path}': {error}") from error
 
 
 def run_config_check(parsed: argparse.Namespace) -> int:

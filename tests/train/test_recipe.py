@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -347,6 +349,13 @@ def test_a_dry_run_says_whether_the_output_folder_can_be_written(quick, tmp_path
     finetune(replace(quick, dry_run=True, output_dir=tmp_path / "locked"))
     assert f"in {tmp_path / 'locked'}, which cannot be made: no permission for '{tmp_path}'" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_dry_run_says_that_the_disk_is_too_small_for_the_checkpoints(quick, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    finetune(replace(quick, dry_run=True, output_dir=tmp_path / "run"))
+    assert "which has too little room for the 3 there are at a time; 1.0 MiB are free there" in caplog.text
 
 
 # Several processes.

@@ -14,10 +14,11 @@ pytest.importorskip("matplotlib")
 
 import sparse_mhsa as sm
 from sparse_mhsa.cli import main
-from sparse_mhsa.train import DataError, UsageError
+from sparse_mhsa.train import DataError, UsageError, figures
 from sparse_mhsa.train import clips as clips_module
+from sparse_mhsa.train import video as video_module
 from sparse_mhsa.train.checkpoint import read_checkpoint
-from sparse_mhsa.train.clips import count_frames, load_clips, read_frames
+from sparse_mhsa.train.clips import Frames, count_frames, load_clips, read_frames
 from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.recipes import VideoOptions
 from sparse_mhsa.train.timesformer import SpaceTimeBlock
@@ -245,6 +246,21 @@ def test_a_film_has_the_frames_that_its_packets_say(films):
         read_frames(path, 16, [8])
 
 
+def test_frames_before_the_cut_of_a_film_are_not_counted(films, tmp_path):
+    """A film cut without encoding it again begins at a key frame, and an edit list hides what lies before the cut."""
+    import av
+
+    with av.open(str(films / "val" / "down" / "0.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                hidden = 3 * packet.duration
+                packet.pts, packet.dts, packet.stream = packet.pts - hidden, packet.dts - hidden, stream
+                cut.mux(packet)
+    assert count_frames(tmp_path / "cut.mp4") == 5
+    assert read_frames(tmp_path / "cut.mp4", 16, range(5)).shape == (5, 3, 16, 16)
+
+
 # Runs.
 
 
@@ -258,6 +274,19 @@ def test_a_run_tells_real_films_apart_and_reports(recipe, attn_cfg, log_of):
     page = done.report.read_text()
     assert page.count("<img") == page.count("<svg") == 1
     assert "mask on space and time" in page
+
+
+def test_the_report_decodes_only_the_clips_that_it_shows(recipe, monkeypatch):
+    """One of every class and of so many classes: not what lies between them in thousands of films."""
+    monkeypatch.setattr(figures, "SHOWN_CLASSES", 1)
+    done = run_quietly(replace(recipe, epochs=1))
+    assert "The first test clip of the first 1 classes" in done.report.read_text()
+    read = []
+    original = Frames.clip
+    monkeypatch.setattr(Frames, "clip", lambda self, *place: read.append(place) or original(self, *place))
+    monkeypatch.setattr(figures, "SHOWN_CLASSES", 10)
+    video_module._write_report(done.trainer, done.model, "sparse-mhsa video")
+    assert len(read) == 2
 
 
 def test_a_run_resumes_bitwise(recipe, stopped_after, without_times, tmp_path):

@@ -25,7 +25,7 @@ require_packages("timm", "torchvision", "tqdm", "matplotlib")
 
 from .._core import ConfigError  # noqa: E402
 from ..machine import environment  # noqa: E402
-from ..train.checkpoint import make_folder, replacing  # noqa: E402
+from ..train.checkpoint import make_folder, write_text  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
 from ..train.engine import LAST, LOG  # noqa: E402
 from ..train.interrupt import sigterm_as_ctrl_c  # noqa: E402
@@ -147,7 +147,7 @@ def _prepare(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence
             f"--output-dir: '{options.output_dir}' holds runs of another recipe ({before.strip() or 'the default'}); "
             "give another folder or the same recipe"
         )
-    recipe.write_text(line)
+    write_text(recipe, line)
     for method in solved:
         if method.config is None:
             continue
@@ -155,7 +155,7 @@ def _prepare(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence
         path.parent.mkdir(exist_ok=True)
         if path.is_file() and path.read_text() != method.config:
             raise UsageError(f"--output-dir: '{path}' holds another configuration; was --budget another?")
-        path.write_text(method.config)
+        write_text(path, method.config)
 
 
 def _run_all(options: AccuracyOptions, recipe: FinetuneOptions, tasks: Sequence[Task]) -> list[Task]:
@@ -277,8 +277,7 @@ def _assemble(
         "jobs": options.jobs,
         "rows": rows,
     }
-    with replacing(options.output_dir / "accuracy.json") as file:
-        file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    write_text(options.output_dir / "accuracy.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     return report
 
 

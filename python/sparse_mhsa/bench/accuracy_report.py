@@ -106,7 +106,8 @@ def _again(report: Mapping[str, Any]) -> str:
     return (
         "The command above with --methods NAME --seeds SEED before its -- and another --output-dir makes one run "
         "again, with the same budget. What it starts is below; it also writes the attention.yaml that is named there, "
-        "whose text is in accuracy.json too. With the same versions, processor and threads the accuracy is the same."
+        "whose text is in accuracy.json too. With the same code, processor and threads the accuracy is the same; where "
+        "kernels have changed how they round since, it moves as it does with another seed."
     )
 
 

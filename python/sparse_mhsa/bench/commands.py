@@ -136,7 +136,9 @@ def run_bench_accuracy(parsed: argparse.Namespace) -> int:
     words = hyphenate(parsed.recipe) or list(ACCURACY_DEFAULTS)
     parser = Parser(prog="sparse-mhsa finetune", allow_abbrev=False)
     add_options(parser, FinetuneOptions())
-    recipe = read_options(FinetuneOptions, parser.parse_args(words))
+    # A plan needs no more data than one of finetune does.
+    planned = ["--dry-run"] if options.dry_run else []
+    recipe = read_options(FinetuneOptions, parser.parse_args([*words, *planned]))
     for flag in ("--attn-cfg", "--resume", "--eval", "--dist", "--seed", "--output-dir", "--dry-run"):
         if any(word.partition("=")[0] == flag for word in words):
             raise UsageError(f"{flag} after -- is set by bench accuracy itself, for every run")

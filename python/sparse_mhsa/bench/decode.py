@@ -24,7 +24,7 @@ from ..layer_cache import LayerCache
 from ..machine import environment
 from ..reference import dense_attention
 from ..train import UsageError
-from ..train.checkpoint import make_folder
+from ..train.checkpoint import make_folder, write_text
 from .gate import FACTOR, FLOOR, WrongResultError
 from .measure import interleave, paired_ratio, spread
 from .options import BenchOptions
@@ -214,7 +214,7 @@ def _select(cases: list[DecodeCase], options: BenchOptions) -> list[DecodeCase]:
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    (folder / "decode.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(folder / "decode.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     machine = report["environment"]
     page = [
         "# Decoding\n",
@@ -227,7 +227,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         _head(),
         *(_line(row) for row in report["rows"]),
     ]
-    (folder / "decode.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    write_text(folder / "decode.md", "\n".join(page) + "\n")
 
 
 def _head() -> str:

@@ -17,7 +17,7 @@ from ..arguments import read_attention
 from ..machine import environment
 from ..module import SparseMHSA
 from ..train import require_packages
-from ..train.checkpoint import make_folder
+from ..train.checkpoint import make_folder, replacing, write_text
 from .cases import Case
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, spread
@@ -192,8 +192,8 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         for kind, direction in PANELS
         for batch in sorted({row["batch"] for row in report["rows"]})
     ]
-    (folder / "latency.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "latency.md").write_text(_markdown(report), encoding="utf-8")
+    write_text(folder / "latency.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "latency.md", _markdown(report))
 
 
 def _markdown(report: dict[str, Any]) -> str:
@@ -275,4 +275,5 @@ def _plot(report: dict[str, Any], path: Path) -> None:
             axes.set_title(f"{KINDS[kind]}, {DIRECTIONS[direction]}, batch {batch}", fontsize=9)
             axes.grid(color="#e9ecf1")
             axes.legend(fontsize=6, loc="upper left")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150)

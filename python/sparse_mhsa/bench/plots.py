@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..train.checkpoint import replacing
 from .methods import OURS
 from .table import DIRECTIONS
 
@@ -52,7 +53,8 @@ def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
             path = folder / f"kernels-{dtype}-{direction}.png"
-            figure.savefig(path, dpi=150)
+            with replacing(path) as file:
+                figure.savefig(file, dpi=150)
             plt.close(figure)
             written.append(path)
     return written

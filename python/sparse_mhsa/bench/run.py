@@ -17,7 +17,7 @@ from torch import Tensor
 from ..content import edges_of
 from ..machine import environment
 from ..train import require_packages
-from ..train.checkpoint import make_folder
+from ..train.checkpoint import make_folder, write_text
 from .cases import Case, select
 from .gate import Gate, WrongResultError
 from .limits import Bandwidth, peak_flops
@@ -102,8 +102,8 @@ def exit_code(report: dict[str, Any]) -> int:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write ``kernels.json`` and ``kernels.md``."""
-    (folder / "kernels.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "kernels.md").write_text(markdown(report), encoding="utf-8")
+    write_text(folder / "kernels.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "kernels.md", markdown(report))
 
 
 def measure_case(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import Site, find_attention
 from . import UsageError, require_packages
-from .checkpoint import make_folder, read_checkpoint, replacing, seed_everything
+from .checkpoint import make_folder, read_checkpoint, seed_everything, write_text
 from .recipes import AblationOptions, FinetuneOptions
 
 require_packages("timm", "torchvision", "tqdm", "matplotlib")
@@ -80,8 +80,7 @@ def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
         "masks": _masks(sites, num_tokens(model)),
     }
     make_folder(options.output_dir)
-    with replacing(options.output_dir / "heads.json") as file:
-        file.write((json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+    write_text(options.output_dir / "heads.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     page = write_page(options.output_dir / "heads.html", "What each head is worth", _body(results))
     logger.info("report: %s", page)
     return results

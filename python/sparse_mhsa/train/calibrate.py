@@ -103,20 +103,21 @@ def calibrate(configs: Sequence[Path], options: CalibrateOptions) -> "Calibratio
 
 def write(result: "Calibration", options: CalibrateOptions) -> None:
     """The result as data, text, heat map and configuration, and the text to the log."""
-    from .checkpoint import make_folder
+    from .checkpoint import make_folder, replacing, write_text
 
     folder = options.output_dir
     make_folder(folder)
     text, recommended = f"{result}\n", result.recommend(options.mass)
-    (folder / "calibration.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "calibration.txt").write_text(text, encoding="utf-8")
-    (folder / "recommended.yaml").write_text(recommended, encoding="utf-8")
+    write_text(folder / "calibration.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    write_text(folder / "calibration.txt", text)
+    write_text(folder / "recommended.yaml", recommended)
     if not options.no_plots:
         import matplotlib
 
         matplotlib.use("agg")
         figure = result.plot()[0].get_figure(root=True)
         assert figure is not None
-        figure.savefig(folder / "calibration.png", dpi=150)
+        with replacing(folder / "calibration.png") as file:
+            figure.savefig(file, dpi=150)
     logger.info("%s\n%s", text, recommended)
     logger.info("written: %s", folder / "recommended.yaml")

@@ -175,6 +175,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` in one step, as `replacing` does.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replace ``path`` in one step: a crash or a full disk leaves the previous file as it was.
 

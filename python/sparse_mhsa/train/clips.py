@@ -116,6 +116,11 @@ class Clips(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def labels(self) -> list[int]:
+        """Of every clip, without decoding it."""
+        return [int(backward) if self.arrow else film.label for film, _, backward in self.places]
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         film, start, backward = self.places[index]
         clip = torch.from_numpy(self.frames.clip(film, start)).transpose(0, 1).float() / 255
@@ -159,6 +164,8 @@ def read_frames(path: Path, side: int, places: Sequence[int]) -> NDArray[np.uint
 def count_frames(path: Path) -> int:
     """Frames of a video, by its packets and without decoding it.
 
+    Packets before the place where a film was cut without encoding it again only help to decode, and show no frame.
+
     Raises:
         DataError: the file cannot be read, or has none.
     """
@@ -166,7 +173,7 @@ def count_frames(path: Path) -> int:
 
     try:
         with av.open(str(path)) as container:
-            number = sum(packet.dts is not None for packet in container.demux(video=0))
+            number: int = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{path}: not a readable video: {first_line(error)}") from error
     if number == 0:

@@ -2,8 +2,10 @@
 
 import datetime
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,22 @@ from .. import Mask, load_config, sparse_attention
 from ..adapters import find_attention
 from ..flops import attention_cost
 from ..machine import environment
-from . import UsageError, require_packages
+from . import DataError, LoaderError, UsageError, require_packages
 
 require_packages("matplotlib", "timm")
 
 import timm  # noqa: E402
 
 from . import figures  # noqa: E402
+from .checkpoint import read_checkpoint  # noqa: E402
 from .datasets import ImageData  # noqa: E402
+from .engine import LAST  # noqa: E402
 from .finetune import Run, attention_text, finetune  # noqa: E402
+from .interrupt import Interrupted  # noqa: E402
 from .models import num_tokens  # noqa: E402
 from .recipes import FinetuneOptions, TrainOptions  # noqa: E402
 from .report import SCHEMA, write_report  # noqa: E402
+from .resume import MAY_DIFFER  # noqa: E402
 from .timing import compare  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
@@ -36,33 +42,64 @@ NOT_RECIPE = ("attn_cfg", "blr", "data_path", "finetune", "output_dir", "progres
 """Options that the report does not list: paths, what has no effect on the result, and `blr`, which gives `lr`."""
 
 
-def demo(options: TrainOptions, command: str) -> Path:
+def demo(options: TrainOptions, command: str) -> Path | None:
     """Train twice, measure, and write ``report.html`` and ``report.json`` into ``options.output_dir``.
+
+    What a demo of the same recipe has trained there is not trained again: one that was interrupted goes on.
 
     Args:
         options: the recipe of both runs; ``attn_cfg`` is the attention of the sparse one.
         command: what the user typed; the report quotes it.
 
     Returns:
-        The path of the HTML page.
+        The path of the HTML page; None in all but the first process of a distributed run.
 
     Raises:
         UsageError: an option cannot be used as given.
         ConfigError: the attention configuration cannot be honoured.
+        Interrupted: Ctrl-C was pressed; the same demo goes on after the last finished step.
     """
     # Read before the dense run, whose minutes a mistake in the configuration should not cost.
     if attention_text(options.attn_cfg) is None:
         raise UsageError("--attn-cfg: expected the attention configuration of the sparse run, got none")
-    runs = {
-        "dense": finetune(_run_options(options, "dense", None)),
-        "sparse": finetune(_run_options(options, "sparse", options.attn_cfg)),
-    }
+    if options.two_branch:
+        raise UsageError("--two-branch is for sparse-mhsa finetune: the demo compares what classifies and nothing else")
+    _check_masks(options)
+    with _without_resume():
+        runs = {
+            "dense": finetune(_run_options(options, "dense", None)),
+            "sparse": finetune(_run_options(options, "sparse", options.attn_cfg)),
+        }
+    if not runs["sparse"].trainer.world.is_first:
+        return None
     logger.info("measuring, the two runs taking turns")
     masks = layer_masks(runs["sparse"].model)
     report = assemble(runs, masks, command)
     page = write_report(report, draw(runs, masks, report), options.output_dir)
     logger.info("report: %s", page)
     return page
+
+
+def _check_masks(options: TrainOptions) -> None:
+    """Refuse, before anything is trained, masks that do not fit the model or that have nothing to draw.
+
+    Raises:
+        UsageError: a layer chooses keys by content, or has a backend without edges.
+        ConfigError: the attention configuration cannot be honoured.
+    """
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the runs themselves will say it all
+    try:
+        planned = finetune(replace(_run_options(options, "sparse", options.attn_cfg), resume=None, dry_run=True))
+    finally:
+        logger.setLevel(level)
+    for site in find_attention(planned.model):
+        if site.layer_mask is not None and (site.backend is not None or site.layer_mask.by_content):
+            why = "computes without edges" if site.backend is not None else "chooses keys anew for every input"
+            raise UsageError(
+                f"--attn-cfg '{options.attn_cfg}': the demo draws what every head keeps, and {site.name} {why}; "
+                "compare it by sparse-mhsa finetune or bench accuracy"
+            )
 
 
 def layer_masks(model: nn.Module) -> list[Mask]:
@@ -170,6 +207,9 @@ def measure(
     images = random(data.in_chans, data.input_size, data.input_size).detach()
     labels = torch.arange(options.batch_size, device=device) % data.num_classes
 
+    def trained(module: nn.Module) -> list[Tensor]:
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
     def dense_core() -> None:
         for _ in masks:
             _differentiate(F.scaled_dot_product_attention(q, k, v), [q, k, v])
@@ -180,11 +220,11 @@ def measure(
 
     def layers(name: str) -> None:
         for site in sites[name]:
-            _differentiate(site.module(x), [x, *site.module.parameters()])
+            _differentiate(site.module(x), [x, *trained(site.module)])
 
     def step(name: str) -> None:
         loss = F.cross_entropy(models[name](images), labels)
-        torch.autograd.grad(loss, list(models[name].parameters()))
+        torch.autograd.grad(loss, trained(models[name]))
 
     for model in models.values():
         model.train()
@@ -203,11 +243,11 @@ def measure(
 def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, Any]) -> dict[str, str]:
     """The pictures of the report."""
     data = runs["sparse"].data
-    # The first test image of every class: chosen by nobody.
+    # The first test image of every class, or of as many as a picture has room for: chosen by nobody.
     firsts: dict[int, Tensor] = {}
     for image, label in data.test:  # type: ignore[attr-defined]  # torch's Dataset declares no __iter__
         firsts.setdefault(int(label), image)
-        if len(firsts) == data.num_classes:
+        if len(firsts) == min(data.num_classes, figures.SHOWN_CLASSES):
             break
     labels = sorted(firsts)
     batch = torch.stack([firsts[label] for label in labels])
@@ -231,7 +271,33 @@ def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, An
 
 def _run_options(options: TrainOptions, name: str, attn_cfg: Path | None) -> FinetuneOptions:
     own = {"attn_cfg": attn_cfg, "output_dir": options.output_dir / name}
-    return FinetuneOptions(**{**asdict(options), **own})
+    run = FinetuneOptions(**{**asdict(options), **own})
+    last = run.output_dir / LAST
+    return replace(run, resume=last) if _is_of(run, last) else run
+
+
+def _is_of(run: FinetuneOptions, checkpoint: Path) -> bool:
+    """Whether a file is a checkpoint of this very run, which another demo in the same folder leaves there too."""
+    if not checkpoint.is_file():
+        return False
+    try:
+        state = read_checkpoint(checkpoint)
+    except UsageError:  # damaged, or of an older version: trained anew
+        return False
+    free = {*MAY_DIFFER, "world_size"} - {"finetune"}  # torchrun tells the number of processes later
+    recipe = {name: value for name, value in run.as_dict().items() if name not in free}
+    same = all(state["args"].get(name, NotImplemented) == value for name, value in recipe.items())
+    return same and state["attention"] == attention_text(run.attn_cfg)
+
+
+@contextmanager
+def _without_resume() -> Iterator[None]:
+    """Let what ends a run point to the demo's own command, which knows no ``--resume``."""
+    try:
+        yield
+    except (Interrupted, DataError, LoaderError) as error:
+        message = re.sub("continue with --resume .*", "the same command goes on where it stopped", str(error))
+        raise type(error)(message) from error
 
 
 def _differentiate(output: Tensor, inputs: list[Tensor]) -> None:

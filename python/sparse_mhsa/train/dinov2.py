@@ -96,11 +96,13 @@ def dinov2(files: Sequence[Path], options: Dinov2Options) -> list[Loss]:
     import torch
 
     from .. import load_config
+    from .checkpoint import make_folder, replacing, write_text
 
     configs = {path.stem: load_config(path) for path in files} or CANDIDATES
     state = convert(_onnx_bytes(options.weights))
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    torch.save(state, options.output_dir / "dinov2.pth")
+    make_folder(options.output_dir)
+    with replacing(options.output_dir / "dinov2.pth") as file:
+        torch.save(state, file)
     model, views = build(state), photographs()
     same, other = _agreement(model, views)
     logger.info("class tokens of two views: cosine %.2f of the same photograph, %.2f of others", same, other)
@@ -109,8 +111,8 @@ def dinov2(files: Sequence[Path], options: Dinov2Options) -> list[Loss]:
     losses = [measure(model, name, config, views[0]) for name, config in configs.items()]
     text = table(losses)
     result = {"same_photograph": same, "other_photograph": other, "masks": [asdict(loss) for loss in losses]}
-    (options.output_dir / "dinov2.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (options.output_dir / "dinov2.txt").write_text(text, encoding="utf-8")
+    write_text(options.output_dir / "dinov2.json", json.dumps(result, indent=2) + "\n")
+    write_text(options.output_dir / "dinov2.txt", text)
     logger.info("%s", text)
     return losses
 

@@ -44,17 +44,25 @@ def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> I
     yield f"memory: {_mib(copies)} for weights, gradients, moments{' and averaged weights' if trainer.ema else ''}"
     per_image = _kept_bytes(trainer) / 2
     yield f"memory: about {_mib(per_image * options.batch_size)} for the activations of a batch of {options.batch_size}"
-    yield f"files: {_mib(weights + 2 * trained)} per checkpoint in {options.output_dir}, {_room(options.output_dir)}"
+    checkpoint = weights + 2 * trained + (0 if trainer.ema is None else weights)
+    yield f"files: {_mib(checkpoint)} per checkpoint in {options.output_dir}, {_room(options.output_dir, checkpoint)}"
 
 
-def _room(folder: Path) -> str:
-    """Whether a folder that need not exist yet could be written, and how much room there is."""
+KEPT = 3
+"""Checkpoints that there must be room for: the last one, the best one, and the one that is being written."""
+
+
+def _room(folder: Path, checkpoint: int) -> str:
+    """Whether a folder that need not exist yet could be written, and whether it has room for checkpoints of a size."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         return f"which cannot be made: '{there}' is not a folder"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"which cannot be {'written' if there == folder.absolute() else 'made'}: no permission for '{there}'"
-    return f"which can be written; {_mib(shutil.disk_usage(there).free)} are free there"
+    free = shutil.disk_usage(there).free
+    if free < KEPT * checkpoint:
+        return f"which has too little room for the {KEPT} there are at a time; {_mib(free)} are free there"
+    return f"which can be written; {_mib(free)} are free there"
 
 
 def _kept_bytes(trainer: Trainer) -> int:

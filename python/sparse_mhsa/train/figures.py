@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"dense": "#8a94a6", "sparse": "#0b7a75"}
 """One colour per run, everywhere in the report."""
+SHOWN_CLASSES = 10
+"""At most so many classes, or images without classes, are shown in a report."""
 INK, FRAME, MARK = "#1d2433", "#c5cad3", "#e4572e"
 
 

@@ -210,8 +210,8 @@ def sparsify_model(
 
     try:
         report = sparsify(model, load_config(attention), include=include, verify=True, sample=sample)
-    except ConfigError:
-        raise
+    except ConfigError as error:  # the configuration is valid, and does not fit this model
+        raise ConfigError(f"{flag}: {error}") from error
     except ValueError as error:
         raise UsageError(f"{flag} and --model {options.model_name}: {error}") from error
     logger.info("%s", report)

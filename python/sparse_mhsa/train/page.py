@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import TrainingError
+from .checkpoint import write_text
 
 
 def page(title: str, body: str) -> str:
@@ -64,10 +64,7 @@ def write_page(path: Path, title: str, body: str) -> Path:
     Raises:
         TrainingError: the file cannot be written.
     """
-    try:
-        path.write_text(page(title, body), encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"cannot write '{path}': {error.strerror}") from error
+    write_text(path, page(title, body))
     return path
 
 

@@ -146,7 +146,7 @@ def write_report(trainer: Trainer, model: MaskedAutoencoder, command: str) -> Pa
     for index in range(data.sizes[1]):
         image, label = data.test[index]
         firsts.setdefault(int(label) if classes else index, image)
-        if len(firsts) == (min(10, data.num_classes) if classes else 10):
+        if len(firsts) == (min(figures.SHOWN_CLASSES, data.num_classes) if classes else figures.SHOWN_CLASSES):
             break
     images = torch.stack([firsts[label] for label in sorted(firsts)]).to(trainer.device)
     noise = _noise(model, len(images), torch.Generator().manual_seed(TEST_MASKS)).to(images.device)

@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import write_text
 from .page import counted, folded, page, prose, table
 
 SCHEMA = "sparse_mhsa-demo-1"
@@ -50,9 +51,9 @@ def write_report(report: Report, figures: Mapping[str, str], folder: Path) -> Pa
     Returns:
         The path of the HTML page; it needs no other file and no network.
     """
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     path = folder / "report.html"
-    path.write_text(render(report, figures), encoding="utf-8")
+    write_text(path, render(report, figures))
     return path
 
 
@@ -71,7 +72,7 @@ def render(report: Report, figures: Mapping[str, str]) -> str:
 <h2>Training</h2>
 <figure>{figures["curves"]}</figure>
 <h2>Test images</h2>
-<p>The first test image of every class. Mistakes are red.</p>
+<p>The first test image of every class, of ten classes at most. Mistakes are red.</p>
 <figure>{figures["predictions"]}</figure>
 <h2>Every head's mask</h2>
 <p>A point is a query (its row) that attends to a key (its column). Above each head: the share of the whole

@@ -17,7 +17,7 @@ from ..flops import AttentionCost, attention_cost
 from ..layer import set_epoch
 from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
-from .clips import load_clips
+from .clips import Clips, load_clips
 from .datasets import ImageData
 from .distributed import World
 from .recipes import MASKABLE, VideoOptions
@@ -171,19 +171,18 @@ def costs(model: TimeSformer) -> list[tuple[str, AttentionCost, int]]:
 def _write_report(trainer: Trainer, model: TimeSformer, command: str) -> Path:
     data, options = trainer.data, trainer.options
     assert isinstance(options, VideoOptions)
-    firsts: dict[int, torch.Tensor] = {}
-    for clip, label in (data.test[index] for index in range(data.sizes[1])):
-        firsts.setdefault(int(label), clip)
-        if len(firsts) == data.num_classes:
-            break
+    clips = data.test
+    assert isinstance(clips, Clips)
+    first = {label: index for index, label in reversed(list(enumerate(clips.labels)))}
+    labels = sorted(first)[: figures.SHOWN_CLASSES]
+    shown = torch.stack([clips[first[label]][0] for label in labels])
     model.eval()
-    labels = sorted(firsts)
-    guesses = model(torch.stack([firsts[label] for label in labels]).to(trainer.device)).argmax(1).tolist()
+    guesses = model(shown.to(trainer.device)).argmax(1).tolist()
     rows = {
         f"is {data.class_names[label]}, said {data.class_names[guess]}": [
-            figures.pixels(firsts[label][:, frame], data.mean, data.std) for frame in range(options.frames)
+            figures.pixels(clip[:, frame], data.mean, data.std) for frame in range(options.frames)
         ]
-        for label, guess in zip(labels, guesses, strict=True)
+        for label, guess, clip in zip(labels, guesses, shown, strict=True)
     }
     last = trainer.history[-1]
     where = f"mask on {' and '.join(options.mask_on)}" if trainer.attention["attention"] else "dense"
@@ -198,5 +197,6 @@ def _write_report(trainer: Trainer, model: TimeSformer, command: str) -> Path:
             " Clips to test come from the end of each film, so they show scenes that were not trained on, but the "
             "same films."
         )
-    shown = f"<h2>The first test clip of every class</h2><figure>{figures.picture_rows(rows)}</figure>"
-    return write_run_page(trainer, "Sparse attention over video", about, costs(model), command, shown)
+    which = "every class" if len(labels) == data.num_classes else f"the first {len(labels)} classes"
+    pictures = f"<h2>The first test clip of {which}</h2><figure>{figures.picture_rows(rows)}</figure>"
+    return write_run_page(trainer, "Sparse attention over video", about, costs(model), command, pictures)
