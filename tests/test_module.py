@@ -324,6 +324,20 @@ class TestConstruction:
         sm.set_epoch(model, 7)
         assert [layer.layer_mask.epoch for layer in model] == [7, 7]
 
+    @pytest.mark.parametrize(
+        ("model", "epoch", "error", "message"),
+        [
+            (nn.Linear(1, 1), -1, ValueError, "epoch: expected at least 0, got -1"),
+            (nn.Linear(1, 1), 1.5, TypeError, "epoch: expected an integer, got float 1.5"),
+            ([nn.Linear(1, 1)], 1, TypeError, "model: expected a torch.nn.Module, got list"),
+        ],
+    )
+    def test_set_epoch_refuses_what_is_no_epoch_and_no_model_whatever_the_model_holds(
+        self, model, epoch, error, message
+    ):
+        with pytest.raises(error, match=message):
+            sm.set_epoch(model, epoch)
+
     def test_the_canonical_text_is_built_once_and_not_in_forward(self, monkeypatch):
         layer = SparseMHSA(12, 3, config=FIBOTTENTION, batch_first=True)
         built = []

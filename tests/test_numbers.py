@@ -110,15 +110,16 @@ def test_where_one_key_has_nearly_all_the_weight_gradients_are_as_precise_as_wha
         assert not broken(results((q.round(), k.round(), v, grad_out), mask))
 
 
+@pytest.mark.parametrize("magnitude", [10.0, 20.0])
 @pytest.mark.parametrize("name", ["local", "fibottention", "bigbird", "none"])
-def test_scores_of_two_thousand_break_the_rule_no_more_often_than_dense_torch_in_another_order(name):
+def test_scores_of_hundreds_break_the_rule_no_more_often_than_dense_torch_in_another_order(name, magnitude):
     """With channels and keys reordered, dense attention is the same sum, and as good a result as the one that rules."""
     mask, draws = mask_named(name, 33), 96
     dense, order = mask.to_dense(), torch.randperm(33)
     back = order.argsort()
     ours = theirs = 0
     for _ in range(draws):
-        q, k, v, grad_out = draw(33, magnitude=20.0)
+        q, k, v, grad_out = draw(33, magnitude=magnitude)
         mine, plain, exact = results((q, k, v, grad_out), mask)
         ours += bool(broken((mine, plain, exact)))
         tensors = q.flip(-1), k.flip(-1)[:, :, order], v.flip(-1)[:, :, order], grad_out.flip(-1)

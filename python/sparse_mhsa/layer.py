@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import flex
 from .backends import Backend, build_backend
+from .config import integer
 from .edges import EdgeSource
 from .functional import dense_mask
 from .layer_mask import LayerMask
@@ -117,7 +118,19 @@ class SparseLayer(nn.Module):
 
 
 def set_epoch(model: nn.Module, epoch: int) -> None:
-    """Tell every sparse attention layer of a model which training epoch it is."""
+    """Tell every sparse attention layer of a model which training epoch it is.
+
+    Args:
+        model: with or without sparse layers.
+        epoch: at least 0.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``epoch`` no integer.
+        ValueError: ``epoch`` is negative, or beyond 64 bits.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    epoch = integer("epoch", epoch)
     for module in model.modules():
         if isinstance(module, SparseLayer):
             module.set_epoch(epoch)
