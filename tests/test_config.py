@@ -492,3 +492,18 @@ def test_a_picture_is_written_to_the_name_that_was_given(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["picture"]
     assert main([*arguments, str(tmp_path)]) == 2
     assert "directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("", r"the document is empty"),
+        (
+            {"mask": "union", "mask_kwargs": {"masks": ["local"]}},
+            r"masks\.0: .*expected a mapping such as \{mask, mask_kwargs\}",
+        ),
+    ],
+)
+def test_errors_speak_of_the_document_and_not_of_the_program(config, message):
+    with pytest.raises(sm.ConfigError, match=message):
+        sm.load_config(config)

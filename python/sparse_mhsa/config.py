@@ -123,7 +123,7 @@ def _plain(value: object, *path: str) -> object:
 
 
 def _load_string(config: str) -> AttentionConfig:
-    if "\n" in config:
+    if "\n" in config or not config.strip():
         return AttentionConfig.parse(config)
     if _is_file(config) or config.endswith((".yaml", ".yml")):
         return _load_file(Path(config))

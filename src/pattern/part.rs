@@ -13,7 +13,7 @@ use crate::error::{Error, Result, unknown_name};
 
 /// One of `masks`: what it is called, its parameters, and (for `per_head`) the heads that take it.
 #[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a mapping such as {mask, mask_kwargs}")]
 pub(super) struct Part {
     mask: String,
     #[serde(default)]
