@@ -359,8 +359,10 @@ class TestLoadConfig:
             sm.load_config({"scale": torch.tensor(0.5)})
 
     def test_a_bare_word_is_no_configuration(self):
-        with pytest.raises(sm.ConfigError, match="'mask: fibottention'"):
+        with pytest.raises(sm.ConfigError, match=r"the package has '.*fibottention\.yaml'"):
             sm.load_config("fibottention")
+        with pytest.raises(sm.ConfigError, match="'mask: dense'"):
+            sm.load_config("dense")
 
     def test_errors_carry_source_line_and_key(self, tmp_path):
         path = tmp_path / "bad.yaml"

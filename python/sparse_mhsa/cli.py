@@ -184,6 +184,8 @@ def save_plot(mask: "Mask", path: Path) -> None:
     from .train import require_packages
 
     require_packages("matplotlib")
+    if path.is_dir():
+        raise UsageError(f"--plot '{path}': expected a file, it is a directory")
     import matplotlib
 
     matplotlib.use("agg")

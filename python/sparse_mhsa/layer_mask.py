@@ -47,6 +47,8 @@ class LayerMask:
     """Keys are chosen by the content of queries and keys: there are no edges before attention sees them."""
     needs_embeddings: bool = field(init=False, repr=False)
     """Keys are chosen by the norms of the layer's input."""
+    num_prefix_tokens_used: int = field(init=False, repr=False)
+    """Leading tokens off the grid, as configuration, model and mask settled it."""
 
     def __post_init__(self) -> None:
         if None in self.config.seeds:
@@ -80,6 +82,7 @@ class LayerMask:
             "on_empty_row": config.on_empty_row,
             "by_content": config.by_content,
             "needs_embeddings": config.by_content and '"score":"embedding_norm"' in spec,
+            "num_prefix_tokens_used": int(json.loads(spec)["num_prefix_tokens"]),
         }
         for attribute, value in derived.items():
             object.__setattr__(self, attribute, value)
@@ -121,11 +124,6 @@ class LayerMask:
     def masked_logits(self) -> str:
         """``neg_inf`` or ``zero``."""
         return self.config.masked_logits
-
-    @property
-    def num_prefix_tokens_used(self) -> int:
-        """Leading tokens off the grid, as configuration, model and mask settled it."""
-        return int(json.loads(self.spec)["num_prefix_tokens"])
 
     @property
     def grid_used(self) -> tuple[int, ...] | None:
