@@ -130,6 +130,26 @@ def test_scores_of_hundreds_break_the_rule_no_more_often_than_dense_torch_in_ano
     assert ours - theirs <= 3 * math.sqrt(ours + theirs), "more than chance explains"
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("num_tokens", [17, 197, 512])
+@pytest.mark.parametrize("kept", ["most of all", "most of what padding leaves", "few"])
+@pytest.mark.parametrize("name", ["local", "random"])
+def test_with_masked_logits_zero_little_may_be_left_of_much(name, kept, num_tokens, dtype):
+    """Keys that are kept score far below 0: the weight lies on those that are dropped, however few they are."""
+    width = {"most of all": num_tokens - 6, "most of what padding leaves": num_tokens // 3, "few": 2}[kept]
+    config = {"mask": name, "mask_kwargs": {"window" if name == "local" else "k": width}, "masked_logits": "zero"}
+    mask = sm.Mask.from_config(config, num_tokens=num_tokens, num_heads=2)
+    padded = (torch.arange(num_tokens) < width + 3).unsqueeze(0) if kept == "most of what padding leaves" else None
+    q, k, v, grad_out = draw(num_tokens, dtype=dtype)
+    inputs = (q.abs() + 3, -k.abs() - 3, v, grad_out)
+    ours = run(*inputs, mask, key_padding_mask=padded)
+    assert ours[1].max() < math.log(num_tokens), "what is kept weighs next to nothing"
+    options = {"key_mask": padded, "masked_logits": "zero"}
+    plain, exact = (oracle_with_grads(*inputs, mask.to_dense(), kind, **options) for kind in (dtype, torch.float64))
+    for (quantity, factor), mine, base, truth in zip(QUANTITIES.items(), ours, plain, exact, strict=True):
+        assert_as_good_as_dense(mine, base, truth, factor=factor, what=quantity)
+
+
 @around_a_tile
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_scores_of_two_thousand_keep_the_rule_in_half_precision(name, num_tokens, dtype):

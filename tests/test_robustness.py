@@ -1,6 +1,8 @@
 """Processes, signals, threads and memory: what breaks attention libraries outside of their mathematics."""
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import sparse_mhsa as sm
+from sparse_mhsa import _core
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "attention"
 FIBOTTENTION = CONFIGS / "fibottention.yaml"
@@ -220,3 +223,12 @@ assert os.waitpid(pid, 0)[1] == 0
 """
     done = run_script(script)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have portable kernels only")
+def test_no_vector_instruction_of_a_kernel_is_a_call():
+    """What is not inlined into a kernel loses the kernel's instruction set: each of its instructions becomes a call."""
+    core = Path(_core.__file__).read_bytes()
+    if b"avx5125enter" not in core:
+        pytest.skip("the extension was stripped of its symbols")
+    assert sorted(set(re.findall(rb"core_arch3x86\w*?\d(_mm\w+?)17h", core))) == []

@@ -22,6 +22,7 @@ pub struct HeadPlan {
     by_key: OnceLock<Arc<EdgeSet>>,
     in_panels: OnceLock<Coverage>,
     lines: OnceLock<Option<Lines>>,
+    keeps_most: OnceLock<bool>,
 }
 
 impl HeadPlan {
@@ -49,6 +50,14 @@ impl HeadPlan {
             None if coverage.pays => Kernel::Panels,
             None => Kernel::Edges,
         }
+    }
+
+    /// Whether some query keeps more than half of the keys, but not all of them.
+    fn keeps_most(&self) -> bool {
+        *self.keeps_most.get_or_init(|| {
+            let (rows, keys) = (0..self.by_query.num_rows(), self.by_query.num_cols());
+            rows.map(|row| self.by_query.degree(row)).any(|degree| 2 * degree > keys && degree < keys)
+        })
     }
 
     /// Rows are keys, columns are queries. Built on first use: inference never pays for it. A symmetric mask is stored once.
@@ -94,6 +103,7 @@ impl Plan {
                     by_key: OnceLock::new(),
                     in_panels: OnceLock::new(),
                     lines: OnceLock::new(),
+                    keeps_most: OnceLock::new(),
                 }),
             });
         }
@@ -139,6 +149,11 @@ impl Plan {
             _ => batch * num_heads + head,
         };
         &self.sets[index]
+    }
+
+    /// Whether some query of some head keeps more than half of the keys, but not all of them.
+    pub fn keeps_most(&self) -> bool {
+        self.sets.iter().any(|head| head.keeps_most())
     }
 
     /// Bytes held once both directions exist, counting shared heads once.

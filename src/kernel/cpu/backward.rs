@@ -3,7 +3,7 @@
 use super::background::{Background, Share};
 use super::matrix::{Column, Matrix, pack, pack_rows};
 use super::tasks::Call;
-use super::{by_key, by_query, lines, panel};
+use super::{by_key, by_query, lines, panel, widened};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::Vector;
@@ -56,6 +56,9 @@ pub(super) fn shift<R: Real>(lse: f64) -> [R; 2] {
 /// as precise as what is left of it: the [`mean`] of `dO . v` as it is rounded, and the mean of `dO . v - delta`, which it lost.
 pub(super) type Delta<R> = [R; 2];
 
+/// What a key needs to know of a query: its [`shift`] and its [`Delta`].
+pub(super) type OfQuery<R> = [R; 4];
+
 /// `sum P x / sum P`, for sums of P that are 1 but for the rounding of the log-sum-exp, or 0 like all P: `1 / (1 + e) = 1 - e` to the
 /// last bit. Where one key has all the weight, it is the `x` of it.
 #[inline(always)]
@@ -82,8 +85,11 @@ pub(in crate::kernel) fn backward<T: Element>(
     sizes.check_out("grad_out", grad_out.shape())?;
     sizes.check_out("out", out.shape())?;
     sizes.check_lse(&lse)?;
+    sizes.check_gradients(gradients.dq.shape(), gradients.dk.shape(), gradients.dv.shape())?;
+    if widened::is_needed(problem) {
+        return widened::backward(problem, grad_out, gradients, run);
+    }
     let Gradients { dq, dk, dv } = gradients;
-    sizes.check_gradients(dq.shape(), dk.shape(), dv.shape())?;
     let (mut copies, mut copy) = Default::default();
     let problem = &pack_rows(problem, &mut copies);
     let grad_out = pack(grad_out, &mut copy);
@@ -97,12 +103,12 @@ pub(in crate::kernel) fn backward<T: Element>(
     if call.all_regular() {
         return Ok(());
     }
-    let mut delta = vec![T::Acc::ZERO; 2 * queries];
+    let mut of_queries = vec![[T::Acc::ZERO; 4]; queries];
     let mut weights = vec![T::Acc::ZERO; if call.has_background() { queries } else { 0 }];
-    by_query::run(&call, &saved, &dq, &mut delta, &mut weights, run)?;
+    by_query::run(&call, &saved, &dq, &mut of_queries, &mut weights, run)?;
 
     let sums =
         call.has_background().then(|| Background::of_grad_out(&saved.grad_out, &weights, run)).transpose()?;
     let background = sums.as_ref().map(|sums| Share { weights: &weights, sums });
-    by_key::run(&call, &saved, &delta, background, &dk, &dv, run)
+    by_key::run(&call, &saved, &of_queries, background, &dk, &dv, run)
 }

@@ -7,12 +7,12 @@ use std::ops::Range;
 
 use self::tile::{Tile, tile};
 use super::background::Share;
-use super::backward::{Saved, shift};
-use super::batch::{Batch, Cursor, Lists, Next, PIECE, PLACES, STRIP};
+use super::backward::{OfQuery, Saved};
+use super::batch::{Batch, Cursor, GROUP, Lists, Next, PIECE, PLACES, STRIP};
 use super::buffer::Buffer;
 use super::gather::{Sums, dots, weighted_sums};
 use super::long::{LONG_GROUP, add_long_weighted, long_dots};
-use super::matrix::{Column, Matrix, padded};
+use super::matrix::{Matrix, padded};
 use super::row::{add_scaled, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{TILE, WORTH_PACKING};
@@ -28,7 +28,7 @@ use crate::pattern::edges::EdgeSet;
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
-    delta: &[T::Acc],
+    of_queries: &[OfQuery<T::Acc>],
     background: Option<Share<T::Acc>>,
     dk: &ViewMut4<T>,
     dv: &ViewMut4<T>,
@@ -60,7 +60,7 @@ pub(super) fn run<T: Element>(
                 return;
             }
             let (dk, dv) = (dk.head(batch, kv_head), dv.head(batch, kv_head));
-            let task = Task { call, saved, delta, background, batch, kv_head, rows, dk, dv, scratch };
+            let task = Task { call, saved, of_queries, background, batch, kv_head, rows, dk, dv, scratch };
             // SAFETY: every index is one task, and tasks do not share rows.
             unsafe { isa.run::<T>(task) };
         },
@@ -72,7 +72,7 @@ pub(super) fn run<T: Element>(
 struct Task<'a, T: Element> {
     call: &'a Call<'a, T>,
     saved: &'a Saved<'a, T>,
-    delta: &'a [T::Acc],
+    of_queries: &'a [OfQuery<T::Acc>],
     background: Option<Share<'a, T::Acc>>,
     batch: usize,
     kv_head: usize,
@@ -87,8 +87,7 @@ struct Queries<'a, T: Element> {
     edges: &'a EdgeSet,
     tensors: Head<'a, T>,
     grad_out: Matrix<'a, T>,
-    lse: Column<'a, f64>,
-    delta: &'a [T::Acc],
+    of_queries: &'a [OfQuery<T::Acc>],
     /// What every query gives to a key that is no edge.
     background: Option<&'a [T::Acc]>,
     scale: T::Acc,
@@ -119,9 +118,8 @@ const NUMBERS: usize = if PLACES > PIECE { PLACES } else { PIECE };
 
 /// What a key needs to know of the queries it meets, one entry per place or edge.
 struct QueryTerms<R> {
-    /// What is subtracted from their scores, in two parts.
-    shifts: [Buffer<R>; 2],
-    deltas: [Buffer<R>; 2],
+    /// Each part of [`OfQuery`].
+    of_queries: [Buffer<R>; 4],
     background: Buffer<R>,
     /// Dropout's factors.
     factors: Buffer<R>,
@@ -141,8 +139,7 @@ impl<T: Element> Scratch<T> {
             scores: zeros(NUMBERS),
             grads: zeros(NUMBERS),
             terms: QueryTerms {
-                shifts: [zeros(NUMBERS), zeros(NUMBERS)],
-                deltas: [zeros(NUMBERS), zeros(NUMBERS)],
+                of_queries: std::array::from_fn(|_| zeros(NUMBERS)),
                 background: zeros(NUMBERS),
                 factors: ones,
             },
@@ -202,8 +199,7 @@ impl<'a, T: Element> Task<'a, T> {
             edges: self.call.problem.plan.head(self.batch, head, sizes.heads).by_key(),
             tensors: self.call.head(self.batch, head),
             grad_out: self.saved.grad_out(self.batch, head),
-            lse: self.saved.lse(self.batch, head),
-            delta: &self.delta[2 * first..2 * (first + sizes.queries)],
+            of_queries: &self.of_queries[first..first + sizes.queries],
             background: self.background.map(|share| &share.weights[first..first + sizes.queries]),
             scale: self.call.scale,
         }
@@ -307,13 +303,13 @@ impl<'a, T: Element> Task<'a, T> {
             dots::<V, T>(&head.k, &head.q, batch, scores);
             dots::<V, T>(&head.v, &queries.grad_out, batch, grads);
             head.add_bias(queries.scale, true, batch, scores);
-            queries.terms(&batch.columns, 0, terms);
+            queries.terms(&batch.columns, terms);
             if let Some(draws) = &head.draws {
                 batch.for_each_edge(&mut terms.factors, |key, query, factor| {
                     *factor = T::Acc::from_f64(draws.query(query).factor(key));
                 });
             }
-            terms.apply::<V>(0, &mut scores[..places], &mut grads[..places], scale_left, queries.scale);
+            terms.apply::<V>(&mut scores[..places], &mut grads[..places], scale_left, queries.scale);
             let (to_dk, to_dv) = if all {
                 factors.clear();
                 factors.resize(batch.strips.len(), [T::Acc::ONE; STRIP]);
@@ -328,29 +324,36 @@ impl<'a, T: Element> Task<'a, T> {
 }
 
 impl<T: Element> Queries<'_, T> {
-    /// List what key `row` needs of the queries `columns`, from place `at` on.
+    /// List what a key needs of the queries `columns`.
     #[inline(always)]
-    fn terms(&self, columns: &[u32], at: usize, terms: &mut QueryTerms<T::Acc>) {
-        for (edge, &query) in columns.iter().enumerate() {
-            // SAFETY: columns are queries of this head.
-            let parts = shift(unsafe { self.lse.at(query as usize) });
-            [terms.shifts[0][at + edge], terms.shifts[1][at + edge]] = parts;
-            for (part, deltas) in terms.deltas.iter_mut().enumerate() {
-                deltas[at + edge] = self.delta[2 * query as usize + part];
+    fn terms(&self, columns: &[u32], terms: &mut QueryTerms<T::Acc>) {
+        let lists = terms.of_queries.each_mut().map(|list| &mut list[..columns.len()]);
+        // Four at a time, which the compiler turns around in registers.
+        let (groups, others) = columns.as_chunks::<GROUP>();
+        for (group, queries) in groups.iter().enumerate() {
+            let found = queries.map(|query| self.of_queries[query as usize]);
+            for part in 0..lists.len() {
+                let place = group * GROUP..(group + 1) * GROUP;
+                lists[part][place].copy_from_slice(&found.map(|query| query[part]));
+            }
+        }
+        for (edge, &query) in (columns.len() - others.len()..).zip(others) {
+            for (part, &number) in self.of_queries[query as usize].iter().enumerate() {
+                lists[part][edge] = number;
             }
         }
         if let Some(background) = self.background {
             for (edge, &query) in columns.iter().enumerate() {
-                terms.background[at + edge] = background[query as usize];
+                terms.background[edge] = background[query as usize];
             }
         }
     }
 
     #[inline(always)]
-    fn factors(&self, row: usize, columns: &[u32], at: usize, terms: &mut QueryTerms<T::Acc>) {
+    fn factors(&self, row: usize, columns: &[u32], terms: &mut QueryTerms<T::Acc>) {
         if let Some(draws) = &self.tensors.draws {
             for (edge, &query) in columns.iter().enumerate() {
-                terms.factors[at + edge] = T::Acc::from_f64(draws.query(query as usize).factor(row));
+                terms.factors[edge] = T::Acc::from_f64(draws.query(query as usize).factor(row));
             }
         }
     }
@@ -358,31 +361,23 @@ impl<T: Element> Queries<'_, T> {
 
 impl<R: Real> QueryTerms<R> {
     /// Replace dots `scores` by `scale * P * (factor * grad - delta)` and `grads` by `P * factor - background`, with
-    /// `P = exp(scale_left * dot - shifts[0] - shifts[1])`, for the edges whose terms begin at `at`.
+    /// `P = exp(scale_left * dot - shift)`.
     #[inline(always)]
-    unsafe fn apply<V: Vector<Lane = R>>(
-        &self,
-        at: usize,
-        scores: &mut [R],
-        grads: &mut [R],
-        scale_left: R,
-        scale: R,
-    ) {
+    unsafe fn apply<V: Vector<Lane = R>>(&self, scores: &mut [R], grads: &mut [R], scale_left: R, scale: R) {
         let len = scores.len();
-        assert!(grads.len() == len && at + len <= NUMBERS && len.is_multiple_of(V::LANES));
+        assert!(grads.len() == len && len <= NUMBERS && len.is_multiple_of(V::LANES));
         // SAFETY: whole registers, as asserted; every list has NUMBERS entries.
         unsafe {
             let (scale_left, scale) = (V::splat(scale_left), V::splat(scale));
             for i in (0..len).step_by(V::LANES) {
                 let (score, grad) = (scores.as_mut_ptr().add(i), grads.as_mut_ptr().add(i));
-                let factor = V::load(self.factors.as_ptr().add(at + i));
-                let [most, rest] = &self.shifts;
-                let (most, rest) = (V::load(most.as_ptr().add(at + i)), V::load(rest.as_ptr().add(at + i)));
+                let factor = V::load(self.factors.as_ptr().add(i));
+                let [most, rest, delta, left] =
+                    self.of_queries.each_ref().map(|part| V::load(part.as_ptr().add(i)));
                 let p = exp(V::load(score) * scale_left - most - rest);
-                let [delta, left] = self.deltas.each_ref().map(|part| V::load(part.as_ptr().add(at + i)));
                 let grad_of_p = V::load(grad) * factor - delta - left;
                 (p * grad_of_p * scale).store(score);
-                (p * factor - V::load(self.background.as_ptr().add(at + i))).store(grad);
+                (p * factor - V::load(self.background.as_ptr().add(i))).store(grad);
             }
         }
     }
@@ -417,10 +412,10 @@ unsafe fn long_row<V, T>(
             long_dots::<V, T>(key, &head.q, columns, &mut scores[..groups]);
             long_dots::<V, T>(value, &queries.grad_out, columns, &mut grads[..groups]);
             head.add_long_bias(queries.scale, row, true, columns, &mut scores[..len]);
-            queries.terms(columns, 0, terms);
-            queries.factors(row, columns, 0, terms);
+            queries.terms(columns, terms);
+            queries.factors(row, columns, terms);
             let (scores, grads) = (&mut scores[..padded(len)], &mut grads[..padded(len)]);
-            terms.apply::<V>(0, scores, grads, scale_left, queries.scale);
+            terms.apply::<V>(scores, grads, scale_left, queries.scale);
             add_long_weighted::<V, T>(&scores[..len], &head.q, columns, dk);
             add_long_weighted::<V, T>(&grads[..len], &queries.grad_out, columns, dv);
         }

@@ -7,7 +7,7 @@ mod tile;
 use std::ops::Range;
 
 use self::tile::Tile;
-use super::backward::{Delta, Saved, mean, mean_of_row, shift};
+use super::backward::{Delta, OfQuery, Saved, mean, mean_of_row, shift};
 use super::batch::{BLOCK, Batch, Cursor, GROUP, Lists, Next, PIECE, PLACES, STRIP, Strip};
 use super::buffer::Buffer;
 use super::gather::{Sums, dots, weighted_sums};
@@ -24,18 +24,18 @@ use crate::kernel::softmax::{exp, exp_or_zero};
 use crate::kernel::view::{Output, RowsMut, ViewMut4};
 use crate::pattern::edges::EdgeSet;
 
-/// Write `dq`, `delta` of every query and, where there is a background, the weight that every query gives to a key in it.
+/// Write `dq`, what a key needs of every query and, where there is a background, the weight that every query gives to a key in it.
 pub(super) fn run<T: Element>(
     call: &Call<T>,
     saved: &Saved<T>,
     dq: &ViewMut4<T>,
-    delta: &mut [T::Acc],
+    of_queries: &mut [OfQuery<T::Acc>],
     background: &mut [T::Acc],
     run: &Run,
 ) -> Result<()> {
     let sizes = call.sizes;
     let per_query = [sizes.batch, sizes.heads, sizes.queries, 1];
-    let delta = Output::new("delta", delta, &[sizes.batch, sizes.heads, sizes.queries, 2])?;
+    let of_queries = Output::new("of_queries", of_queries, &per_query)?;
     let background =
         if call.has_background() { Some(Output::new("background", background, &per_query)?) } else { None };
     let (tasks, pool) = call.tasks(sizes.heads, sizes.queries, 3, run);
@@ -58,7 +58,7 @@ pub(super) fn run<T: Element>(
                 first_row: (batch * sizes.heads + head) * sizes.queries,
                 rows,
                 dq: dq.head(batch, head),
-                delta: &delta,
+                of_queries: &of_queries,
                 background: background.as_ref(),
                 scratch,
             };
@@ -77,11 +77,11 @@ struct Task<'a, T: Element> {
     out: Matrix<'a, T>,
     lse: Column<'a, f64>,
     scale: T::Acc,
-    /// Where the head's first query lies in `delta` and `background`.
+    /// Where the head's first query lies in `of_queries` and `background`.
     first_row: usize,
     rows: Range<usize>,
     dq: RowsMut<'a, T>,
-    delta: &'a Output<'a, T::Acc>,
+    of_queries: &'a Output<'a, OfQuery<T::Acc>>,
     background: Option<&'a Output<'a, T::Acc>>,
     scratch: &'a mut Scratch<T>,
 }
@@ -214,8 +214,8 @@ impl<T: Element> Task<'_, T> {
                 let deltas =
                     differentiate::<V>(&strip, scores, grads, [scale_left, self.scale], &shifts, known);
                 for slot in 0..strip.rows {
-                    let delta = [deltas[0][slot], deltas[1][slot]];
-                    self.delta.row_mut(self.first_row + strip.row + slot).copy_from_slice(&delta);
+                    let parts = [shifts[0][slot], shifts[1][slot], deltas[0][slot], deltas[1][slot]];
+                    self.of_queries.row_mut(self.first_row + strip.row + slot)[0] = parts;
                 }
             }
             let Scratch { batch, scores, factors, .. } = &mut *self.scratch;
@@ -259,7 +259,7 @@ impl<T: Element> Task<'_, T> {
                 differentiate_row::<V>(scores, grads, len, delta, self.scale);
                 add_long_weighted::<V, T>(&scores[..len], &head.k, columns, sum);
             }
-            self.delta.row_mut(self.first_row + row).copy_from_slice(&delta);
+            self.of_queries.row_mut(self.first_row + row)[0] = [shift[0], shift[1], delta[0], delta[1]];
             write_scaled::<V, T>(sum, T::Acc::ONE, self.dq.row_mut(row));
         }
     }
@@ -297,39 +297,25 @@ unsafe fn differentiate<V: Vector>(
             let start = places.start + part * V::LANES;
             let (dots, grads) = (dots.as_mut_ptr().add(start), grads.as_ptr().add(start));
             let len = V::spread(lens.as_ptr().add(first));
-            let kept = |block: usize, numbers: V| {
-                if block < whole {
-                    return numbers;
-                }
-                let edge = order + V::splat(V::Lane::from_f64((block * GROUP) as f64));
-                numbers.where_below(edge, len, zero)
-            };
+            let own = Own { order, len, whole };
             let (mut sum, mut total) = (zero, zero);
             for block in 0..strip.blocks {
                 let (place, grad) = (dots.add(block * BLOCK), V::load(grads.add(block * BLOCK)));
                 let p = exp(V::load(place) * scale_left - most - rest);
                 p.store(place);
-                let p = kept(block, p);
-                sum = p.mul_add(kept(block, grad), sum);
+                let p = own.of(block, p);
+                sum = p.mul_add(own.of(block, grad), sum);
                 total = total + p;
             }
             let total = total.sum_of_four();
             let known: [_; 2] = [known, known.map(|delta| delta.map(|_| V::Lane::ZERO))];
-            let spread = |part: usize, sum: V, deltas: &mut [V::Lane; STRIP]| {
-                let mut lanes = [V::Lane::ZERO; MAX_LANES];
-                mean::<V>(sum.sum_of_four(), total).store(lanes.as_mut_ptr());
-                for row in 0..STRIP / parts {
-                    deltas[first + row] = known[part][first + row].unwrap_or(lanes[row * GROUP]);
-                }
-                V::spread(deltas.as_ptr().add(first))
-            };
-            let delta = spread(0, sum, &mut deltas[0]);
+            let delta = spread_means::<V>(sum, total, first, &known[0], &mut deltas[0]);
             sum = zero;
             for block in 0..strip.blocks {
                 let (p, grad) = (V::load(dots.add(block * BLOCK)), V::load(grads.add(block * BLOCK)));
-                sum = kept(block, p).mul_add(kept(block, grad - delta), sum);
+                sum = own.of(block, p).mul_add(own.of(block, grad - delta), sum);
             }
-            let rest = spread(1, sum, &mut deltas[1]);
+            let rest = spread_means::<V>(sum, total, first, &known[1], &mut deltas[1]);
             for block in 0..strip.blocks {
                 let place = dots.add(block * BLOCK);
                 (V::load(place) * (V::load(grads.add(block * BLOCK)) - delta - rest) * scale).store(place);
@@ -337,6 +323,53 @@ unsafe fn differentiate<V: Vector>(
         }
     }
     deltas
+}
+
+/// Which places of a strip are edges.
+#[derive(Clone, Copy)]
+struct Own<V> {
+    /// The edge of every place of the first block.
+    order: V,
+    /// The number of edges of its row.
+    len: V,
+    /// Blocks that hold nothing else.
+    whole: usize,
+}
+
+impl<V: Vector> Own<V> {
+    /// `numbers` of block `block`, zero where there is no edge.
+    #[inline(always)]
+    unsafe fn of(self, block: usize, numbers: V) -> V {
+        if block < self.whole {
+            return numbers;
+        }
+        // SAFETY: the caller's promise that the instructions of `V` are available.
+        unsafe {
+            let edge = self.order + V::splat(V::Lane::from_f64((block * GROUP) as f64));
+            numbers.where_below(edge, self.len, V::splat(V::Lane::ZERO))
+        }
+    }
+}
+
+/// The means of the rows of a part of a strip, the first of which is row `first`, or what is known of them: written to `means`, and
+/// every one in the places of its row.
+#[inline(always)]
+unsafe fn spread_means<V: Vector>(
+    sum: V,
+    total: V,
+    first: usize,
+    known: &[Option<V::Lane>; STRIP],
+    means: &mut [V::Lane; STRIP],
+) -> V {
+    // SAFETY: the caller's promise that the instructions of `V` are available; a part has LANES / GROUP rows.
+    unsafe {
+        let mut lanes = [V::Lane::ZERO; MAX_LANES];
+        mean::<V>(sum.sum_of_four(), total).store(lanes.as_mut_ptr());
+        for row in 0..V::LANES / GROUP {
+            means[first + row] = known[first + row].unwrap_or(lanes[row * GROUP]);
+        }
+        V::spread(means.as_ptr().add(first))
+    }
 }
 
 /// Replace the dots of a row by `P = exp(scale_left * dot - shift[0] - shift[1])`.

@@ -11,7 +11,7 @@ use super::matrix::{pack_rows, padded};
 use super::row::{add_scaled, scale, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
 use super::tile::{Block, TILE, WORTH_PACKING, multiply, pack, transpose};
-use super::{lines, panel};
+use super::{lines, panel, widened};
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
@@ -27,12 +27,14 @@ pub(in crate::kernel) fn forward<T: Element>(
     lse: &mut [f64],
     run: &Run,
 ) -> Result<()> {
-    problem.check()?;
+    let sizes = problem.check()?;
+    sizes.check_out("out", out.shape())?;
+    if widened::is_needed(problem) {
+        return widened::forward(problem, out, lse, run);
+    }
     let mut copies = Default::default();
     let problem = &pack_rows(problem, &mut copies);
     let call = Call::new(problem)?;
-    let sizes = call.sizes;
-    sizes.check_out("out", out.shape())?;
     let lse = Output::new("lse", lse, &[sizes.batch, sizes.heads, sizes.queries, 1])?;
     panel::forward(&call, &out, &lse, run)?;
     lines::forward(&call, &out, &lse, run)?;

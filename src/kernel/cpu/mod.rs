@@ -22,6 +22,7 @@ mod slots;
 mod sums;
 mod tasks;
 mod tile;
+mod widened;
 
 pub(super) use backward::backward;
 pub(super) use decode::{decode, step};

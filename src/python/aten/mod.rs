@@ -4,7 +4,7 @@
 //! Same semantics as [`crate::kernel`], by other means: rows are grouped by degree and padded ([`groups`]), vectors are gathered a
 //! bounded chunk of edges at a time, and every sum is a reduction along one axis. Memory is the tensors, three numbers per query and
 //! one chunk. No addition is scattered, so a result does not depend on threads or on the order in which a device schedules work.
-//! Scores and sums are float32 for half types, as in the kernels. The backward pass recomputes the softmax from the scores.
+//! Scores and sums are float32 for half types, and float64 where keys that are no edges keep a score and are few, as in the kernels. The backward pass recomputes the softmax from the scores.
 //!
 //! Not run on a GPU: what is known is that it computes the right thing on the CPU, and that all its operators agree about devices.
 

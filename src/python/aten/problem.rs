@@ -1,6 +1,6 @@
 //! One problem as flat tensors, and what the passes over its edges share.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::bias::Bias;
 use super::groups::{By, Entries, Group, Rows, groups};
@@ -62,8 +62,15 @@ impl<'a> Problem<'a> {
     pub(super) fn new(arguments: &Arguments<'a>) -> Result<Self> {
         let Arguments { resolved, q, k, v, key_mask, bias, dropout, scale } = *arguments;
         let (plan, kind) = (&resolved.plan, q.kind());
+        let background = resolved.masked_logits == MaskedLogits::Zero;
         let accumulator = match kind {
             Kind::Double => Kind::Double,
+            // As in the kernels: what is kept is taken from the sum of all, and what is left may be little.
+            Kind::Float | Kind::BFloat16 | Kind::Half
+                if background && (key_mask.is_some() || plan.keeps_most()) && q.device() != Device::Mps =>
+            {
+                Kind::Double
+            }
             Kind::Float | Kind::BFloat16 | Kind::Half => Kind::Float,
             other => {
                 return Err(Error::Dtype(format!(
@@ -103,7 +110,7 @@ impl<'a> Problem<'a> {
             bias: bias.map(|bias| Bias::new(&bias, shared)).transpose()?,
             dropout: dropout.filter(|dropout| dropout.p > 0.0),
             scale,
-            background: resolved.masked_logits == MaskedLogits::Zero,
+            background,
             accumulator,
             shared,
         })

@@ -83,12 +83,12 @@ pub(super) unsafe fn tile<V, T>(
                 TILE,
                 (m, count, value_dim),
             );
-            queries.terms(&tile.columns, 0, terms);
+            queries.terms(&tile.columns, terms);
             for (slot, row) in rows.clone().enumerate() {
-                queries.factors(row, &tile.columns, 0, terms);
+                queries.factors(row, &tile.columns, terms);
                 let range = slot * TILE..slot * TILE + padded(count);
                 let (scores, grads) = (&mut tile.scores[range.clone()], &mut tile.grads[range]);
-                terms.apply::<V>(0, scores, grads, queries.scale, queries.scale);
+                terms.apply::<V>(scores, grads, queries.scale, queries.scale);
             }
             multiply::<V, true>(
                 Block { data: &tile.scores, stride: TILE },

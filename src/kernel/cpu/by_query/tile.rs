@@ -169,7 +169,8 @@ impl<T: Element> Task<'_, T> {
                 }
             }
             for (slot, row) in rows.enumerate() {
-                self.delta.row_mut(self.first_row + row).copy_from_slice(&tile.deltas[slot]);
+                let ([most, rest], [delta, left]) = (shift(self.lse.at(row)), tile.deltas[slot]);
+                self.of_queries.row_mut(self.first_row + row)[0] = [most, rest, delta, left];
                 if let Some(background) = self.background {
                     background.row_mut(self.first_row + row)[0] = T::Acc::ZERO;
                 }
