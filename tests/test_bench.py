@@ -9,7 +9,7 @@ import torch
 
 import sparse_mhsa as sm
 from sparse_mhsa import Mask, _core
-from sparse_mhsa.bench import cases, decode, memory, run
+from sparse_mhsa.bench import cases, choice, decode, memory, run
 from sparse_mhsa.bench.cases import Case, all_cases, select
 from sparse_mhsa.bench.gate import Gate, WrongResultError
 from sparse_mhsa.bench.measure import Spread, interleave, paired_ratio
@@ -331,12 +331,12 @@ def test_the_full_table_has_the_sizes_of_the_targets_and_every_registered_mask()
 
 
 def test_rows_are_selected_by_pattern_and_a_pattern_without_rows_is_an_error():
-    assert [case.name for case in select(["none-1025", "local_w*"], quick=False)] == [
+    assert [case.name for case in select(all_cases(), ["none-1025", "local_w*"], quick=False)] == [
         "local_w64-1024", "local_w64-4096", "local_w256-4096", "local_w512-4096", "none-1025"
     ]  # fmt: skip
-    assert select((), quick=True) == [case for case in all_cases() if case.quick]
+    assert select(all_cases(), (), quick=True) == [case for case in all_cases() if case.quick]
     with pytest.raises(UsageError, match="--rows fibo: no such row; there are fibottention-197x8, "):
-        select(["fibo"], quick=False)
+        select(all_cases(), ["fibo"], quick=False)
 
 
 # Memory.
@@ -523,3 +523,50 @@ def test_a_cache_that_forgets_another_token_does_not_pass():
                 decode.check_step(cache, token, "sinks")
         else:
             decode.check_step(cache, token, "sinks")
+
+
+# The choice of kernels.
+
+
+def test_the_choice_command_writes_json_and_markdown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choice, "cases", lambda: [TINY["fibottention"], TINY["local"]])
+    monkeypatch.setattr(choice, "TOLERATED", math.inf)
+    words = "bench choice --rows * --repeat 2 --budget 0.1 --threads 1 --output-dir"
+    assert main([*words.split(), str(tmp_path)]) == 0, capsys.readouterr()
+    report = json.loads((tmp_path / "choice.json").read_text())
+    assert report["schema"] == "sparse_mhsa-bench-choice-1"
+    assert [(row["case"], row["direction"]) for row in report["rows"]] == [
+        (case, direction) for case in ("fibottention-26", "local-20") for direction in ("forward", "step")
+    ]
+    for row in report["rows"]:
+        assert list(row["methods"]) == [OURS, *choice.KERNELS]
+        assert all(result["status"] == "ok" for result in row["methods"].values()), row
+        assert row["best"] > 0
+        assert set(row["chosen"]) <= set(choice.KERNELS)
+    out, page = capsys.readouterr().out, (tmp_path / "choice.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(table) == 5
+    assert all(line in out for line in table)
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_a_choice_that_another_kernel_beats_is_named_and_ends_the_command_with_1(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "TOLERATED", 0.0 + 1e-9)
+    options = BenchOptions(repeat=1, budget=0.1, output_dir=tmp_path)
+    assert choice.bench_choice(options, "command", [TINY["local"]]) == 1
+    assert "WRONG CHOICE local-20 float32 forward: another kernel takes" in caplog.text
+    assert (tmp_path / "choice.md").read_text().count("WRONG") == 2
+
+
+def test_afterwards_kernels_are_chosen_again(tmp_path):
+    mask = Mask.from_config({"mask": "fibottention"}, 197, 4, head_dim=8)
+    before = [head.kernel for head in mask.explain().heads]
+    choice.bench_choice(BenchOptions(repeat=1, budget=0.1, output_dir=tmp_path), "command", [TINY["local"]])
+    assert [head.kernel for head in mask.explain().heads] == before
+
+
+def test_a_kernel_that_cannot_compute_every_head_is_left_out():
+    problem = Problem(TINY["pruning"], torch.float32)
+    with pytest.raises(UnsupportedError, match="does not compute every head"):
+        choice.Forced("lines").prepare(problem)
+    _core.force_kernel(None)

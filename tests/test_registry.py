@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sparse_mhsa as sm
+from comparison import assert_same
 from predicates import ALL_TOKENS, ON_GRID, PREDICATES, VARIANTS, Size, default_prefix, exists
 from sparse_mhsa import _core
 from sparse_mhsa.content import edges_of
@@ -243,6 +244,43 @@ def test_forward_and_backward_equal_dense_masked_attention(name, num_tokens):
         results.append((out, *torch.autograd.grad(out, leaves, g)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def force_kernel():
+    yield _core.force_kernel
+    _core.force_kernel(None)
+
+
+@pytest.mark.parametrize("num_tokens", [33, 70])
+@pytest.mark.parametrize("kernel", ["edges", "lines", "panels"])
+@pytest.mark.parametrize("name", [name for name in MASKS if name not in BY_CONTENT])
+def test_it_is_a_matter_of_time_alone_which_kernel_computes_a_mask(name, kernel, num_tokens, force_kernel):
+    """Those that are not chosen too: a later choice, or a mask registered tomorrow, may want them."""
+    mask = mask_at(name, num_tokens)
+    q, k, v, grad_out = (torch.randn(BATCH, HEADS, num_tokens, 8, dtype=torch.float64) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    expected = dense_attention(*leaves, mask.to_dense())[0]
+    force_kernel(kernel)
+    got = sm.sparse_attention(*leaves, mask)
+    assert_same(got, expected, atol=1e-12, what="out")
+    grads = (torch.autograd.grad(out, leaves, grad_out) for out in (got, expected))
+    for name, mine, truth in zip(("dq", "dk", "dv"), *grads, strict=True):
+        assert_same(mine, truth, atol=1e-11, what=name)
+
+
+def test_the_kernel_that_is_forced_computes(force_kernel):
+    """All three can compute a window, and round differently."""
+    mask = sm.Mask.from_config({"mask": "local", "mask_kwargs": {"window": 3}}, 70, HEADS, head_dim=24)
+    tensors = [torch.randn(BATCH, HEADS, 70, 24) for _ in range(3)]
+    outs = {}
+    for kernel in ("edges", "lines", "panels"):
+        force_kernel(kernel)
+        assert {head.kernel for head in mask.explain().heads} == {kernel}
+        outs[kernel] = sm.sparse_attention(*tensors, mask)
+    assert all(not torch.equal(outs[a], outs[b]) for a, b in itertools.combinations(outs, 2))
+    with pytest.raises(ValueError, match=r"unknown kernel `fast`; .*edges, lines, panels"):
+        force_kernel("fast")
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -173,6 +173,10 @@ class Edges:
     def density_image(self, head: int, size: int) -> NDArray[np.float32]:
         """(s, s), s = min(size, N): the share of kept entries in each cell of the mask, in O(edges)."""
 
+def force_kernel(name: str | None) -> None:
+    """Compute every head that it can with the kernel ``edges``, ``lines`` or ``panels``, in the whole process and until
+    it is called with None: to measure and to test kernels where another one would be chosen."""
+
 def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``budget_keys`` (those
     that set how many pairs are kept: a list for each quantity, with its other names after the preferred one),

@@ -286,28 +286,17 @@ fn check_room(name: &str, len: usize, shape: &[usize]) -> Result<()> {
 /// A contiguous output `(rows, width)` that tasks fill side by side.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Output<'a, T> {
-    data: *mut T,
-    rows: usize,
-    width: usize,
-    owner: PhantomData<&'a mut [T]>,
+    all: RowsMut<'a, T>,
 }
-
-// SAFETY: rows are only handed out under the contract of `rows_mut`.
-unsafe impl<T: Send> Send for Output<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Output<'_, T> {}
 
 impl<'a, T> Output<'a, T> {
     /// `data` in rows of `width`.
     pub(super) fn new(name: &str, data: &'a mut [T], shape: &[usize]) -> Result<Self> {
         check_room(name, data.len(), shape)?;
         let width = shape.last().copied().unwrap_or(1);
-        Ok(Output {
-            data: data.as_mut_ptr(),
-            rows: data.len().checked_div(width).unwrap_or(0),
-            width,
-            owner: PhantomData,
-        })
+        let rows = data.len().checked_div(width).unwrap_or(0);
+        let all = RowsMut { data: data.as_mut_ptr(), rows, width, step: width, owner: PhantomData };
+        Ok(Output { all })
     }
 
     /// Row `row`.
@@ -316,9 +305,8 @@ impl<'a, T> Output<'a, T> {
     /// No other borrow of this row exists: every row belongs to one task.
     #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
     pub(super) unsafe fn row_mut(&self, row: usize) -> &mut [T] {
-        assert!(row < self.rows);
-        // SAFETY: the row lies inside `data`; the caller promises that nobody else holds it.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width), self.width) }
+        // SAFETY: the caller's promise.
+        unsafe { self.all.row_mut(row) }
     }
 
     /// Neighbouring rows in one.
@@ -327,11 +315,9 @@ impl<'a, T> Output<'a, T> {
     /// No other borrow of these rows exists.
     #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
     pub(super) unsafe fn rows_mut(&self, rows: Range<usize>) -> &mut [T] {
-        assert!(rows.start <= rows.end && rows.end <= self.rows);
-        // SAFETY: the rows lie inside `data`; the caller promises that nobody else holds them.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.data.add(rows.start * self.width), rows.len() * self.width)
-        }
+        let (start, len) = self.place(&rows);
+        // SAFETY: the rows lie inside the output; the caller promises that nobody else holds them.
+        unsafe { std::slice::from_raw_parts_mut(self.all.data.add(start), len) }
     }
 
     /// Neighbouring rows in one, for reading.
@@ -339,9 +325,9 @@ impl<'a, T> Output<'a, T> {
     /// # Safety
     /// They have been written, and nobody writes to them while the borrow lasts.
     pub(super) unsafe fn read_rows(&self, rows: Range<usize>) -> &[T] {
-        assert!(rows.start <= rows.end && rows.end <= self.rows);
-        // SAFETY: the rows lie inside `data`; the rest is the caller's promise.
-        unsafe { std::slice::from_raw_parts(self.data.add(rows.start * self.width), rows.len() * self.width) }
+        let (start, len) = self.place(&rows);
+        // SAFETY: the rows lie inside the output; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.all.data.add(start), len) }
     }
 
     /// Rows `rows` for reading, as the only head of a tensor.
@@ -349,21 +335,27 @@ impl<'a, T> Output<'a, T> {
     /// # Safety
     /// Nobody writes to any of these rows while the view lives.
     pub(super) unsafe fn view(&self, rows: Range<usize>) -> View4<'_, T> {
-        assert!(rows.start <= rows.end && rows.end <= self.rows);
-        let (size, start) = (self.rows * self.width, rows.start * self.width);
-        let (shape, strides) = ([1, 1, rows.len(), self.width], [0, 0, self.width as i64, 1]);
+        let (start, _) = self.place(&rows);
+        let RowsMut { data, rows: all, width, .. } = self.all;
+        let (shape, strides) = ([1, 1, rows.len(), width], [0, 0, width as i64, 1]);
         // SAFETY: `data` holds all rows; the caller promises that these are only read.
-        let view = unsafe { View::from_raw_parts("rows", self.data, size, start, shape, strides) };
+        let view = unsafe { View::from_raw_parts("rows", data, all * width, start, shape, strides) };
         view.expect("the rows lie inside the output")
+    }
+
+    /// Where `rows` begin, and how many elements they are.
+    fn place(&self, rows: &Range<usize>) -> (usize, usize) {
+        assert!(rows.start <= rows.end && rows.end <= self.all.rows);
+        (rows.start * self.all.width, rows.len() * self.all.width)
     }
 
     /// Number of rows.
     pub(super) fn rows(&self) -> usize {
-        self.rows
+        self.all.rows
     }
 
     /// Length of a row.
     pub(super) fn width(&self) -> usize {
-        self.width
+        self.all.width
     }
 }

@@ -1,5 +1,7 @@
 //! What a head is expected to cost, and which kernel computes it.
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use super::HeadPlan;
 use super::panels::PAIRS_PER_SIX_EDGES_OF_LINES;
 
@@ -31,6 +33,9 @@ pub enum Kernel {
 }
 
 impl Kernel {
+    /// All of them.
+    pub const ALL: [Kernel; 3] = [Kernel::Edges, Kernel::Lines, Kernel::Panels];
+
     /// What `explain` calls it.
     pub fn name(self) -> &'static str {
         match self {
@@ -39,6 +44,20 @@ impl Kernel {
             Kernel::Panels => "panels",
         }
     }
+}
+
+/// The place in [`Kernel::ALL`] of the kernel that is forced; no place if none is.
+static FORCED: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// From now on, compute in this process every head with `kernel` that it can compute: to measure and to test it where another one
+/// would be chosen. `None` ends that.
+pub fn force_kernel(kernel: Option<Kernel>) {
+    let place = kernel.and_then(|kernel| Kernel::ALL.iter().position(|&other| other == kernel));
+    FORCED.store(place.map_or(u8::MAX, |place| place as u8), Ordering::Relaxed);
+}
+
+pub(super) fn forced() -> Option<Kernel> {
+    Kernel::ALL.get(usize::from(FORCED.load(Ordering::Relaxed))).copied()
 }
 
 /// What one head of one batch element is expected to cost.

@@ -8,7 +8,7 @@ pub mod panels;
 use std::sync::{Arc, OnceLock};
 
 pub use cache::PlanCache;
-pub use cost::{Cost, Kernel};
+pub use cost::{Cost, Kernel, force_kernel};
 
 use self::lines::Lines;
 use self::panels::Coverage;
@@ -43,12 +43,17 @@ impl HeadPlan {
 
     /// The kernel that computes the head, where a call leaves the choice.
     pub fn kernel(&self) -> Kernel {
-        let coverage = self.in_panels();
-        match self.lines() {
-            Some(_) if coverage.beats_lines => Kernel::Panels,
-            Some(_) => Kernel::Lines,
-            None if coverage.pays => Kernel::Panels,
-            None => Kernel::Edges,
+        self.kernel_of(true)
+    }
+
+    /// The kernel that computes the head in a call that can, or cannot, go along lines.
+    pub fn kernel_of(&self, with_lines: bool) -> Kernel {
+        let has_lines = with_lines && self.lines().is_some();
+        match cost::forced() {
+            Some(kernel) if kernel != Kernel::Lines || has_lines => kernel,
+            _ if has_lines && !self.in_panels().beats_lines => Kernel::Lines,
+            _ if has_lines || self.in_panels().pays => Kernel::Panels,
+            _ => Kernel::Edges,
         }
     }
 

@@ -14,11 +14,14 @@ mod selection;
 mod tensor;
 mod user_mask;
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use crate::config::mask_schema;
+use crate::error::unknown_name;
 use crate::pattern::registry::MASKS;
+use crate::plan::Kernel;
 
 /// The torch release that torch-sys links.
 const TORCH_VERSION: &str = "2.13.0";
@@ -42,6 +45,21 @@ fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
     Ok(masks)
 }
 
+/// Compute every head that it can with the kernel of this name, in the whole process; None ends that.
+#[pyfunction]
+#[pyo3(signature = (name))]
+fn force_kernel(name: Option<&str>) -> PyResult<()> {
+    let find = |name: &str| {
+        let names = Kernel::ALL.map(Kernel::name);
+        let place = names.iter().position(|&known| known == name);
+        place
+            .map(|place| Kernel::ALL[place])
+            .ok_or_else(|| PyValueError::new_err(unknown_name("kernel", name, &names)))
+    };
+    crate::plan::force_kernel(name.map(find).transpose()?);
+    Ok(())
+}
+
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // A second import in the same process (a sub-interpreter, a reload) keeps the first logger.
@@ -53,6 +71,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<config::PyAttentionConfig>()?;
     module.add_class::<edges::PyEdges>()?;
     module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
+    module.add_function(wrap_pyfunction!(force_kernel, module)?)?;
     module.add_function(wrap_pyfunction!(budget::allocate, module)?)?;
     module.add_function(wrap_pyfunction!(config::register_backend, module)?)?;
     module.add_function(wrap_pyfunction!(config::config_schema, module)?)?;

@@ -188,21 +188,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(options):
 
 # The page.
 
+FINETUNE_DIGITS = ("finetune", "--dataset", "digits", "--patch-size", "2")
+
 
 @pytest.mark.parametrize("more", [[], ["--linear-probe"], ["--model-ema", "0.9"]], ids=["", "probe", "averaged"])
 def test_the_command_writes_a_page_with_curves_and_masks(attn_cfg, tmp_path, capsys, more):
-    words = [
-        "finetune",
-        "--dataset",
-        "digits",
-        "--patch-size",
-        "2",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "256",
-        "--output-dir",
-    ]
+    words = [*FINETUNE_DIGITS, "--epochs", "2", "--batch-size", "256", "--output-dir"]
     assert main([*words, str(tmp_path), "--attn-cfg", str(attn_cfg), *more]) == 0
     assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
@@ -215,17 +206,7 @@ def test_the_command_writes_a_page_with_curves_and_masks(attn_cfg, tmp_path, cap
 
 
 def test_evaluation_and_plans_write_no_page(checkpoint, tmp_path):
-    words = [
-        "finetune",
-        "--dataset",
-        "digits",
-        "--patch-size",
-        "2",
-        "--batch-size",
-        "128",
-        "--output-dir",
-        str(tmp_path),
-    ]
+    words = [*FINETUNE_DIGITS, "--batch-size", "128", "--output-dir", str(tmp_path)]
     assert main([*words, "--dry-run"]) == 0
     assert main([*words, "--epochs", "1", "--eval", "--resume", str(checkpoint)]) == 0
     assert not list(tmp_path.glob("*.html"))

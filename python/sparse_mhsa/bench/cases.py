@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,13 +108,27 @@ def _other_masks() -> list[Case]:
     return cases
 
 
-def select(patterns: Sequence[str] | None, *, quick: bool) -> list[Case]:
+class Row(Protocol):
+    """What ``--rows`` and ``--quick`` choose from."""
+
+    @property
+    def name(self) -> str:
+        """What the patterns are compared with."""
+
+    @property
+    def quick(self) -> bool:
+        """Part of ``--quick``."""
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def select(cases: Sequence[RowT], patterns: Sequence[str] | None, *, quick: bool) -> list[RowT]:
     """The cases whose names match one of the shell patterns; all, or those of ``quick``, without patterns.
 
     Raises:
         UsageError: a pattern matches nothing.
     """
-    cases = all_cases()
     if not patterns:
         return [case for case in cases if case.quick or not quick]
     for pattern in patterns:

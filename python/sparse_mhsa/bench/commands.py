@@ -60,6 +60,16 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
     )
     decode.set_defaults(no_memory=True, no_plots=True)
     add_kernel_options(decode, "decode.json and decode.md")
+    choice = add_command(
+        kinds,
+        "choice",
+        run_bench_choice,
+        "Time every kernel that can compute a mask against the one that is chosen, behind a correctness gate. The exit "
+        "code is 1 where another one is much faster.",
+        ("sparse-mhsa bench choice --quick", "sparse-mhsa bench choice --rows 'local_*'"),
+    )
+    choice.set_defaults(no_memory=True, no_plots=True)
+    add_kernel_options(choice, "choice.json and choice.md")
 
 
 def add_kernel_options(parser: argparse.ArgumentParser, files: str) -> None:
@@ -124,6 +134,14 @@ def run_bench_decode(parsed: argparse.Namespace) -> int:
     from .decode import bench_decode
 
     return bench_decode(options, shlex.join(["sparse-mhsa", *parsed.given]))
+
+
+def run_bench_choice(parsed: argparse.Namespace) -> int:
+    """``sparse-mhsa bench choice``."""
+    options = bench_options(parsed)
+    from .choice import bench_choice
+
+    return bench_choice(options, shlex.join(["sparse-mhsa", *parsed.given]))
 
 
 ACCURACY_DEFAULTS = ("--epochs", "10", "--lr", "2e-3", "--min-lr", "0", "--drop-path", "0", "--smoothing", "0")

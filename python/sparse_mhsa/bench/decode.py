@@ -6,7 +6,6 @@ over all keys, which lie ready in one tensor; for our caches, that the token joi
 
 import copy
 import datetime
-import fnmatch
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -23,12 +22,13 @@ from ..decoding import decode_attention
 from ..layer_cache import LayerCache
 from ..machine import environment
 from ..reference import dense_attention
-from ..train import UsageError
 from ..train.checkpoint import make_folder, write_text
+from .cases import select
 from .gate import FACTOR, FLOOR, WrongResultError
 from .measure import interleave, paired_ratio, spread
 from .options import BenchOptions
 from .run import exit_code, torch_threads
+from .table import made_by
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -98,7 +98,7 @@ def bench_decode(options: BenchOptions, command: str, cases: Sequence[DecodeCase
     Raises:
         UsageError: an option cannot be used as given.
     """
-    selected = _select(all_cases() if cases is None else list(cases), options)
+    selected = select(all_cases() if cases is None else cases, options.rows, quick=options.quick)
     make_folder(options.output_dir)
     with torch_threads(options.threads), torch.no_grad():
         report: dict[str, Any] = {
@@ -204,23 +204,11 @@ def check_step(cache: LayerCache, token: tuple[Tensor, Tensor, Tensor], what: st
         raise WrongResultError(f"{what} holds {trial.lengths.tolist()} entries, expected {before.lengths.tolist()}")
 
 
-def _select(cases: list[DecodeCase], options: BenchOptions) -> list[DecodeCase]:
-    if not options.rows:
-        return [case for case in cases if case.quick or not options.quick]
-    for pattern in options.rows:
-        if not any(fnmatch.fnmatchcase(case.name, pattern) for case in cases):
-            raise UsageError(f"--rows {pattern}: no such row; there are {', '.join(case.name for case in cases)}")
-    return [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in options.rows)]
-
-
 def _write(report: dict[str, Any], folder: Path) -> None:
     write_text(folder / "decode.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    machine = report["environment"]
     page = [
         "# Decoding\n",
-        f"Made by `{report['command']}` on {report['created']}: {machine['machine']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads, load {machine['load_average']:.1f} at the start, torch {machine['torch']}, "
-        f"sparse_mhsa {machine['sparse_mhsa']}.\n",
+        made_by(report),
         "One new token in one layer. `SDPA ms` is torch's attention over all keys; the other columns say how many "
         f"times longer that takes than `decode_attention` over the same keys, and than caches that keep one in {SHARE} "
         "of them: median over turns and quartiles, each behind a comparison with dense attention in float64.\n",

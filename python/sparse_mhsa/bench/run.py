@@ -18,7 +18,7 @@ from ..content import edges_of
 from ..machine import environment
 from ..train import require_packages
 from ..train.checkpoint import make_folder, write_text
-from .cases import Case, select
+from .cases import Case, all_cases, select
 from .gate import Gate, WrongResultError
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, out_of_memory, paired_ratio, spread
@@ -55,7 +55,7 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
     """
     if options.plots:
         require_packages("matplotlib")
-    cases = select(options.rows, quick=options.quick)
+    cases = select(all_cases(), options.rows, quick=options.quick)
     methods = [method for method in methods if method.quick or not options.quick]
     make_folder(options.output_dir)
     with torch_threads(options.threads):

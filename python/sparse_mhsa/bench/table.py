@@ -31,15 +31,21 @@ def row_line(row: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return _line([row["case"], DIRECTIONS[row["direction"]], _share(row["density"]), *_own(ours), *ratios])
 
 
+def made_by(report: Mapping[str, Any]) -> str:
+    """Where the numbers of a report come from, as a paragraph."""
+    machine = report["environment"]
+    return (
+        f"Made by `{report['command']}` on {report['created']}: {machine['machine']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, load {machine['load_average']:.1f} at the start, torch {machine['torch']}, "
+        f"sparse_mhsa {machine['sparse_mhsa']}.\n"
+    )
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
-    environment = report["environment"]
     parts = [
         "# Kernels\n",
-        f"Made by `{report['command']}` on {report['created']}: {environment['machine']}, "
-        f"{environment['cores']} cores, {environment['threads']} threads, "
-        f"load {environment['load_average']:.1f} at the start, "
-        f"torch {environment['torch']}, sparse_mhsa {environment['sparse_mhsa']}.\n",
+        made_by(report),
         "Every method of a row was first compared with dense masked attention in float64, then timed in one process "
         "with the others, taking turns. `ms`, `ns / edge` and shares are of sparse_mhsa; `x METHOD` is how many times "
         "longer METHOD takes, the median over turns and the quartiles. `of bandwidth`: inputs and outputs moved once; "

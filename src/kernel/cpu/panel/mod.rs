@@ -18,7 +18,7 @@ use super::tasks::Call;
 use crate::kernel::element::Element;
 use crate::kernel::shape::Sizes;
 use crate::kernel::{Attention, MaskedLogits};
-use crate::plan::panels::PANEL;
+use crate::plan::{self, panels::PANEL};
 
 /// Bytes of packed keys and values per thread, about: with the scores, less than the second cache.
 const PACKED_BYTES: usize = 3 << 18;
@@ -48,7 +48,10 @@ impl Heads {
         let suits = |unit: usize| {
             let (batch, kv_head) = (unit / kv_heads, unit % kv_heads);
             let mut heads = kv_head * group..(kv_head + 1) * group;
-            heads.all(|head| !lines.take(batch, head) && plan.head(batch, head, sizes.heads).in_panels().pays)
+            heads.all(|head| {
+                !lines.take(batch, head)
+                    && plan.head(batch, head, sizes.heads).kernel_of(false) == plan::Kernel::Panels
+            })
         };
         Heads {
             taken: (0..sizes.batch * kv_heads).map(|unit| is_plain && suits(unit)).collect(),
