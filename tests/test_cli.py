@@ -140,6 +140,47 @@ def test_ctrl_c_exits_with_130_and_without_a_traceback(run, monkeypatch, local):
     assert (code, err) == (130, "interrupted\n")
 
 
+SHORT = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize(
+    "error", [SHORT, MemoryError(), ImportError("_image.so: failed to map segment from shared object")], ids=type
+)
+def test_running_out_of_memory_is_one_line_and_exit_code_1(run, monkeypatch, local, error):
+    def short(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Mask, "from_config", short)
+    code, _, err = run("masks --tokens 9 --heads 2", local)
+    assert (code, err) == (1, ": ".join(["error", "out of memory", *([str(error)] if str(error) else [])]) + "\n")
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(run, monkeypatch, local):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Mask, "from_config", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run("masks --tokens 9 --heads 2", local)
+
+
+@pytest.mark.parametrize("kind", ["kernels --no-plots", "latency"])
+@pytest.mark.parametrize(("allocate", "what"), [("randn", "peak rate"), ("ones", "bandwidth")])
+def test_a_machine_too_small_to_be_measured_says_what_did_not_fit(run, monkeypatch, tmp_path, kind, allocate, what):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+
+    def short(*_, **__):
+        raise SHORT
+
+    monkeypatch.setattr(torch, allocate, short)
+    code, _, err = run(f"bench {kind} --output-dir", tmp_path)
+    assert code == 1
+    assert err.startswith("error: out of memory: measuring the ")
+    assert what in err.partition(" DefaultCPUAllocator")[0]
+    assert err.count("\n") == 1
+
+
 # Options.
 
 
