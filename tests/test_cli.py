@@ -191,6 +191,19 @@ def test_underscores_and_hyphens_name_the_same_option_and_values_keep_theirs():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "video", "demo"])
+@pytest.mark.parametrize(
+    ("words", "peak"), [("--blr=0.001", 0.0005), ("--blr 0.5", 0.25), ("--lr 0.5 --blr 0.1", 0.5), ("--lr=0.5", 0.5)]
+)
+def test_a_base_rate_that_is_given_wins_over_a_rate_that_is_only_the_default(monkeypatch, command, words, peak):
+    for package in ("timm", "torchvision", "tqdm", "matplotlib"):
+        pytest.importorskip(package)
+    taken = []
+    monkeypatch.setattr(f"sparse_mhsa.train.{command}.{command}", lambda options, _: taken.append(options.peak_lr))
+    assert main([command, "--batch-size", "128", *words.split()]) == 0
+    assert taken == [pytest.approx(peak)]
+
+
 def test_every_option_is_documented(run):
     for command in ("finetune", "demo", "masks"):
         code, out, _ = run(f"{command} --help")
