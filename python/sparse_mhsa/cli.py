@@ -1,7 +1,7 @@
 """The ``sparse-mhsa`` command.
 
-Exit codes: 0 success, 1 a run that broke down or ran out of memory, 2 bad usage or configuration, 130 Ctrl-C or
-SIGTERM.
+Exit codes: 0 success, 1 a run that broke down or ran out of memory, 2 bad usage or configuration, 130 Ctrl-C, or
+SIGTERM to a run that saves itself. What only measures writes row by row, and SIGTERM simply ends it.
 """
 
 import argparse
