@@ -140,6 +140,47 @@ def test_ctrl_c_exits_with_130_and_without_a_traceback(run, monkeypatch, local):
     assert (code, err) == (130, "interrupted\n")
 
 
+SHORT = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize(
+    "error", [SHORT, MemoryError(), ImportError("_image.so: failed to map segment from shared object")], ids=type
+)
+def test_running_out_of_memory_is_one_line_and_exit_code_1(run, monkeypatch, local, error):
+    def short(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Mask, "from_config", short)
+    code, _, err = run("masks --tokens 9 --heads 2", local)
+    assert (code, err) == (1, ": ".join(["error", "out of memory", *([str(error)] if str(error) else [])]) + "\n")
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(run, monkeypatch, local):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Mask, "from_config", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run("masks --tokens 9 --heads 2", local)
+
+
+@pytest.mark.parametrize("kind", ["kernels --no-plots", "latency"])
+@pytest.mark.parametrize(("allocate", "what"), [("randn", "peak rate"), ("ones", "bandwidth")])
+def test_a_machine_too_small_to_be_measured_says_what_did_not_fit(run, monkeypatch, tmp_path, kind, allocate, what):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+
+    def short(*_, **__):
+        raise SHORT
+
+    monkeypatch.setattr(torch, allocate, short)
+    code, _, err = run(f"bench {kind} --output-dir", tmp_path)
+    assert code == 1
+    assert err.startswith("error: out of memory: measuring the ")
+    assert what in err.partition(" DefaultCPUAllocator")[0]
+    assert err.count("\n") == 1
+
+
 # Options.
 
 
@@ -148,6 +189,19 @@ def test_underscores_and_hyphens_name_the_same_option_and_values_keep_theirs():
     assert hyphenate(given) == [
         "finetune", "--output-dir=runs/my_run", "--batch-size", "snake_case", "--", "--a_b"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "video", "demo"])
+@pytest.mark.parametrize(
+    ("words", "peak"), [("--blr=0.001", 0.0005), ("--blr 0.5", 0.25), ("--lr 0.5 --blr 0.1", 0.5), ("--lr=0.5", 0.5)]
+)
+def test_a_base_rate_that_is_given_wins_over_a_rate_that_is_only_the_default(monkeypatch, command, words, peak):
+    for package in ("timm", "torchvision", "tqdm", "matplotlib"):
+        pytest.importorskip(package)
+    taken = []
+    monkeypatch.setattr(f"sparse_mhsa.train.{command}.{command}", lambda options, _: taken.append(options.peak_lr))
+    assert main([command, "--batch-size", "128", *words.split()]) == 0
+    assert taken == [pytest.approx(peak)]
 
 
 def test_every_option_is_documented(run):

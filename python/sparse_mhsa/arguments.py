@@ -115,6 +115,11 @@ def hyphenate(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def is_given(flag: str, arguments: Sequence[str]) -> bool:
+    """Whether a command line names an option, whatever value it gives."""
+    return any(word.partition("=")[0] == flag for word in hyphenate(arguments))
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     return _integer(text, 1)

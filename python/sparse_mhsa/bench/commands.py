@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Parser, add_command, add_options, hyphenate, positive, read_options
+from ..arguments import Parser, add_command, add_options, hyphenate, is_given, positive, read_options
 from ..train import UsageError
 from ..train.recipes import FinetuneOptions
 from .options import DTYPES, GPU_EXAMPLES, QUICK_BUDGET, AccuracyOptions, BenchOptions, LatencyOptions
@@ -158,7 +158,7 @@ def run_bench_accuracy(parsed: argparse.Namespace) -> int:
     planned = ["--dry-run"] if options.dry_run else []
     recipe = read_options(FinetuneOptions, parser.parse_args([*words, *planned]))
     for flag in ("--attn-cfg", "--resume", "--eval", "--dist", "--seed", "--output-dir", "--dry-run"):
-        if any(word.partition("=")[0] == flag for word in words):
+        if is_given(flag, words):
             raise UsageError(f"{flag} after -- is set by bench accuracy itself, for every run")
     from .accuracy import bench_accuracy
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import torch
 
+from .measure import memory_for
+
 MATRIX = 1536
 """Side of the square matrices whose product stands for the peak rate."""
 WORKING_SETS = tuple(1 << bits for bits in range(15, 29, 2))
@@ -31,8 +33,9 @@ def best(call: Callable[[], object], seconds: float = 0.2) -> float:
 
 def peak_flops(dtype: torch.dtype) -> float:
     """Floating-point operations per second of torch's matrix product, the closest to the FMA peak from Python."""
-    a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
-    return 2 * MATRIX**3 / best(lambda: a @ b)
+    with memory_for(f"measuring the machine's peak rate by matrices of {MATRIX} x {MATRIX}"):
+        a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
+        return 2 * MATRIX**3 / best(lambda: a @ b)
 
 
 class Bandwidth:
@@ -45,7 +48,8 @@ class Bandwidth:
         for size in WORKING_SETS:
             private = size <= PRIVATE
             # In private caches one thread is measured: waking the others would take longer than the copying.
-            with _threads(1 if private else threads):
+            share = f"{size >> 10} KiB per thread"
+            with _threads(1 if private else threads), memory_for(f"measuring the memory's bandwidth with {share}"):
                 overhead = best(partial(torch.add, nothing, nothing, alpha=2, out=nothing), 0.02)
                 a, b, c = (torch.ones(size * (1 if private else threads) // 12) for _ in range(3))
                 taken = best(partial(torch.add, a, b, alpha=2, out=c), 0.1)

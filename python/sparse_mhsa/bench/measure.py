@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 Call = Callable[[], object]
@@ -36,11 +37,22 @@ def seconds_of(call: Call) -> float:
 def out_of_memory(error: Exception) -> str | None:
     """What an error says about memory that is missing, or None for an error about something else."""
     message = " ".join(str(error).split())[:200]
-    # torch names what it could not allocate, our core what does not fit.
-    signs = ("allocate memory", "fit in memory", "out of memory")
+    # torch names what it could not allocate, our core what does not fit, the loader which library.
+    signs = ("allocate memory", "fit in memory", "out of memory", "failed to map segment")
     if not isinstance(error, MemoryError) and not any(sign in message for sign in signs):
         return None
     return f"out of memory: {message}" if message else "out of memory"
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Let an error about missing memory say what it was missing for."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error) is None:
+            raise
+        raise MemoryError(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True)

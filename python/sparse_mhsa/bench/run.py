@@ -21,7 +21,7 @@ from ..train.checkpoint import make_folder, write_text
 from .cases import Case, all_cases, select
 from .gate import Gate, WrongResultError
 from .limits import Bandwidth, peak_flops
-from .measure import Call, interleave, out_of_memory, paired_ratio, spread
+from .measure import Call, interleave, memory_for, out_of_memory, paired_ratio, spread
 from .memory import FootprintError, available_memory, footprint
 from .methods import DENSE, METHODS, OURS, Attention, Method, Problem, UnsupportedError
 from .options import BenchOptions
@@ -237,12 +237,8 @@ def admit(
 
 
 def _gate(method: Method, problem: Problem) -> Gate:
-    try:
+    with memory_for("computing what it is compared with"):
         return Gate(problem, masked=method.masked, stepwise=method.stepwise)
-    except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error) is None:
-            raise
-        raise MemoryError(f"computing what it is compared with: {error}") from error
 
 
 def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwidth) -> dict[str, float]:

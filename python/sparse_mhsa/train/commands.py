@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_command, add_options, read_options
+from ..arguments import add_command, add_options, is_given, read_options
 from ..config import configs
 from .calibrate import CalibrateOptions
 from .dinov2 import Dinov2Options
@@ -155,6 +155,7 @@ def run_dinov2(parsed: argparse.Namespace) -> int:
 
 def run_video(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa video``."""
+    _let_blr_win(parsed)
     options = read_options(VideoOptions, parsed)
     from .video import video
 
@@ -173,6 +174,7 @@ def run_ablate_heads(parsed: argparse.Namespace) -> int:
 
 def run_demo(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa demo``."""
+    _let_blr_win(parsed)
     if parsed.warmup_epochs is None:
         parsed.warmup_epochs = DEMO_WARMUP * parsed.epochs
     options = read_options(TrainOptions, parsed)
@@ -180,3 +182,9 @@ def run_demo(parsed: argparse.Namespace) -> int:
 
     demo(options, shlex.join(["sparse-mhsa", *parsed.given]))
     return 0
+
+
+def _let_blr_win(parsed: argparse.Namespace) -> None:
+    """A ``--blr`` of the user against an ``--lr`` that is only the command's default."""
+    if is_given("--blr", parsed.given) and not is_given("--lr", parsed.given):
+        parsed.lr = None

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import find_attention
 from . import DataError, LoaderError, TrainingError, UsageError
-from .checkpoint import first_line, make_folder, random_state, replacing, set_random_state, write_checkpoint
+from .checkpoint import make_folder, random_state, replacing, set_random_state, write_checkpoint
 from .datasets import ImageData
 from .distributed import World, averaged
 from .events import Events
 from .interrupt import Interrupted, catch_interrupt
-from .loading import Loaders, of_loader
+from .loading import Loaders
 from .recipes import RunOptions
 from .resume import check_data, check_model, check_run
 from .schedule import learning_rate, set_learning_rate
@@ -147,11 +147,6 @@ class Trainer:
             self.save(LAST)
             path = self.options.output_dir / LAST
             raise type(error)(f"{error}; once that is mended, continue with --resume {path}") from error
-        except RuntimeError as error:
-            if not of_loader(error):
-                raise
-            # Inside a step, whose half cannot be saved.
-            raise LoaderError(f"a process of --num-workers ended: {first_line(error)}") from error
 
     @torch.no_grad()
     def evaluate(self, after_batch: Callable[[], object] = lambda: None) -> dict[str, float]:

@@ -236,7 +236,7 @@ def describe(trainer: Trainer) -> None:
         data.input_size,
         data.input_size,
     )
-    logger.info("%s: %.2f M parameters, %d tokens", options.model, trainer.num_parameters / 1e6, tokens)
+    logger.info("%s: %s trainable parameters, %d tokens", options.model, f"{trainer.num_parameters:,}", tokens)
     logger.info("%s, per image", attention_cost(trainer.model, tokens))
 
 

@@ -79,6 +79,23 @@ def without_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def without_sigchld() -> Iterator[None]:
+    """Let the end of a loader process interrupt nothing.
+
+    torch raises an error wherever the main thread is then, also inside a step, whose half cannot be saved. Whoever asks
+    for the next batch is told of it as well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
 def leave_interrupts_to_parent(_worker: int) -> None:
     """Signals to a whole group come to loader processes too; they must live until the step is finished.
 

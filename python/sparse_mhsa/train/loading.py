@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from . import DataError, LoaderError
 from .checkpoint import first_line
 from .distributed import World
-from .interrupt import leave_interrupts_to_parent, without_sigterm
+from .interrupt import leave_interrupts_to_parent, without_sigchld, without_sigterm
 from .recipes import RunOptions
 
 
@@ -146,16 +146,13 @@ def _translated(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         with without_sigterm():
             batches = iter(loader)
-        yield from batches
+        for batch in batches:
+            with without_sigchld():
+                yield batch
     except DataError as error:
         last = str(error).strip().splitlines()[-1]
         raise DataError(last.partition("DataError: ")[2] or last) from error
     except RuntimeError as error:
-        if not of_loader(error):
+        if "DataLoader worker" not in str(error):
             raise
         raise LoaderError(f"a process of --num-workers ended: {first_line(error)}") from error
-
-
-def of_loader(error: RuntimeError) -> bool:
-    """Whether torch says that a loader process ended, which it does wherever the main thread is."""
-    return "DataLoader worker" in str(error)

@@ -62,8 +62,8 @@ class RunOptions(Options):
     start_epoch: int = option(0, "epoch to start at without --resume, as if those before were done", at_least=0)
     batch_size: int = option(64, "images per step and process", at_least=1)
     accum_iter: int = option(1, "batches whose gradients add up to one step", at_least=1)
-    lr: float | None = option(None, "peak learning rate; by default blr * samples per step / 256", above=0)
-    blr: float = option(1e-3, "base learning rate per 256 samples", above=0)
+    lr: float | None = option(None, "peak learning rate, in place of blr * samples per step / 256", above=0)
+    blr: float = option(1e-3, "base learning rate per 256 samples, where no --lr is given", above=0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", at_least=0)
     warmup_epochs: float | None = option(
         None, "linear warm-up; by default 5 epochs, or a tenth of a run shorter than 50", at_least=0
@@ -306,7 +306,7 @@ class PretrainOptions(ImageOptions):
     mask_ratio: float = option(0.75, "share of the patches that the encoder does not see", above=0, below=1)
     norm_pix_loss: bool = option(False, "reconstruct patches normalised by their mean and spread")
     epochs: int = option(400, "passes over the training images", at_least=1)
-    blr: float = option(1.5e-4, "base learning rate per 256 images", above=0)
+    blr: float = option(1.5e-4, "base learning rate per 256 images, where no --lr is given", above=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine", at_least=0)
     warmup_epochs: float | None = option(
         None, "linear warm-up; by default 40 epochs, or a tenth of a run shorter than 400", at_least=0
@@ -387,7 +387,7 @@ class VideoOptions(RunOptions):
     smoothing: float = option(0.0, "label smoothing", at_least=0, below=1)
     epochs: int = option(30, "passes over the training clips", at_least=1)
     batch_size: int = option(16, "clips per step and process", at_least=1)
-    lr: float | None = option(1e-3, "peak learning rate", above=0)
+    lr: float | None = option(1e-3, "peak learning rate, in place of blr * samples per step / 256", above=0)
     output_dir: Path = option(Path("runs/video"), "where log.txt, checkpoints and the report go", metavar="DIR")
     finetune: Path | None = option(None, "initial weights, with the key names of public TimeSformers", metavar="FILE")
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
