@@ -325,6 +325,8 @@ class TestPerHead:
         masks = config_masks()
         with pytest.raises(ValueError, match="expected 1 or 2 heads in mask 0, got 3"):
             sm.Mask.per_head([masks["local"]] * 2)
+        with pytest.raises(ValueError, match="expected 1 head in mask 0, got 3"):
+            sm.Mask.per_head([masks["local"]])
         with pytest.raises(ValueError, match="expected at least one"):
             sm.Mask.per_head([])
         with pytest.raises(ValueError, match="expected 33 tokens in each, got 9"):

@@ -178,6 +178,44 @@ def test_a_value_that_stands_for_a_default_does_not_mislead(summary, symmetric, 
     assert abs(solution.density - target) <= min(abs(density - target) for _, density, _ in values) + 1e-12
 
 
+def pairs_of_fixed(block, summary, num_tokens, num_heads, symmetric, distinct):
+    """Pairs of the pattern `fixed`, counted from its definition block by block."""
+    patches, pairs = num_tokens - 1, num_heads * (2 * num_tokens - 1)
+    for head in range(num_heads):
+        share, more = divmod(summary, num_heads) if distinct else (summary, 0)
+        width = share + (distinct and head < more)
+        first = block - summary + (head * share + min(head, more) if distinct else 0)
+        for start in range(0, patches, block):
+            inside, later = min(block, patches - start), max(0, patches - start - block)
+            seen = max(0, min(patches, start + first + width) - min(patches, start + first))
+            pairs += inside**2 + seen * later * (1 + symmetric)
+    return pairs
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("target", [0.06, 0.15, 0.3, 0.8])
+@pytest.mark.parametrize(("tokens", "heads"), [(17, 2), (50, 4), (197, 3)])
+def test_blocks_and_their_summaries_are_set_together(tokens, heads, target, distinct, symmetric):
+    """Blocks alone, whose summaries are up to 16 wide, kept three times as much as 15 % of 197 tokens."""
+    kwargs = {"pattern": "fixed", "symmetric": symmetric, "per_head_distinct": distinct}
+    sizes = (tokens, heads, symmetric, distinct)
+    solution = sm.solve_budget({"mask": "sparse", "mask_kwargs": kwargs}, tokens, heads, max(target, 1 / tokens))
+    counts = {pairs_of_fixed(b, c, *sizes) for b in range(1, tokens - 1) for c in range(b + 1)}
+    assert solution.edges in counts
+    wanted = max(target, 1 / tokens) * heads * tokens**2
+    closest = min(abs(pairs - wanted) for pairs in counts)
+    assert abs(solution.edges - wanted) <= max(closest, 0.011 * wanted)
+
+
+@pytest.mark.parametrize("pattern", ["local", "strided"])
+def test_summaries_of_patterns_without_them_are_left_alone(pattern):
+    kwargs = {"pattern": pattern, "symmetric": True}
+    for target in (0.05, 0.31, 0.8):
+        solution = sm.solve_budget({"mask": "sparse", "mask_kwargs": kwargs}, TOKENS, HEADS, target)
+        assert [*solution.values] == ["local_attn_ctx"]
+
+
 # Windows on the grid: a number for all axes, or a list by axis where that comes closer.
 
 GRID_WINDOWS = [
@@ -248,7 +286,7 @@ def test_values_that_only_look_ordered_are_all_tried():
     config = {"mask": "sparse", "mask_kwargs": kwargs, "num_prefix_tokens": 1}
     place = {"num_tokens": 22, "num_heads": 12, "grid": None}
     target = 797 / 22**2 / 24
-    solution = sm.solve_budget(config, density=target, **place)
+    solution = sm.solve_budget(config, density=target, parameter="local_attn_ctx", **place)
     missed = min(abs(density - target) for _, density, _ in every_value_of("local_attn_ctx", config, place))
     assert abs(solution.density - target) == pytest.approx(missed, abs=1e-12)
 

@@ -245,7 +245,8 @@ class Mask:
             if not isinstance(mask, Mask):
                 raise TypeError(f"masks: expected a Mask at {head}, got {type(mask).__name__}")
             if mask.num_heads not in (1, len(masks)):
-                raise ValueError(f"masks: expected 1 or {len(masks)} heads in mask {head}, got {mask.num_heads}")
+                allowed = "1 head" if len(masks) == 1 else f"1 or {len(masks)} heads"
+                raise ValueError(f"masks: expected {allowed} in mask {head}, got {mask.num_heads}")
         heads = [(mask._edges, head if mask.num_heads > 1 else 0) for head, mask in enumerate(masks)]
         edges = Edges.from_heads(heads)
         prefixes = {mask.num_prefix_tokens for mask in masks}

@@ -131,7 +131,7 @@ impl Sparse {
 impl Pattern for Sparse {
     const NAME: &'static str = "sparse";
     const ABOUT: &'static str = "Sparse Transformer patterns: local, strided or fixed blocks with summaries";
-    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["local_attn_ctx"]];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["local_attn_ctx"], &["fixed_c"]];
     const BUDGET_RISES: bool = false;
 
     fn check(&self) -> Result<()> {

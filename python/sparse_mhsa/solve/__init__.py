@@ -59,10 +59,10 @@ def solve_budget(
     So methods are compared at matched cost. The parameter is searched by counting edges, never with an N x N array:
     by bisection where more of it always means more pairs (or fewer), otherwise value by value. Of two values equally
     close the cheaper one, and of equal costs the lower value, is taken: also where no value changes what the mask
-    keeps. Of several parameters (bigbird, block_topk) the one that comes closest is set, and another with it only
-    where that comes closer still; where this misses by more than a two-hundredth of the budget, the first parameter's
-    values up to 8 away are tried with the others set anew. In the end no other value of one of them, with the others
-    as they are, comes closer.
+    keeps. Of several parameters (bigbird, block_topk, sparse) the one that comes closest is set, and another with it
+    only where that comes closer still; where this misses by more than a two-hundredth of the budget, the first
+    parameter's values up to 8 away are tried with the others set anew, and again around the best of them. In the end
+    no other value of one of them, with the others as they are, comes closer.
 
     A window on the grid gets one number for all axes, and a list by axis only where that comes closer. Heads and
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by

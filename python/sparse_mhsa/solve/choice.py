@@ -48,8 +48,12 @@ def choose(document: Mapping[str, Any], parameter: str | None, place: Place, bud
     if len(keys) == 1:
         return _number_or_list(document, keys[0], place, budget)
     chosen = _set_in_turn(document, keys, place, budget)
-    chosen = _closest_nearby(document, keys, chosen, place, budget)
-    return _none_alone_closer(document, keys, chosen, place, budget)
+    while True:
+        closer = _closest_nearby(document, keys, chosen, place, budget)
+        closer = _none_alone_closer(document, keys, closer, place, budget)
+        if not closer.missed < chosen.missed:
+            return closer
+        chosen = closer
 
 
 def document_of(config: ConfigLike) -> dict[str, Any]:
