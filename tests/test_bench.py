@@ -558,6 +558,15 @@ def test_a_choice_that_another_kernel_beats_is_named_and_ends_the_command_with_1
     assert (tmp_path / "choice.md").read_text().count("WRONG") == 2
 
 
+def test_every_registered_mask_with_edges_that_stand_has_a_row():
+    masks = {case.layer_mask.name for case in choice.cases()}
+    assert masks == {
+        entry["name"]
+        for entry in _core.registered_masks()
+        if not sm.load_config(sm.configs()[entry["name"]]).by_content
+    }
+
+
 def test_afterwards_kernels_are_chosen_again(tmp_path):
     mask = Mask.from_config({"mask": "fibottention"}, 197, 4, head_dim=8)
     before = [head.kernel for head in mask.explain().heads]

@@ -234,8 +234,8 @@ impl<'a> Squares<'a> {
     }
 }
 
-/// How many pairs of the panel kernel cost as much as one edge of the kernels that look at single edges.
-pub(super) const PAIRS_PER_EDGE: usize = 2;
+/// How many pairs of the panel kernel cost as much as two edges of the general kernel: 2.3 to 2.7 forward, 3.3 to 3.4 with backward.
+const PAIRS_PER_TWO_EDGES: usize = 3;
 /// How many pairs of the panel kernel cost as much as six edges of the kernel for lines.
 pub(super) const PAIRS_PER_SIX_EDGES_OF_LINES: usize = 7;
 /// Tiles to judge an edge set by.
@@ -275,7 +275,7 @@ impl Coverage {
         Coverage {
             pairs: (pairs as u128 * tiles as u128 / seen.max(1) as u128) as usize,
             squares: counts.get(counts.len() * 7 / 8).copied().unwrap_or(0),
-            pays: pairs <= kept * PAIRS_PER_EDGE,
+            pays: pairs * 2 <= kept * PAIRS_PER_TWO_EDGES,
             beats_lines: pairs * 6 <= kept * PAIRS_PER_SIX_EDGES_OF_LINES,
         }
     }
