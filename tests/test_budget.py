@@ -101,3 +101,12 @@ def test_more_weight_for_all_changes_nothing(weights, total):
 def test_what_cannot_be_split_says_what_is_wrong(arguments, error, message):
     with pytest.raises(error, match=message):
         allocate(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("units", "error", "message"),
+    [(-1, ValueError, "units: expected at least 0, got -1"), (2.5, TypeError, "units: expected an integer, got float")],
+)
+def test_what_is_no_number_of_units_is_named(units, error, message):
+    with pytest.raises(error, match=message):
+        uniform(5, units)

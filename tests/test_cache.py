@@ -706,3 +706,12 @@ def test_lengths_that_make_no_sense_are_refused():
             sm.decode_attention(q[:, :, :1], k, v, lengths)
     with pytest.raises(RuntimeError, match="decoding has no gradient"):
         sm.decode_attention(q[:, :, :1].requires_grad_(), k, v, torch.tensor([[1], [2]]))
+
+
+@pytest.mark.parametrize("layer", [2, -1])
+def test_a_layer_that_a_cache_does_not_have_is_named(layer):
+    cache = sm.KVCache(sm.CachePolicy("full"), num_layers=2)
+    q, k, v = tensors(tokens=1)
+    for call in (lambda: cache.attend(layer, q, k, v), lambda: cache.update(layer, k, v)):
+        with pytest.raises(ValueError, match=f"layer: expected 0 to 1, got {layer}"):
+            call()

@@ -488,7 +488,10 @@ def test_padding_is_not_attended_to_and_padded_queries_do_not_count():
         ({"loader": lambda: iter(batches())}, "loader: gave 12 samples at first, and then 0"),
         ({"loader": [torch.randn(1, n, 24) for n in (5, 6)]}, "saw 5 and then 6"),
         ({"include": "nothing"}, "include: `nothing` matches none of the attention layers"),
-        ({"include": r"layers\.[01]\."}, "model: expected one whole stack of attention layers"),
+        (
+            {"include": r"layers\.[01]\."},
+            "model: expected one whole stack of attention layers, got [^,]*, [^,]*; use",
+        ),
         ({"num_prefix_tokens": PATCHES}, "expected tokens beside the 21 prefix tokens"),
     ],
 )

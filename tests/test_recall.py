@@ -82,5 +82,7 @@ def test_padding_is_neither_chosen_nor_best(content):
 def test_what_has_no_recall_is_refused(content):
     with pytest.raises(ValueError, match="top: expected at least 1, got 0"):
         sm.recall("mask: none", *content, top=0)
+    with pytest.raises(TypeError, match=r"top: expected an integer, got float 1\.5"):
+        sm.recall("mask: none", *content, top=1.5)
     with pytest.raises(sm.ConfigError, match="backend: `efficient` has no edges"):
         sm.recall("backend: efficient", *content, top=1)

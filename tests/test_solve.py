@@ -370,6 +370,14 @@ def test_operations_of_all_layers_are_a_budget():
     assert abs(solution.edges - kept) <= 144
 
 
+@pytest.mark.parametrize("flops", [1.0, 1e300])
+def test_a_budget_beyond_dense_attention_keeps_all_that_it_can(flops):
+    """Beside 1e300 GMACs no count of pairs differs from another."""
+    place = {"num_tokens": TOKENS, "num_heads": HEADS, "head_dim": 8, "num_layers": 1}
+    solution = sm.solve_budget({"mask": "topk"}, flops=flops, unit="GMACs", **place)
+    assert solution.density == 1.0
+
+
 def test_long_sequences_are_solved_without_a_matrix():
     for config in ({"mask": "local"}, {"mask": "pruning"}, {"mask": "topk"}):
         solution = sm.solve_budget(config, 100_000, 2, density=1e-3)
@@ -466,6 +474,10 @@ def test_values_that_are_only_tried_are_not_warned_of(caplog):
         ({"num_tokens": "50"}, "num_tokens: expected an integer, got str '50'"),
         ({"num_heads": 4.0}, "num_heads: expected an integer, got float 4.0"),
         ({"density": "0.1"}, "density: expected a number, got str '0.1'"),
+        ({"density": True}, "density: expected a number, got bool True"),
+        ({"num_layers": 2.5}, "num_layers: expected an integer, got float 2.5"),
+        ({"grid": 7}, "grid: expected a list of integers, got int 7"),
+        ({"parameter": 3}, "parameter: expected a key of mask_kwargs, got int 3"),
     ],
     ids=str,
 )
@@ -521,6 +533,14 @@ def test_a_mask_of_the_program_says_which_parameter():
          sm.ConfigError, "backend: `linformer` has no edges"),
         ({"mask": "neighborhood", "mask_kwargs": {"stride": 3}, "grid": [2, 5, 5]}, {"density": 0.1}, sm.ConfigError,
          "mask_kwargs.stride: "),
+        ("mask: topk", {"flops": 1.0, "unit": "GMACs", "head_dim": 0, "num_layers": 2}, ValueError,
+         "head_dim: expected at least 1, got 0"),
+        ("mask: topk", {"flops": 1.0, "unit": "GMACs", "head_dim": 4, "num_layers": 0}, ValueError,
+         "num_layers: expected at least 1, got 0"),
+        ("mask: topk", {"flops": 10**400, "unit": "GMACs", "head_dim": 4, "num_layers": 2}, ValueError,
+         "flops: expected a finite number above 0, got 10"),
+        ({"mask": "local"}, {"density": 0.1, "grid": [5, 5]}, ValueError, "grid: .* has 25 cells"),
+        ({"mask": "local", "mask_kwargs": []}, {"density": 0.1}, sm.ConfigError, "mask_kwargs: "),
         ({"mask": "neighborhood", "grid": "7x7"}, {"density": 0.1}, sm.ConfigError, "grid: "),
         ({"mask": "fibotention"}, {"density": 0.1}, sm.ConfigError, "unknown mask `fibotention`: did you mean"),
         ({"mask": "local", "mask_kwargs": {"windw": 3}}, {"density": 0.1}, sm.ConfigError, "unknown key `windw`"),

@@ -65,9 +65,10 @@ def uniform(total: int, units: int, minimum: int = 0) -> NDArray[np.int64]:
         (units,) whole shares.
 
     Raises:
-        ValueError: ``total`` is less than the minimum of all units together.
+        TypeError: a count is not a whole number.
+        ValueError: ``total`` is less than the minimum of all units together, or ``units`` is negative.
     """
-    return allocate(total, np.ones(units), minimum)
+    return allocate(total, np.ones(integer("units", units)), minimum)
 
 
 def _counts(name: str, bound: object, shape: tuple[int, ...]) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .budget import Weights, allocate
 from .cache_policy import CachePolicy, whole_number
+from .config import index
 from .layer_cache import CacheMemory, CacheUpdate, Capacity, LayerCache, is_one_number
 
 
@@ -78,11 +79,14 @@ class KVCache:
         window: int | None = None,
     ) -> Tensor:
         """`LayerCache.attend` of one layer."""
-        return self.layers[layer].attend(q, k, v, token_mask=token_mask, scale=scale, window=window)
+        return self._at(layer).attend(q, k, v, token_mask=token_mask, scale=scale, window=window)
 
     def update(self, layer: int, k: Tensor, v: Tensor, *, token_mask: Tensor | None = None) -> CacheUpdate:
         """`LayerCache.update` of one layer."""
-        return self.layers[layer].update(k, v, token_mask=token_mask)
+        return self._at(layer).update(k, v, token_mask=token_mask)
+
+    def _at(self, layer: int) -> LayerCache:
+        return self.layers[index("layer", layer, len(self.layers))]
 
     def reset(self) -> None:
         """Forget everything."""

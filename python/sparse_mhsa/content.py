@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import ConfigLike, config_error, load_config
+from .config import ConfigLike, config_error, integer, load_config
 from .converters import edges_from_csr
 from .edges import EdgeSource, accumulation_dtype
 from .layer_mask import LayerMask
@@ -146,10 +146,10 @@ def recall(
 
     Raises:
         ConfigError: the configuration cannot be honoured.
+        TypeError: ``top`` is no integer.
         ValueError: ``top`` is less than 1, or the configuration names a backend without edges.
     """
-    if top < 1:
-        raise ValueError(f"top: expected at least 1, got {top}")
+    top = integer("top", top, 1)
     layer_mask: LayerMask | Mask
     if isinstance(config, Mask):
         layer_mask = config

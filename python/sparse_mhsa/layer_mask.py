@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class LayerMask:
         for name in ("num_heads", "layer", "num_layers", "epoch", "num_prefix_tokens", "head_dim"):
             number = getattr(self, name)
             if number is not None or name in ("num_heads", "layer", "epoch"):
-                object.__setattr__(self, name, integer(name, number, least=int(name == "num_layers")))
+                object.__setattr__(self, name, integer(name, number, least=int(name in ("num_layers", "head_dim"))))
         if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1):
             raise ValueError(f"grid: expected [H, W] or [T, H, W], each at least 1, got {grid}")
         if self.num_layers is not None and self.layer >= self.num_layers:
@@ -198,3 +199,13 @@ def _keeps_no_later_key(spec: str) -> bool:
 def draw_seed() -> int:
     """A seed from torch's default generator, which `torch.manual_seed` governs."""
     return int(torch.randint(torch.iinfo(torch.int32).max, (), device="cpu"))
+
+
+def check_grid(sides: Sequence[int], num_tokens: int, num_prefix_tokens: int) -> None:
+    """Raise a ValueError unless a grid has as many cells as there are tokens after the prefix."""
+    patches = num_tokens - num_prefix_tokens
+    if math.prod(sides) != patches:
+        raise ValueError(
+            f"grid: {list(sides)} has {math.prod(sides)} cells, but {num_tokens} tokens with "
+            f"{num_prefix_tokens} prefix tokens leave {patches} patches"
+        )

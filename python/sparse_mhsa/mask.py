@@ -3,7 +3,6 @@
 import base64
 import html
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +27,7 @@ from .converters import (
 from .edges import EdgeSource
 from .explain import Explanation, explain
 from .flops import Unit, attention_macs, in_unit
-from .layer_mask import LayerMask
+from .layer_mask import LayerMask, check_grid
 from .register import replacements
 
 if TYPE_CHECKING:
@@ -150,11 +149,8 @@ class Mask:
         place = (layer, num_layers, epoch, sides, num_prefix_tokens)
         layer_mask = LayerMask(load_config(config), num_heads, *place, head_dim)
         mask = cls(layer_mask, num_tokens, head_dim)
-        if sides is not None and math.prod(sides) != num_tokens - mask.num_prefix_tokens:
-            raise ValueError(
-                f"grid: {list(sides)} has {math.prod(sides)} cells, but {num_tokens} tokens with "
-                f"{mask.num_prefix_tokens} prefix tokens leave {num_tokens - mask.num_prefix_tokens} patches"
-            )
+        if sides is not None:
+            check_grid(sides, num_tokens, mask.num_prefix_tokens)
         return mask
 
     @classmethod

@@ -149,8 +149,9 @@ def _check_stack(layers: Sequence["_Layer"]) -> None:
         raise ValueError("model: no self-attention layer was selected")
     sites = [layer.site for layer in layers]
     if [site.layer for site in sites] != list(range(sites[0].num_layers)):
-        names = ", ".join(site.name or "(root)" for site in sites[:4])
-        raise ValueError(f"model: expected one whole stack of attention layers, got {names}, ...; use `include`")
+        names = [site.name or "(root)" for site in sites]
+        first = ", ".join(names if len(names) <= 4 else [*names[:4], "..."])
+        raise ValueError(f"model: expected one whole stack of attention layers, got {first}; use `include`")
     shapes = {(site.num_heads, site.num_prefix_tokens) for site in sites}
     if len(shapes) > 1:
         raise ValueError(f"model: expected layers of equal (heads, prefix tokens), got {sorted(shapes, key=str)}")

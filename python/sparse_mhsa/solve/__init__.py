@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .._core import AttentionConfig
-from ..config import ConfigLike, integer, load_config
+from ..config import ConfigLike, integer, integers, load_config
 from ..flops import Unit
 from .choice import Value, choose, document_of, with_values
 from .cost import Budget, Place
@@ -95,11 +95,15 @@ def solve_budget(
             parameter (the message says its density).
         TypeError: a number is none, or not whole where it counts.
         ValueError: not exactly one budget is given, or it is out of range, such as less than one key for each
-                query.
+                query; or ``grid`` does not have as many cells as there are tokens after the prefix.
     """
+    if parameter is not None and not isinstance(parameter, str):
+        raise TypeError(f"parameter: expected a key of mask_kwargs, got {type(parameter).__name__} {parameter!r:.60}")
     document = document_of(config)
     tokens, heads = integer("num_tokens", num_tokens), integer("num_heads", num_heads)
-    place = Place(tokens, heads, layer, num_layers, grid, num_prefix_tokens, head_dim)
+    layers = None if num_layers is None else integer("num_layers", num_layers, 1)
+    sides = None if grid is None else integers("grid", grid)
+    place = Place(tokens, heads, layer, layers, sides, num_prefix_tokens, head_dim)
     chosen = choose(document, parameter, place, Budget(density, pruning_ratio, flops, unit))
     finished = load_config(with_values(document, chosen.values))
     return Solution(chosen.values, finished, chosen.count.density, chosen.count.pruning_ratio, chosen.count.edges)

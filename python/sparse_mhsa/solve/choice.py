@@ -60,7 +60,7 @@ def document_of(config: ConfigLike) -> dict[str, Any]:
     """The keys of a configuration; a mapping may be incomplete."""
     if isinstance(config, Mapping):
         inner = config.get("attention", config)
-        if isinstance(inner, Mapping) and isinstance(inner.get("mask_kwargs") or {}, Mapping):
+        if isinstance(inner, Mapping) and isinstance(inner.get("mask_kwargs"), Mapping | None):
             return dict(inner)
     document: dict[str, Any] = json.loads(load_config(config).to_json())
     return document

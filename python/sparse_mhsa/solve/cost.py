@@ -1,7 +1,7 @@
 """What a mask costs, and what a budget asks for."""
 
 import math
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 from numbers import Real
 
@@ -9,7 +9,7 @@ from .. import _core
 from .._core import AttentionConfig
 from ..config import config_error
 from ..flops import Unit, attention_macs, in_unit
-from ..layer_mask import LayerMask
+from ..layer_mask import LayerMask, check_grid
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Place:
     num_heads: int
     layer: int
     num_layers: int | None
-    grid: Sequence[int] | None
+    grid: tuple[int, ...] | None
     num_prefix_tokens: int | None
     head_dim: int | None
 
@@ -53,6 +53,8 @@ class Place:
         if None in config.seeds:
             config = config.with_seed(0)  # numbers do not depend on it, and torch's generator is left alone
         masks = self._masks(config)
+        if self.grid is not None:
+            check_grid(self.grid, self.num_tokens, masks[0].num_prefix_tokens_used)
         of_spec = {spec: self._edges(spec) for spec in {mask.spec for mask in masks}}
         edges, patches = (sum(of_spec[mask.spec][which] for mask in masks) for which in (0, 1))
         heads, num_patches = self.num_heads * len(masks), max(0, self.num_tokens - masks[0].num_prefix_tokens_used)
@@ -60,9 +62,8 @@ class Place:
         return Count(edges, patches, queries * self.num_tokens, patch_queries * num_patches, queries, patch_queries)
 
     def _masks(self, config: AttentionConfig) -> list[LayerMask]:
-        sides = None if self.grid is None else tuple(self.grid)
         layers = [self.layer] if self.num_layers is None else range(self.num_layers)
-        rest = (self.num_layers, 0, sides, self.num_prefix_tokens, self.head_dim)
+        rest = (self.num_layers, 0, self.grid, self.num_prefix_tokens, self.head_dim)
         return [LayerMask(config, self.num_heads, layer, *rest) for layer in layers]
 
     def _edges(self, spec: str) -> tuple[float, float]:
@@ -85,10 +86,11 @@ class Budget:
 
     def target(self, place: Place, like: Count) -> float:
         """Edges to keep, between patches for a pruning ratio: at least one for each query."""
-        kept = self._edges(place, like)
         dense, queries = (
             (like.dense_edges, like.queries) if self.pruning_ratio is None else (like.dense_patches, like.patch_queries)
         )
+        # Beside a budget far beyond dense attention, all masks would be equally far from it.
+        kept = min(self._edges(place, like), dense)
         if kept < queries * (1 - 1e-12):
             name = next(name for name in ("density", "pruning_ratio", "flops") if getattr(self, name) is not None)
             raise ValueError(
@@ -102,7 +104,7 @@ class Budget:
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"budget: give exactly one of {', '.join(given)}")
         for key, number in given.items():
-            if number is not None and not isinstance(number, Real):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
                 raise TypeError(f"{key}: expected a number, got {type(number).__name__} {number!r:.60}")
         if self.flops is None and self.unit is not None:
             raise ValueError(f"unit: expected None except with flops, got {self.unit!r}")
@@ -115,8 +117,8 @@ class Budget:
                 raise ValueError(f"pruning_ratio: expected at least 0 and less than 1, got {self.pruning_ratio}")
             return (1.0 - self.pruning_ratio) * like.dense_patches
         assert self.flops is not None
-        if not 0.0 < self.flops < math.inf:
-            raise ValueError(f"flops: expected a number above 0, got {self.flops}")
+        if not 0.0 < self.flops <= sys.float_info.max:
+            raise ValueError(f"flops: expected a finite number above 0, got {self.flops!r:.60}")
         for name, value in (("unit", self.unit), ("head_dim", place.head_dim), ("num_layers", place.num_layers)):
             if value is None:
                 raise ValueError(f"{name}: expected a value with flops, got None")
