@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
 /// Everything that can go wrong outside of Python itself.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -108,8 +111,35 @@ pub fn did_you_mean<'a>(given: &str, allowed: impl IntoIterator<Item = &'a str>)
         .map(|(_, name)| name)
 }
 
+/// `value` as parameters; else the path to what is wrong with them, and why.
+pub fn read_parameters<P: DeserializeOwned>(value: &Value) -> std::result::Result<P, (String, String)> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let (path, message) = (error.path().to_string(), error.inner().to_string());
+        of_serde(&path, &allowed_instead::<P>(value, &path, &message).unwrap_or(message))
+    })
+}
+
+/// For a value of the wrong type serde names types of Rust. What would be allowed, it says of a name or a mapping in its place.
+fn allowed_instead<P: DeserializeOwned>(value: &Value, path: &str, message: &str) -> Option<String> {
+    let find = |words: &str, other: Value| message.find(words).map(|end| (end, other));
+    let mapping = || Value::Object(Map::new());
+    let (end, other) = find("expected string or map", Value::from(""))
+        .or_else(|| find("expected variant identifier", Value::from("")))
+        .or_else(|| find("expected internally tagged enum", mapping()))
+        .or_else(|| find("expected struct", mapping()))?;
+    let mut changed = value.clone();
+    let pointer = format!("/{}", path.replace(['.', '['], "/").replace(']', ""));
+    *changed.pointer_mut(&pointer)? = other;
+    let told = serde_path_to_error::deserialize::<_, P>(&changed).err()?.inner().to_string();
+    let before = &message[..end];
+    match told.find("expected ") {
+        Some(names) => Some(format!("{before}{}", &told[names..])),
+        None => Some(format!("{before}expected a mapping with `{}`", told.split('`').nth(1)?)),
+    }
+}
+
 /// What serde says of a mapping at `path`, with the key that it misses or does not know put into the path.
-pub fn of_serde(path: &str, message: &str) -> (String, String) {
+fn of_serde(path: &str, message: &str) -> (String, String) {
     let below = |key: &str| match path {
         "." | "" => key.to_owned(),
         _ if path.rsplit('.').next() == Some(key) => path.to_owned(),
@@ -129,7 +159,7 @@ pub fn of_serde(path: &str, message: &str) -> (String, String) {
 }
 
 /// A message of serde with the kinds of numbers in words instead of Rust's names for them.
-pub fn in_words(message: &str) -> String {
+fn in_words(message: &str) -> String {
     let kinds = [
         ("i64", "an integer"),
         ("u64", "an integer of at least 0"),

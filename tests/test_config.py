@@ -1,6 +1,7 @@
 """Configurations as users write them: files, mappings, OmegaConf nodes, their schema, and overrides by layer."""
 
 import enum
+import itertools
 import json
 import re
 from pathlib import Path
@@ -93,6 +94,46 @@ def test_the_schema_refuses_what_the_loader_refuses(schema, text):
         sm.load_config(text)
     with pytest.raises(jsonschema.ValidationError):
         schema.validate(yaml.safe_load(text))
+
+
+WRONG_TYPES = [0, 2.5, True, "?", [], ["?"], {"?": 1}]
+RUST = re.compile(r"string or map|internally tagged|struct|variant identifier|[iu](64|size)\b|f64\b|untagged")
+
+
+@pytest.mark.parametrize("entry", _core.registered_masks(), ids=lambda entry: entry["name"])
+def test_a_value_of_a_wrong_type_is_told_what_is_allowed_in_words(entry):
+    """Keys of the document, of every mask, and of mappings inside: what the parser says names no type of ours."""
+    documents = [
+        {"mask": entry["name"], key: value} for key in ("masked_logits", "on_empty_row") for value in WRONG_TYPES
+    ]
+    for key, value in itertools.product(entry["keys"], WRONG_TYPES):
+        documents.append({"mask": entry["name"], "mask_kwargs": {key: value}})
+        documents.append({"mask": entry["name"], "mask_kwargs": {key: {"kind": value}}})
+    told = {message for message in map(refusal, documents) if RUST.search(message)}
+    assert not told
+
+
+def refusal(document):
+    """What the loader says, nothing if it takes the document."""
+    try:
+        sm.load_config(document)
+    except sm.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_choice_of_a_wrong_type_names_the_choices():
+    for config, key, allowed in (
+        ({"masked_logits": 0}, "masked_logits", "`neg_inf` or `zero`"),
+        ({"mask_kwargs": {"window_schedule": 1}}, "mask_kwargs.window_schedule", "a mapping with `kind`"),
+        (
+            {"mask_kwargs": {"window_schedule": {"kind": 3}}},
+            "mask_kwargs.window_schedule.kind",
+            "one of `list`, `linear`",
+        ),
+    ):
+        with pytest.raises(sm.ConfigError, match=rf"{key}: invalid type: integer `\d`, expected {allowed}"):
+            sm.load_config({"mask": "local", **config})
 
 
 # Parameters that depend on what stands beside them, which is the loader's business.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::document::{Broken, split_path, type_name};
-use crate::error::{Error, Result, of_serde, unknown_name};
+use crate::error::{Error, Result, read_parameters, unknown_name};
 use crate::pattern::registry::{check_keys, check_range, field_names};
 
 /// Softmax over the kept edges, under its own name and those of the reference's equivalent backends.
@@ -169,10 +169,8 @@ impl BuiltIn {
             ignored: B::IGNORED,
             keys: field_names::<B>,
             read: |value| {
-                let backend: B = serde_path_to_error::deserialize(value).map_err(|e| {
-                    let (path, message) = of_serde(&e.path().to_string(), &e.inner().to_string());
-                    Broken::at(split_path(&path), message)
-                })?;
+                let backend: B = read_parameters(value)
+                    .map_err(|(path, message)| Broken::at(split_path(&path), message))?;
                 backend.check()?;
                 Ok(serde_json::to_value(&backend).expect("parameters are plain data"))
             },

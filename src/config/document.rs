@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::backend;
-use crate::error::{Error, in_words, unknown_name};
+use crate::error::{Error, read_parameters, unknown_name};
 use crate::pattern::grid::TokenOrder;
 use crate::pattern::registry::{self, Registered, check_keys, field_names};
 
@@ -123,10 +123,8 @@ impl Document {
     /// Read the keys of a mapping and check what can be checked without the mask.
     pub(super) fn read(written: &Map<String, Value>) -> std::result::Result<Self, Broken> {
         check_keys(written, field_names::<Document>(), &[])?;
-        let document: Document =
-            serde_path_to_error::deserialize(&Value::Object(written.clone())).map_err(|error| {
-                Broken::at(split_path(&error.path().to_string()), in_words(&error.inner().to_string()))
-            })?;
+        let document: Document = read_parameters(&Value::Object(written.clone()))
+            .map_err(|(path, message)| Broken::at(split_path(&path), message))?;
         check_numbers(&document)?;
         Ok(document)
     }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::user::{self, UserMask};
 use super::{AnyPattern, Pattern};
-use crate::error::{Error, Result, of_serde, unknown_name};
+use crate::error::{Error, Result, read_parameters, unknown_name};
 
 /// Calls `$then!` with `file::Type` of every mask.
 macro_rules! masks {
@@ -129,10 +129,8 @@ impl Registered {
                 budget_rises: P::BUDGET_RISES,
                 files: P::FILES,
                 read: |value| {
-                    let mut pattern: P = serde_path_to_error::deserialize(value).map_err(|e| {
-                        let (path, message) = of_serde(&e.path().to_string(), &e.inner().to_string());
-                        ReadError::Type { path, message }
-                    })?;
+                    let mut pattern: P = read_parameters(&value)
+                        .map_err(|(path, message)| ReadError::Type { path, message })?;
                     pattern.resolve().and_then(|()| pattern.check()).map_err(ReadError::Range)?;
                     Ok(Box::new(pattern))
                 },
