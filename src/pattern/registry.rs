@@ -129,7 +129,7 @@ impl Registered {
                 budget_rises: P::BUDGET_RISES,
                 files: P::FILES,
                 read: |value| {
-                    let mut pattern: P = read_parameters(&value)
+                    let mut pattern: P = read_parameters(value)
                         .map_err(|(path, message)| ReadError::Type { path, message })?;
                     pattern.resolve().and_then(|()| pattern.check()).map_err(ReadError::Range)?;
                     Ok(Box::new(pattern))
