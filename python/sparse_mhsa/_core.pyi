@@ -26,6 +26,7 @@ __all__ = [
     "decode",
     "dropout_keep",
     "edge_index",
+    "force_kernel",
     "forward",
     "forward_edges",
     "load_scores",
