@@ -68,7 +68,7 @@ NO_ATTENTION = (
     "test_solve.py::test_a_mask",
     "test_solve.py::test_every",
     "test_solve.py::test_long",
-    "test_solve.py::test_no_other",
+    "test_solve.py::test_no_",
     "test_solve.py::test_numbers",
     "test_solve.py::test_operations",
     "test_solve.py::test_pruning",

@@ -152,6 +152,26 @@ def test_no_pair_of_values_is_much_closer(kwargs, target):
     assert abs(solution.density - target) <= max(closest + 1e-12, 5e-3 * target)
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "target"), [("block_topk", {}, 0.97), ("bigbird", {"symmetric": True}, 0.83)]
+)
+def test_no_combination_is_closer_where_there_are_few(name, kwargs, target):
+    """Far from the values that are found one after the other lie others that come closer."""
+    place = {"num_tokens": 26, "num_heads": 2, "grid": None}
+    config = {
+        "mask": name,
+        "mask_kwargs": {"seed": 0, **kwargs} if name == "bigbird" else kwargs,
+        "num_prefix_tokens": 1,
+    }
+    first, second = (names[0] for names in REGISTERED[name]["budget_keys"])
+    found = []
+    for value in range(27):
+        fixed = config | {"mask_kwargs": config["mask_kwargs"] | {first: value}}
+        found += [abs(density - target) for _, density, _ in every_value_of(second, fixed, place, range(27))]
+    solution = sm.solve_budget(config, density=target, **place)
+    assert abs(solution.density - target) <= max(min(found) + 1e-12, 5e-3 * target)
+
+
 @pytest.mark.parametrize("target", [0.021, 0.05, 0.1, 0.3, 0.5])
 @pytest.mark.parametrize("tokens", [50, 197])
 def test_block_topk_meets_a_budget_by_the_size_of_its_blocks(tokens, target):

@@ -61,8 +61,9 @@ def solve_budget(
     close the cheaper one, and of equal costs the lower value, is taken: also where no value changes what the mask
     keeps. Of several parameters (bigbird, block_topk, sparse) the one that comes closest is set, and another with it
     only where that comes closer still; where this misses by more than a two-hundredth of the budget, the first
-    parameter's values up to 8 away are tried with the others set anew, and again around the best of them. In the end
-    no other value of one of them, with the others as they are, comes closer.
+    parameter's values up to 8 away are tried with the others set anew, and again around the best of them, and where
+    that does not help and there are at most 4,096, all values with each other. In the end no other value of one of
+    them, with the others as they are, comes closer.
 
     A window on the grid gets one number for all axes, and a list by axis only where that comes closer. Heads and
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by

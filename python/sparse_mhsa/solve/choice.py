@@ -1,6 +1,7 @@
 """Which parameters of a mask are set to meet a budget, and how those that are set together are."""
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ Value = int | float | list[int]
 
 _NEAR = 8
 """Values on either side of the first parameter's that are tried with the other parameters set anew."""
+_EVERY_COMBINATION = 4096
+"""So many combinations of values are all tried: those of two parameters at up to 63 tokens."""
 _CLOSE = 5e-3
 """Share of a budget by which it may be missed before values nearby are tried."""
 
@@ -52,7 +55,7 @@ def choose(document: Mapping[str, Any], parameter: str | None, place: Place, bud
         closer = _closest_nearby(document, keys, chosen, place, budget)
         closer = _none_alone_closer(document, keys, closer, place, budget)
         if not closer.missed < chosen.missed:
-            return closer
+            return _closest_of_all(document, keys, closer, place, budget)
         chosen = closer
 
 
@@ -151,6 +154,26 @@ def _none_alone_closer(
         if isinstance(found, ConfigError) or not found.missed < chosen.missed:
             return chosen
         chosen = Chosen({**chosen.values, found.key: found.value}, found.count, found.missed)
+
+
+def _closest_of_all(
+    document: Mapping[str, Any], keys: Sequence[str], chosen: Chosen, place: Place, budget: Budget
+) -> Chosen:
+    """All values with each other, where they are few enough and what was found is not close."""
+    numbers = range(place.num_tokens + 1)
+    few = len(numbers) ** len(keys) <= _EVERY_COMBINATION and not any(key.endswith("_ratio") for key in keys)
+    if not few or chosen.missed <= _CLOSE * budget.target(place, chosen.count):
+        return chosen
+    for combination in itertools.product(numbers, repeat=len(keys)):
+        values = dict(zip(keys, combination, strict=True))
+        try:
+            count = place.count(load_config(with_values(document, values)))
+        except ValueError:
+            continue
+        missed = abs(budget.spent(count) - budget.target(place, count))
+        if missed < chosen.missed:
+            chosen = Chosen(values, count, missed)
+    return chosen
 
 
 @dataclass(frozen=True)
