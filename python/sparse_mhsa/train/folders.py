@@ -1,8 +1,9 @@
 """Images that come inside no package: CIFAR, Tiny-ImageNet, ImageNet and any folder, with timm's transforms."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Transforms:
 
     def __init__(self, options: ImageOptions) -> None:
         import timm
+        from timm.data.auto_augment import posterize
         from timm.data.transforms_factory import create_transform
         from timm.models import PretrainedCfg
 
@@ -124,12 +126,33 @@ class Transforms:
                 f"--aa '{policy}': timm does not know this policy ({first_line(error)}); "
                 "allowed: rand-..., augmix-..., original, originalr, v0, v0r, 3a"
             ) from error
+        for operation in _operations(self.augment):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
         # As in MAE: the shorter side is resized to size / 0.875, the centre is kept.
         self.plain = create_transform(**shared, is_training=False, crop_pct=0.875)
 
     def data(self, train: Dataset[Any], test: Dataset[Any], classes: tuple[str, ...]) -> ImageData:
         """The data set made of these two halves."""
         return ImageData(train, test, classes, 3, self.size, None, self.mean, self.std)
+
+
+def _operations(transform: Any) -> Iterator[Any]:  # noqa: ANN401  (timm's transforms)
+    """The operations on images that the policy of ``--aa`` draws from."""
+    from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
+
+    for part in transform.transforms:
+        if isinstance(part, (RandAugment, AugMixAugment)):
+            yield from part.ops
+        elif isinstance(part, AutoAugment):
+            yield from chain.from_iterable(part.policy)
+
+
+def _posterize(image: Any, bits_to_keep: int, **_: object) -> Any:  # noqa: ANN401  (a PIL image)
+    """timm's: at its strongest it keeps 0 bits, which Pillow made black and now refuses."""
+    from timm.data.auto_augment import posterize
+
+    return posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)  # type: ignore[no-untyped-call]
 
 
 def _cifar(root: Path, transforms: Transforms, options: ImageOptions) -> ImageData:
