@@ -89,6 +89,24 @@ def test_scores_of_two_thousand_are_as_precise_as_dense_torch_in_the_median(name
         assert mine <= factor * base, f"{name}: {mine:.3e}, plain torch {base:.3e}"
 
 
+@pytest.mark.parametrize(("num_tokens", "heads"), [(577, 32), (1025, 8)])
+def test_many_query_heads_of_one_key_head_lose_no_precision(num_tokens, heads):
+    """dk and dv are sums over the queries of every head that shares the key."""
+    q, grad_out = (torch.randn(1, heads, num_tokens, 64) for _ in range(2))
+    k, v = (torch.randn(1, 1, num_tokens, 64) for _ in range(2))
+    gradients = []
+    for dtype, ours in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        if ours:
+            out = sm.sparse_attention(*leaves, None)
+        else:
+            key, value = (x.expand(1, heads, -1, -1) for x in leaves[1:])
+            out = torch.softmax(leaves[0] @ key.transpose(-1, -2) / 8, dim=-1) @ value
+        gradients.append(torch.autograd.grad(out, leaves, grad_out.to(dtype)))
+    for name, mine, base, truth in zip(("dq", "dk", "dv"), *gradients, strict=True):
+        assert_as_good_as_dense(mine, base, truth, factor=3, what=name)
+
+
 def broken(results):
     """The quantities that break the tolerance rule."""
     names = set()

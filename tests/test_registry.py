@@ -330,6 +330,26 @@ def test_low_precision_errs_at_most_twice_as_much_as_dense_torch(name, dtype):
         assert (got.double() - ref).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("num_tokens", [65, 66, 67, 130, 195])
+@pytest.mark.parametrize("head_dim", [8, 32])
+def test_with_dropout_dense_rows_are_the_same_bit_for_bit_on_any_number_of_threads(head_dim, num_tokens):
+    """Where the rows are cut into tasks, one to three may be left of a dense run."""
+    results, before = [], torch.get_num_threads()
+    tensors = [torch.randn(2, 12, num_tokens, head_dim) for _ in range(4)]
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            *leaves, grad_out = (x.clone().requires_grad_() for x in tensors)
+            out = sm.sparse_attention(*leaves, None, dropout_p=0.1)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, grad_out)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, mine, theirs in zip(("out", "dq", "dk", "dv"), results[0], other, strict=True):
+            assert torch.equal(mine, theirs), name
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_results_are_the_same_bit_for_bit_on_any_number_of_threads(name):
     attend, _ = attention_at(name, 300, layer=1)

@@ -15,7 +15,7 @@ use super::long::{LONG_GROUP, add_long_weighted, long_dots};
 use super::matrix::{Matrix, padded};
 use super::row::{add_scaled, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
-use super::tile::{TILE, WORTH_PACKING};
+use super::tile::TILE;
 use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::element::{Element, Real};
@@ -161,10 +161,10 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
             unsafe {
                 if group == 1 && self.background.is_none() {
                     let queries = self.queries(self.kv_head);
-                    for (part, is_dense) in runs_of_rows(queries.edges, rows) {
-                        if is_dense {
+                    for (part, in_tiles) in runs_of_rows(queries.edges, rows) {
+                        if in_tiles {
                             self.clear(part.start - start..part.end - start);
-                            self.gather::<V>(&queries, part.clone(), start, is_dense);
+                            self.gather::<V>(&queries, part.clone(), start, in_tiles);
                             self.write::<V>(part, start);
                         } else {
                             self.batches::<V>(&queries, part, start, true);
@@ -175,8 +175,8 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 self.clear(0..rows.len());
                 for head in self.kv_head * group..(self.kv_head + 1) * group {
                     let queries = self.queries(head);
-                    for (part, is_dense) in runs_of_rows(queries.edges, rows.clone()) {
-                        self.gather::<V>(&queries, part, start, is_dense);
+                    for (part, in_tiles) in runs_of_rows(queries.edges, rows.clone()) {
+                        self.gather::<V>(&queries, part, start, in_tiles);
                     }
                     if let Some(share) = self.background {
                         let sum = share.sums.of_head(self.batch, head);
@@ -242,11 +242,11 @@ impl<'a, T: Element> Task<'a, T> {
         queries: &Queries<T>,
         rows: Range<usize>,
         start: usize,
-        is_dense: bool,
+        in_tiles: bool,
     ) {
         // SAFETY: the caller's promise; a bias may remove single edges, which tiles cannot leave unread.
         unsafe {
-            if is_dense && rows.len() >= WORTH_PACKING && queries.tensors.bias.is_none() {
+            if in_tiles && queries.tensors.bias.is_none() {
                 tile::<V, T>(queries, rows, start, self.scratch);
             } else {
                 self.batches::<V>(queries, rows, start, false);

@@ -15,7 +15,7 @@ use super::long::{LONG_GROUP, add_long_weighted, long_dots};
 use super::matrix::{Column, Matrix, padded};
 use super::row::{dot, write_scaled};
 use super::tasks::{Call, Head, runs_of_rows};
-use super::tile::{TILE, WORTH_PACKING};
+use super::tile::TILE;
 use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::element::{Element, Real};
@@ -127,10 +127,10 @@ impl<T: Element> Scratch<T> {
 impl<T: Element> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
-        for (rows, is_dense) in runs_of_rows(self.edges, self.rows.clone()) {
+        for (rows, in_tiles) in runs_of_rows(self.edges, self.rows.clone()) {
             // SAFETY: the caller's promise; a bias may remove single edges, which tiles cannot leave unread.
             unsafe {
-                if is_dense && rows.len() >= WORTH_PACKING && self.tensors.bias.is_none() {
+                if in_tiles && self.tensors.bias.is_none() {
                     for start in rows.clone().step_by(TILE) {
                         self.tile::<V>(start..rows.end.min(start + TILE));
                     }

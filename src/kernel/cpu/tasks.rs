@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::batch::{Allowed, Batch, STRIP, Strip};
 use super::matrix::{Column, Matrix};
+use super::tile::WORTH_PACKING;
 use super::{lines, panel};
 use crate::error::Result;
 use crate::kernel::dropout::HeadDraws;
@@ -283,7 +284,8 @@ impl Tasks {
     }
 }
 
-/// `rows` cut where rows that keep every column begin and end.
+/// `rows` cut where rows that keep every column begin and end, and whether a part is worth packing as those are: many together,
+/// also of which other tasks have the rest, for the bits of a result must not depend on how rows are divided.
 pub(super) fn runs_of_rows(
     edges: &EdgeSet,
     rows: Range<usize>,
@@ -298,16 +300,16 @@ pub(super) fn runs_of_rows(
         let start = next;
         if all_dense {
             next = rows.end;
-            return Some((start..next, true));
+            return Some((start..next, edges.num_rows() >= WORTH_PACKING));
         }
         let dense = edges.dense_rows().iter().find(|dense| dense.end > start);
-        let (end, is_dense) = match dense {
-            Some(dense) if dense.start <= start => (dense.end, true),
+        let (end, is_worth) = match dense {
+            Some(dense) if dense.start <= start => (dense.end, dense.len() >= WORTH_PACKING),
             Some(dense) => (dense.start, false),
             None => (rows.end, false),
         };
         next = end.min(rows.end);
-        Some((start..next, is_dense))
+        Some((start..next, is_worth))
     })
 }
 

@@ -154,6 +154,8 @@ struct Scratch<R> {
     dq: Buffer<R>,
     dk: Buffer<R>,
     dv: Buffer<R>,
+    /// The same over several heads of q, where they share keys: one chain of additions for all of them would lose digits.
+    of_heads: [Buffer<R>; 2],
     /// One token.
     token: Buffer<R>,
 }
@@ -188,6 +190,8 @@ impl<R: Real> Scratch<R> {
             dq: sums(pass.wants_queries(), rows.next_multiple_of(PANEL), width),
             dk: sums(pass.wants_keys(), panels * PANEL, width),
             dv: sums(pass.wants_keys(), panels * PANEL, value_width),
+            of_heads: [width, value_width]
+                .map(|width| sums(pass.wants_keys() && call.sizes.group() > 1, panels * PANEL, width)),
             token: Buffer::unset(width.max(value_width)),
         }
     }
@@ -199,8 +203,9 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
         let sizes = self.call.sizes;
         let (batch, kv_head) = (self.unit / sizes.kv_heads, self.unit % sizes.kv_heads);
         let (width, value_width) = (self.scratch.queries.width, self.scratch.grad_out.width);
-        self.scratch.dk.fill(T::Acc::ZERO);
-        self.scratch.dv.fill(T::Acc::ZERO);
+        for sums in &mut self.scratch.of_heads {
+            sums.fill(T::Acc::ZERO);
+        }
         for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
             let plan = self.call.problem.plan.head(batch, head, sizes.heads);
             let limit = self.scratch.keys.len();
@@ -213,6 +218,8 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 sums_delta: plan.in_panels().squares <= GROUP.min(limit),
             };
             self.scratch.dq.fill(T::Acc::ZERO);
+            self.scratch.dk.fill(T::Acc::ZERO);
+            self.scratch.dv.fill(T::Acc::ZERO);
             let mut tiles = Squares::new(plan.by_query(), self.rows.clone());
             let mut squares = std::mem::take(&mut self.scratch.squares);
             // A sum over keys wants all of them at once.
@@ -227,6 +234,12 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
                 }
             }
             self.scratch.squares = squares;
+            let Scratch { dk, dv, of_heads, .. } = &mut *self.scratch;
+            for (sums, of_head) in of_heads.iter_mut().zip([&*dk, dv]) {
+                for (sum, &of_head) in sums.iter_mut().zip(&**of_head) {
+                    *sum += of_head;
+                }
+            }
             if self.pass.wants_queries() {
                 let dq = self.outputs.dq.head(batch, head);
                 for (row, sum) in self.rows.clone().zip(self.scratch.dq.chunks_exact(width)) {
@@ -238,7 +251,9 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
         if self.pass.wants_keys() {
             let (to_dk, to_dv) = (self.outputs.dk.head(batch, kv_head), self.outputs.dv.head(batch, kv_head));
             let keys = self.panels.start * PANEL..sizes.keys.min(self.panels.end * PANEL);
-            let sums = self.scratch.dk.chunks_exact(width).zip(self.scratch.dv.chunks_exact(value_width));
+            let Scratch { dk, dv, of_heads, .. } = &*self.scratch;
+            let [dk, dv] = if sizes.group() > 1 { of_heads.each_ref() } else { [dk, dv] };
+            let sums = dk.chunks_exact(width).zip(dv.chunks_exact(value_width));
             for (key, (dk, dv)) in keys.zip(sums) {
                 // SAFETY: the row belongs to this task.
                 unsafe {
