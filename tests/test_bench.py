@@ -9,7 +9,7 @@ import torch
 
 import sparse_mhsa as sm
 from sparse_mhsa import Mask, _core
-from sparse_mhsa.bench import cases, choice, decode, memory, run
+from sparse_mhsa.bench import choice, decode, memory, run
 from sparse_mhsa.bench.cases import Case, all_cases, select
 from sparse_mhsa.bench.gate import Gate, WrongResultError
 from sparse_mhsa.bench.measure import Spread, interleave, paired_ratio
@@ -157,7 +157,7 @@ def test_a_wrong_kernel_does_not_pass(spoiled, case):
 
 def test_a_wrong_kernel_is_printed_as_failed_without_a_speed_and_ends_the_command_with_1(tmp_path, monkeypatch):
     wrong = Wrong(SPOILED["scaled"][0])
-    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"]])
+    monkeypatch.setattr(run, "all_cases", lambda: [TINY["local"]])
     options = BenchOptions(repeat=1, memory=False, plots=False, output_dir=tmp_path)
     assert bench(options, "command", [wrong, BY_NAME[DENSE]]) == 1
     report = json.loads((tmp_path / "kernels.json").read_text())
@@ -193,7 +193,7 @@ def test_a_wrong_choice_does_not_pass_even_if_attention_over_it_is_right(name, m
 
 
 def test_the_choice_is_timed_beside_attention_and_methods_without_meaning_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["estimated"], WITHOUT_EDGES["linformer"]])
+    monkeypatch.setattr(run, "all_cases", lambda: [TINY["estimated"], WITHOUT_EDGES["linformer"]])
     options = BenchOptions(repeat=2, memory=False, plots=False, output_dir=tmp_path)
     assert bench(options, "command", [BY_NAME[name] for name in (OURS, DENSE, "sdpa_masked")]) == 0
     chosen, _, linear, _ = json.loads((tmp_path / "kernels.json").read_text())["rows"]
@@ -386,7 +386,7 @@ RESULT = {"status", "seconds", "speedup_over_sdpa", "ns_per_edge", "flops_share"
 
 def test_the_command_writes_json_markdown_and_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"], TINY["fibottention"]])
+    monkeypatch.setattr(run, "all_cases", lambda: [TINY["local"], TINY["fibottention"]])
     code = main(
         ["bench", "kernels", "--quick", "--rows", "*", "--repeat", "2", "--threads", "1", "--output-dir", str(tmp_path)]
     )
@@ -439,7 +439,7 @@ def test_rows_measured_before_ctrl_c_are_kept(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure_case(case, *arguments)
 
-    monkeypatch.setattr(cases, "all_cases", lambda: [TINY["local"], TINY["none"]])
+    monkeypatch.setattr(run, "all_cases", lambda: [TINY["local"], TINY["none"]])
     monkeypatch.setattr(run, "measure_case", interrupted)
     options = BenchOptions(repeat=1, memory=False, plots=False, output_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
