@@ -6,8 +6,8 @@
 use super::matrix::Matrix;
 use crate::error::Result;
 use crate::kernel::element::{Element, Real};
-use crate::kernel::view::Output;
-use crate::kernel::{Attention, Gradients, MaskedLogits, Run, View, View4, ViewMut4};
+use crate::kernel::view::{Output, ViewMut4};
+use crate::kernel::{Attention, Gradients, MaskedLogits, Run, View, View4};
 
 /// Whether a call of this type has to be computed here. Keys that a mask hides may leave few that are not edges.
 pub(super) fn is_needed<T: Element>(problem: &Attention<T>) -> bool {
