@@ -168,11 +168,13 @@ def test_a_loader_process_killed_inside_a_step_costs_nothing(options, without_ti
     run = replace(options, num_workers=1)
     straight = finetune(replace(run, output_dir=tmp_path / "straight"))
     step, done = Trainer._train_step, []
+    # Loaders of earlier runs may still be there.
+    before = {child.pid for child in multiprocessing.active_children()}
 
     def killing(trainer, batches):
         done.append(None)
         if len(done) == 3:
-            (worker,) = multiprocessing.active_children()
+            (worker,) = (child for child in multiprocessing.active_children() if child.pid not in before)
             worker.kill()
             time.sleep(0.2)  # the signal comes inside the step
         return step(trainer, batches)
