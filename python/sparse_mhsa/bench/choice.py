@@ -4,7 +4,6 @@ All of them take turns in one process, each behind the gate of `bench kernels`. 
 `TOLERATED` times as long as another kernel is wrong.
 """
 
-import datetime
 import json
 import logging
 from collections.abc import Sequence
@@ -15,14 +14,13 @@ import torch
 from torch import Tensor
 
 from .._core import force_kernel
-from ..machine import environment
 from ..train.checkpoint import make_folder, write_text
 from .cases import Case, all_cases, select
 from .limits import Bandwidth, peak_flops
 from .methods import OURS, Attention, Problem, Sparse, UnsupportedError
 from .options import BenchOptions
 from .run import exit_code, measure_case, torch_threads
-from .table import DIRECTIONS, made_by
+from .table import DIRECTIONS, made_by, new_report
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -98,13 +96,7 @@ def bench_choice(options: BenchOptions, command: str, rows: Sequence[Case] | Non
     make_folder(options.output_dir)
     methods = [Forced(None), *map(Forced, KERNELS)]
     options = replace(options, memory=False, plots=False)
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "environment": environment(),
-        "rows": [],
-    }
+    report = new_report(SCHEMA, command)
     try:
         with torch_threads(options.threads):
             bandwidth = Bandwidth()

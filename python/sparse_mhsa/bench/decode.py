@@ -5,7 +5,6 @@ over all keys, which lie ready in one tensor; for our caches, that the token joi
 """
 
 import copy
-import datetime
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 from ..cache_policy import CachePolicy
 from ..decoding import decode_attention
 from ..layer_cache import LayerCache
-from ..machine import environment
 from ..reference import dense_attention
 from ..train.checkpoint import make_folder, write_text
 from .cases import select
@@ -28,7 +26,7 @@ from .gate import FACTOR, FLOOR, WrongResultError
 from .measure import interleave, paired_ratio, spread
 from .options import BenchOptions
 from .run import exit_code, torch_threads
-from .table import made_by
+from .table import made_by, new_report
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -101,13 +99,7 @@ def bench_decode(options: BenchOptions, command: str, cases: Sequence[DecodeCase
     selected = select(all_cases() if cases is None else cases, options.rows, quick=options.quick)
     make_folder(options.output_dir)
     with torch_threads(options.threads), torch.no_grad():
-        report: dict[str, Any] = {
-            "schema": SCHEMA,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": command,
-            "environment": environment(),
-            "rows": [],
-        }
+        report = new_report(SCHEMA, command)
         logger.info("%s", _head())
         for name in options.dtypes:
             for case in selected:

@@ -1,6 +1,5 @@
 """Running the benchmark: gate, time, relate to the machine's limits, measure memory."""
 
-import datetime
 import json
 import logging
 import time
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..content import edges_of
-from ..machine import environment
 from ..train import require_packages
 from ..train.checkpoint import make_folder, write_text
 from .cases import Case, all_cases, select
@@ -26,7 +24,7 @@ from .memory import FootprintError, available_memory, footprint
 from .methods import DENSE, METHODS, OURS, Attention, Method, Problem, UnsupportedError
 from .options import BenchOptions
 from .plots import plot
-from .table import markdown, row_line, table_head
+from .table import markdown, new_report, row_line, table_head
 
 logger = logging.getLogger("sparse_mhsa")
 
@@ -59,14 +57,9 @@ def bench(options: BenchOptions, command: str, methods: Sequence[Method] = METHO
     methods = [method for method in methods if method.quick or not options.quick]
     make_folder(options.output_dir)
     with torch_threads(options.threads):
-        report: dict[str, Any] = {
-            "schema": SCHEMA,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": command,
-            "environment": environment(),
+        report = new_report(SCHEMA, command) | {
             "limits": {"bandwidth": {}, "flops": {}},
             "methods": {method.name: method.title for method in methods},
-            "rows": [],
         }
         start = time.perf_counter()
         bandwidth = Bandwidth()

@@ -1,8 +1,10 @@
 """The results as text: one line per row, for the terminal and for Markdown."""
 
+import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from ..machine import environment
 from .methods import OURS
 
 DIRECTIONS = {"forward": "forward", "step": "forward + backward"}
@@ -29,6 +31,17 @@ def row_line(row: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     ours = row["methods"][OURS]
     ratios = [_ratio(row["methods"][name], ours) for name in report["methods"] if name != OURS]
     return _line([row["case"], DIRECTIONS[row["direction"]], _share(row["density"]), *_own(ours), *ratios])
+
+
+def new_report(schema: str, command: str) -> dict[str, Any]:
+    """A report without rows: what the user typed, when, and on which machine."""
+    return {
+        "schema": schema,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "environment": environment(),
+        "rows": [],
+    }
 
 
 def made_by(report: Mapping[str, Any]) -> str:
