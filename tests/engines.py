@@ -88,6 +88,7 @@ OWN_CHOICE = {
     "test_flex.py": "FlexAttention computes, which is no engine of ours",
     "test_engine.py": "is about the choice; what compares engines says so itself",
     "test_notebooks.py": "runs notebooks in processes of their own",
+    "test_numbers.py::test_dense_parts_round": "is about the sums of our kernels",
     "test_registry.py::test_it_is_a_matter_of_time": "chooses a kernel of one engine",
     "test_registry.py::test_the_kernel_that_is_forced": "chooses a kernel of one engine",
     "test_selection.py::test_a_k_of_more": "a warning comes once in a process",

@@ -321,7 +321,7 @@ def test_memory_is_that_of_the_capacities_and_grows_only_with_need():
     assert memory.bytes_used == 1010 * 2 * 8 * 4
     assert memory.bytes_allocated == 1010 * (8 * 4 * 2 + 8) + bookkeeping
     assert memory.bytes_full == 8000 * 2 * 8 * 4
-    assert str(memory).startswith("1010 of 8000 entries kept (12.6%): 0.1 MiB of 0.5 MiB, ")
+    assert str(memory).startswith("1010 of 8000 entries kept (12.6%): 63.1 KiB of 500.0 KiB, ")
 
 
 def test_a_budget_is_shared_among_layers_and_heads():

@@ -306,6 +306,30 @@ def test_the_shipped_configs_are_those_of_the_repository_and_all_valid(run):
     assert run("config check", *shipped)[0] == 0
 
 
+def test_a_shipped_configuration_goes_by_its_name_unless_there_is_such_a_file(run, monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("masks local --tokens 9 --heads 1")
+    assert code == 0
+    assert out.startswith("local: 9 tokens")
+    assert "bigbird.yaml: ok" in run("config check bigbird")[1]
+    assert run("finetune --dataset digits --dry-run --attn-cfg vit_fibottention")[0] == 0
+    (tmp_path / "local").write_text("mask: strided\nmask_kwargs: {stride: 3}\n")
+    assert run("masks local --tokens 9 --heads 1")[1].startswith("strided: 9 tokens")
+    code, _, err = run("masks locale --tokens 9 --heads 1")
+    assert code == 2
+    assert "no such file: 'locale'" in err
+
+
+def test_a_dry_run_of_the_demo_plans_both_runs_and_leaves_no_file(run, monkeypatch, tmp_path, caplog):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert run("demo --dataset digits --patch-size 2 --dry-run")[0] == 0
+    assert caplog.text.count("attention of the whole run, forward and backward") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demo_finds_its_configuration_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given = ["demo"]

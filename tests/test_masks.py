@@ -122,14 +122,16 @@ class TestMask:
         assert mask.num_prefix_tokens == 0
 
     def test_sizes_that_cannot_be_are_refused(self):
-        with pytest.raises((ValueError, OverflowError)):
-            sm.Mask.from_config(LOCAL, num_tokens=-1, num_heads=1)
+        with pytest.raises(ValueError, match="num_tokens: expected at most 4294967294, got 4611686018427387904"):
+            sm.Mask.from_config(LOCAL, num_tokens=2**62, num_heads=1)
         with pytest.raises(ValueError, match="heads"):
             sm.Mask.from_config(LOCAL, num_tokens=4, num_heads=0)
         sizes = {"num_tokens": 4, "num_heads": 1}
         for name in ("num_tokens", "num_heads", "layer", "num_layers", "epoch", "head_dim", "num_prefix_tokens"):
             with pytest.raises(TypeError, match=f"{name}: expected an integer, got float 3.5"):
                 sm.Mask.from_config(LOCAL, **(sizes | {name: 3.5}))
+            with pytest.raises(TypeError, match=f"{name}: expected an integer, got bool True"):
+                sm.Mask.from_config(LOCAL, **(sizes | {name: True}))
             with pytest.raises(ValueError, match=f"{name}: expected at least"):
                 sm.Mask.from_config(LOCAL, **(sizes | {name: -1}))
         with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from ._core import AttentionConfig
+from .config import configs, load_config
 from .train import UsageError
 from .train.options import Options as OptionTable
 from .train.options import flag_name
 
 Options = TypeVar("Options", bound=OptionTable)
+
+CONFIGURATION = "YAML"
+"""What ``--help`` calls the value of an option that is read by `configuration`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,9 +71,10 @@ def add_options(parser: argparse.ArgumentParser, defaults: OptionTable) -> None:
             kind, second = typing.get_args(kind)
             count = "+" if second is Ellipsis else 2
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+        reader = configuration if item.metadata["metavar"] == CONFIGURATION else kind
         parser.add_argument(
             flag_name(item.name),
-            type=str if choices else kind,
+            type=str if choices else reader,
             choices=choices,
             default=default,
             nargs=count,
@@ -79,6 +84,8 @@ def add_options(parser: argparse.ArgumentParser, defaults: OptionTable) -> None:
 
 
 def _shown(default: Any) -> str:  # noqa: ANN401
+    if isinstance(default, Path) and default == configs().get(default.stem):
+        return default.stem
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
@@ -95,8 +102,6 @@ def read_attention(path: Path, flag: str = "--attn-cfg") -> AttentionConfig:
         UsageError: there is no such file, or it cannot be read; the message names ``flag``.
         ConfigError: it cannot be honoured; the message names file, line and key.
     """
-    from .config import load_config
-
     try:
         return load_config(path)
     except OSError as error:
@@ -118,6 +123,12 @@ def hyphenate(arguments: Sequence[str]) -> list[str]:
 def is_given(flag: str, arguments: Sequence[str]) -> bool:
     """Whether a command line names an option, whatever value it gives."""
     return any(word.partition("=")[0] == flag for word in hyphenate(arguments))
+
+
+def configuration(text: str) -> Path:
+    """A file with an attention configuration, or the name of one that comes with the package."""
+    path = Path(text)
+    return path if path.exists() else configs().get(text, path)
 
 
 def positive(text: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._core import ConfigError, __version__
-from .arguments import Parser, add_command, hyphenate, natural, positive
+from .arguments import Parser, add_command, configuration, hyphenate, natural, positive
 from .bench import commands as bench_commands
 from .bench.measure import out_of_memory
 from .config import configs
@@ -96,7 +96,9 @@ def build_parser() -> Parser:
     masks = add_command(
         commands, "masks", run_masks, "List what there is, or count and draw the edges of an attention configuration."
     )
-    masks.add_argument("file", type=Path, nargs="?", help="attention configuration (YAML)")
+    masks.add_argument(
+        "file", type=configuration, nargs="?", help="attention configuration: a YAML file or a name from `config list`"
+    )
     masks.add_argument(
         "--list", action="store_true", help="print all masks, backends and cache policies, with their parameters"
     )
@@ -117,7 +119,7 @@ def build_parser() -> Parser:
     config = add_command(commands, "config", run_config_list, "Work with attention configurations.")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
-    check.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    check.add_argument("files", type=configuration, nargs="+", metavar="FILE")
     check.set_defaults(run=run_config_check)
     listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
     listing.set_defaults(run=run_config_list)

@@ -168,6 +168,8 @@ def config_error(message: str, source: str | None = None, key: str | None = None
 
 MAX_HEADS = 4096
 """The most heads that a mask may have."""
+MAX_TOKENS = 2**32 - 2
+"""The most tokens that a mask may be for: columns are stored in 32 bits."""
 
 
 def integer(name: str, value: object, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -175,7 +177,7 @@ def integer(name: str, value: object, least: int = 0, most: int = 2**63 - 1) -> 
 
     Args:
         name: of the argument.
-        value: what was given for it; any integer, NumPy's too.
+        value: what was given for it; any integer, NumPy's too, but not a bool.
         least: the smallest number allowed.
         most: the largest.
 
@@ -187,6 +189,8 @@ def integer(name: str, value: object, least: int = 0, most: int = 2**63 - 1) -> 
         ValueError: it is less than ``least`` or more than ``most``.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r:.60}") from None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._core import Edges
-from .config import MAX_HEADS, index, integer
+from .config import MAX_HEADS, MAX_TOKENS, index, integer
 
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
@@ -95,7 +95,8 @@ def edges_from_function(keep: RowFunction, num_tokens: int, num_heads: int) -> E
     """
     if not callable(keep):
         raise TypeError(f"keep: expected a function of (head, row), got {type(keep).__name__}")
-    num_tokens, num_heads = integer("num_tokens", num_tokens), integer("num_heads", num_heads, 1, MAX_HEADS)
+    num_tokens = integer("num_tokens", num_tokens, most=MAX_TOKENS)
+    num_heads = integer("num_heads", num_heads, 1, MAX_HEADS)
     row_ptr, rows, edges = np.zeros((num_heads, num_tokens + 1), dtype=np.int64), [], 0
     for head in range(num_heads):
         row_ptr[head, 0] = edges

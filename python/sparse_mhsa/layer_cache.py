@@ -61,9 +61,9 @@ class CacheMemory:
 
     def __str__(self) -> str:
         """One line for people."""
-        used, allocated, full = (
-            f"{size / 2**20:.1f} MiB" for size in (self.bytes_used, self.bytes_allocated, self.bytes_full)
-        )
+        sizes = (self.bytes_used, self.bytes_allocated, self.bytes_full)
+        scale, unit = (2**20, "MiB") if max(sizes) >= 2**20 else (2**10, "KiB")
+        used, allocated, full = (f"{size / scale:.1f} {unit}" for size in sizes)
         of_entries = f"{self.entries} of {self.tokens_seen} entries kept ({self.kept:.1%})"
         return f"{of_entries}: {used} of {full}, {allocated} allocated"
 

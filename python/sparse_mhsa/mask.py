@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import explore, viz
 from ._core import AttentionConfig, Edges
-from .config import ConfigLike, config_error, index, integer, integers, load_config
+from .config import MAX_TOKENS, ConfigLike, config_error, index, integer, integers, load_config
 from .converters import (
     Array,
     RowFunction,
@@ -85,7 +85,7 @@ class Mask:
     """`to_csr`, called when attention first needs it: an intermediate ``~mask`` never pays for its lists."""
 
     def __init__(self, layer_mask: LayerMask, num_tokens: int, head_dim: int | None = None) -> None:
-        num_tokens = integer("num_tokens", num_tokens)
+        num_tokens = integer("num_tokens", num_tokens, most=MAX_TOKENS)
         head_dim = None if head_dim is None else integer("head_dim", head_dim, 1)
         if not layer_mask.config.uses_edges:
             raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no mask", key="backend")

@@ -93,7 +93,11 @@ class AccuracyOptions(Options):
 class LatencyOptions(Options):
     """``sparse-mhsa bench latency``."""
 
-    attn_cfg: Path = option(configs()["fibottention"], "attention configuration of the mask", metavar="YAML")
+    attn_cfg: Path = option(
+        configs()["fibottention"],
+        "attention configuration of the mask, a file or a name from `config list`",
+        metavar="YAML",
+    )
     tokens: tuple[int, ...] = option((197, 577, 1025, 4097, 16385, 65537), "numbers of tokens", at_least=2, metavar="N")
     batches: tuple[int, ...] = option((1, 8), "batch sizes", at_least=1, metavar="B")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "element type")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .._core import AttentionConfig
-from ..config import ConfigLike, integer, integers, load_config
+from ..config import MAX_TOKENS, ConfigLike, integer, integers, load_config
 from ..flops import Unit
 from .choice import Value, choose, document_of, with_values
 from .cost import Budget, Place
@@ -101,7 +101,7 @@ def solve_budget(
     if parameter is not None and not isinstance(parameter, str):
         raise TypeError(f"parameter: expected a key of mask_kwargs, got {type(parameter).__name__} {parameter!r:.60}")
     document = document_of(config)
-    tokens, heads = integer("num_tokens", num_tokens), integer("num_heads", num_heads)
+    tokens, heads = integer("num_tokens", num_tokens, most=MAX_TOKENS), integer("num_heads", num_heads)
     layers = None if num_layers is None else integer("num_layers", num_layers, 1)
     sides = None if grid is None else integers("grid", grid)
     place = Place(tokens, heads, layer, layers, sides, num_prefix_tokens, head_dim)

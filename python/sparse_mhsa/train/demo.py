@@ -31,18 +31,18 @@ from .engine import LAST  # noqa: E402
 from .finetune import Run, attention_text, finetune  # noqa: E402
 from .interrupt import Interrupted  # noqa: E402
 from .models import num_tokens  # noqa: E402
-from .recipes import FinetuneOptions, TrainOptions  # noqa: E402
+from .recipes import DemoOptions, FinetuneOptions, TrainOptions  # noqa: E402
 from .report import SCHEMA, write_report  # noqa: E402
 from .resume import MAY_DIFFER  # noqa: E402
 from .timing import compare  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
-NOT_RECIPE = ("attn_cfg", "blr", "data_path", "finetune", "output_dir", "progress", "resume", "eval")
+NOT_RECIPE = ("attn_cfg", "blr", "data_path", "dry_run", "finetune", "output_dir", "progress", "resume", "eval")
 """Options that the report does not list: paths, what has no effect on the result, and `blr`, which gives `lr`."""
 
 
-def demo(options: TrainOptions, command: str) -> Path | None:
+def demo(options: DemoOptions, command: str) -> Path | None:
     """Train twice, measure, and write ``report.html`` and ``report.json`` into ``options.output_dir``.
 
     What a demo of the same recipe has trained there is not trained again: one that was interrupted goes on.
@@ -52,7 +52,7 @@ def demo(options: TrainOptions, command: str) -> Path | None:
         command: what the user typed; the report quotes it.
 
     Returns:
-        The path of the HTML page; None in all but the first process of a distributed run.
+        The path of the HTML page; None after a dry run, and in all but the first process of a distributed run.
 
     Raises:
         UsageError: an option cannot be used as given.
@@ -70,7 +70,7 @@ def demo(options: TrainOptions, command: str) -> Path | None:
             "dense": finetune(_run_options(options, "dense", None)),
             "sparse": finetune(_run_options(options, "sparse", options.attn_cfg)),
         }
-    if not runs["sparse"].trainer.world.is_first:
+    if options.dry_run or not runs["sparse"].trainer.world.is_first:
         return None
     logger.info("measuring, the two runs taking turns")
     masks = layer_masks(runs["sparse"].model)
@@ -80,7 +80,7 @@ def demo(options: TrainOptions, command: str) -> Path | None:
     return page
 
 
-def _check_masks(options: TrainOptions) -> None:
+def _check_masks(options: DemoOptions) -> None:
     """Refuse, before anything is trained, masks that do not fit the model or that have nothing to draw.
 
     Raises:
@@ -269,7 +269,7 @@ def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, An
     }
 
 
-def _run_options(options: TrainOptions, name: str, attn_cfg: Path | None) -> FinetuneOptions:
+def _run_options(options: DemoOptions, name: str, attn_cfg: Path | None) -> FinetuneOptions:
     own = {"attn_cfg": attn_cfg, "output_dir": options.output_dir / name}
     run = FinetuneOptions(**{**asdict(options), **own})
     last = run.output_dir / LAST

@@ -229,10 +229,10 @@ def describe(trainer: Trainer) -> None:
     assert isinstance(options, ImageOptions)
     tokens = num_tokens(trainer.model)
     logger.info(
-        "%s: %d training and %d test images, %d classes, %d x %d pixels",
+        "%s: %d training and %d test images, %s, %d x %d pixels",
         options.dataset,
         *data.sizes,
-        data.num_classes,
+        f"{data.num_classes} classes" if data.num_classes > 1 else "one class",
         data.input_size,
         data.input_size,
     )

@@ -206,7 +206,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"--finetune: '{path}' is not a readable checkpoint: {first_line(error)}") from error
     if isinstance(state, dict):
         if isinstance(state.get("attention"), str):
-            _LOGGER.info("%s was trained with sparse attention, which comes only with --attn-cfg", path)
+            _LOGGER.info(
+                "%s was trained with sparse attention; its weights are taken, and the attention is that of --attn-cfg",
+                path,
+            )
         state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"--finetune: '{path}' holds no state dict")

@@ -53,7 +53,8 @@ class RunOptions(Options):
 
     attn_cfg: Path | None = option(
         None,
-        "attention configuration; without it, dense attention or what the checkpoint of --resume was trained with",
+        "attention configuration, a file or a name from `sparse-mhsa config list`; without it, dense attention or what "
+        "the checkpoint of --resume was trained with",
         metavar="YAML",
     )
     input_size: int | None = option(None, "image side in pixels; the data set's or model's own", at_least=1)
@@ -294,11 +295,18 @@ class FinetuneOptions(TrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemoOptions(TrainOptions):
+    """The recipe of both runs of the demo."""
+
+    dry_run: bool = option(False, DRY_RUN)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainOptions(ImageOptions):
     """Masked autoencoding."""
 
     decoder_attn_cfg: Path | None = option(
-        None, "attention configuration of the decoder; without it, dense", metavar="YAML"
+        None, "attention configuration of the decoder, likewise; without it, dense", metavar="YAML"
     )
     decoder_dim: int = option(32, "channels of the decoder", at_least=4)
     decoder_depth: int = option(2, "layers of the decoder", at_least=1)

@@ -11,6 +11,10 @@ pub(super) const fn padded(len: usize) -> usize {
     len.next_multiple_of(16)
 }
 
+/// Channels that a product of blocks adds one after the other. Sums of such parts round about half as much as one chain of 64 does,
+/// and where scores are large it is their rounding that a softmax shows.
+pub(super) const CHAIN: usize = 16;
+
 /// The rows of one head: `(tokens, width)` with any strides.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Matrix<'a, T> {

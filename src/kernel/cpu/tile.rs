@@ -1,6 +1,6 @@
 //! Products of small dense blocks, for rows that share all their columns.
 
-use super::matrix::{Matrix, padded};
+use super::matrix::{CHAIN, Matrix, padded};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 
@@ -134,24 +134,27 @@ unsafe fn micro<V: Vector, const M: usize, const N: usize, const ADD: bool>(
 ) {
     // SAFETY: the caller says that these rows and columns exist.
     unsafe {
-        let mut sums = [[V::splat(V::Lane::ZERO); N]; M];
-        for k in 0..depth {
-            let mut columns = [V::splat(V::Lane::ZERO); N];
-            for j in 0..N {
-                columns[j] = V::load(b.add(k * b_stride + j * V::LANES));
-            }
-            for i in 0..M {
-                let factor = V::splat(*a.add(i * a_stride + k));
+        for first in (0..depth.max(1)).step_by(CHAIN) {
+            let mut sums = [[V::splat(V::Lane::ZERO); N]; M];
+            for k in first..depth.min(first + CHAIN) {
+                let mut columns = [V::splat(V::Lane::ZERO); N];
                 for j in 0..N {
-                    sums[i][j] = columns[j].mul_add(factor, sums[i][j]);
+                    columns[j] = V::load(b.add(k * b_stride + j * V::LANES));
+                }
+                for i in 0..M {
+                    let factor = V::splat(*a.add(i * a_stride + k));
+                    for j in 0..N {
+                        sums[i][j] = columns[j].mul_add(factor, sums[i][j]);
+                    }
                 }
             }
-        }
-        for i in 0..M {
-            for j in 0..N {
-                let place = c.add(i * c_stride + j * V::LANES);
-                let sum = if ADD { V::load(place) + sums[i][j] } else { sums[i][j] };
-                sum.store(place);
+            for i in 0..M {
+                for j in 0..N {
+                    let place = c.add(i * c_stride + j * V::LANES);
+                    let is_new = !ADD && first == 0;
+                    let sum = if is_new { sums[i][j] } else { V::load(place) + sums[i][j] };
+                    sum.store(place);
+                }
             }
         }
     }

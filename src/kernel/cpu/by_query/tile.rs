@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{Scratch, Task, differentiate_row, sum_rest, weigh};
 use crate::kernel::cpu::backward::{Delta, mean_of_row, shift};
 use crate::kernel::cpu::buffer::Buffer;
-use crate::kernel::cpu::matrix::{Column, padded};
+use crate::kernel::cpu::matrix::{CHAIN, Column, padded};
 use crate::kernel::cpu::row::write_scaled;
 use crate::kernel::cpu::tasks::Head;
 use crate::kernel::cpu::tile::{Block, TILE, multiply, pack, transpose};
@@ -125,8 +125,12 @@ impl<T: Element> Task<'_, T> {
                 // In the order of `multiply`: where a query gives one key all the weight, `dO . O` is the `dO . v` of it.
                 let grad_out = &tile.grad_out[slot * value_stride..slot * value_stride + value_dim];
                 let mut delta = V::splat(T::Acc::ZERO);
-                for (&grad, &out) in grad_out.iter().zip(&**out) {
-                    delta = V::splat(grad).mul_add(V::splat(out), delta);
+                for (grad_out, out) in grad_out.chunks(CHAIN).zip(out.chunks(CHAIN)) {
+                    let mut part = V::splat(T::Acc::ZERO);
+                    for (&grad, &out) in grad_out.iter().zip(out) {
+                        part = V::splat(grad).mul_add(V::splat(out), part);
+                    }
+                    delta = delta + part;
                 }
                 tile.deltas[slot][0] = delta.largest();
             }

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::kernel::Run;
 use crate::kernel::cpu::backward::{Delta, Outputs, Saved, mean_of_row, shift};
 use crate::kernel::cpu::buffer::Buffer;
-use crate::kernel::cpu::matrix::{Column, Matrix, padded};
+use crate::kernel::cpu::matrix::{CHAIN, Column, Matrix, padded};
 use crate::kernel::cpu::row::write_scaled;
 use crate::kernel::cpu::tasks::{Call, Head};
 use crate::kernel::element::{Element, Real};
@@ -324,9 +324,13 @@ impl<T: Element> Task<'_, T> {
                 // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
                 for lane in (0..PANEL).step_by(V::LANES) {
                     let mut sum = V::splat(T::Acc::ZERO);
-                    for place in (lane..grad_out.size()).step_by(PANEL) {
-                        let grad = V::load(grad_out.columns.as_ptr().add(place));
-                        sum = grad.mul_add(V::load(out.columns.as_ptr().add(place)), sum);
+                    for first in (lane..grad_out.size()).step_by(CHAIN * PANEL) {
+                        let mut part = V::splat(T::Acc::ZERO);
+                        for place in (first..grad_out.size().min(first + CHAIN * PANEL)).step_by(PANEL) {
+                            let grad = V::load(grad_out.columns.as_ptr().add(place));
+                            part = grad.mul_add(V::load(out.columns.as_ptr().add(place)), part);
+                        }
+                        sum = sum + part;
                     }
                     let mut lanes = [T::Acc::ZERO; PANEL];
                     sum.store(lanes.as_mut_ptr());

@@ -3,6 +3,7 @@
 //! A panel of tokens is stored by columns (`[width][PANEL]`, for products over channels) or by rows (`[PANEL][width]`, for weighted
 //! sums of tokens). Squares of scores are `[query][key]`.
 
+use crate::kernel::cpu::matrix::CHAIN;
 use crate::kernel::element::Real;
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::plan::panels::{PANEL, Square};
@@ -100,22 +101,26 @@ unsafe fn scores_of<V: Vector, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller says that these places exist.
     unsafe {
-        let mut sums = [[V::splat(V::Lane::ZERO); N]; M];
-        for d in 0..dim {
-            let mut keys = [V::splat(V::Lane::ZERO); N];
-            for j in 0..N {
-                keys[j] = V::load(panels[j].add(d * PANEL));
-            }
-            for i in 0..M {
-                let query = V::splat(*tile.add(d * PANEL + i));
+        for first in (0..dim).step_by(CHAIN) {
+            let mut sums = [[V::splat(V::Lane::ZERO); N]; M];
+            for d in first..dim.min(first + CHAIN) {
+                let mut keys = [V::splat(V::Lane::ZERO); N];
                 for j in 0..N {
-                    sums[i][j] = keys[j].mul_add(query, sums[i][j]);
+                    keys[j] = V::load(panels[j].add(d * PANEL));
+                }
+                for i in 0..M {
+                    let query = V::splat(*tile.add(d * PANEL + i));
+                    for j in 0..N {
+                        sums[i][j] = keys[j].mul_add(query, sums[i][j]);
+                    }
                 }
             }
-        }
-        for i in 0..M {
-            for j in 0..N {
-                sums[i][j].store(out.add(i * PANEL + j * out_step));
+            for i in 0..M {
+                for j in 0..N {
+                    let place = out.add(i * PANEL + j * out_step);
+                    let sum = if first == 0 { sums[i][j] } else { V::load(place) + sums[i][j] };
+                    sum.store(place);
+                }
             }
         }
     }
