@@ -215,9 +215,9 @@ def pairs_of_fixed(block, summary, num_tokens, num_heads, symmetric, distinct):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("target", [0.06, 0.15, 0.3, 0.8])
-@pytest.mark.parametrize(("tokens", "heads"), [(17, 2), (50, 4), (197, 3)])
+@pytest.mark.parametrize(("tokens", "heads"), [(17, 2), (50, 4), (80, 3)])
 def test_blocks_and_their_summaries_are_set_together(tokens, heads, target, distinct, symmetric):
-    """Blocks alone, whose summaries are up to 16 wide, kept three times as much as 15 % of 197 tokens."""
+    """Blocks alone, whose summaries are up to 16 wide, kept three times as much as 15 % of 80 tokens."""
     kwargs = {"pattern": "fixed", "symmetric": symmetric, "per_head_distinct": distinct}
     sizes = (tokens, heads, symmetric, distinct)
     solution = sm.solve_budget({"mask": "sparse", "mask_kwargs": kwargs}, tokens, heads, max(target, 1 / tokens))
@@ -225,7 +225,7 @@ def test_blocks_and_their_summaries_are_set_together(tokens, heads, target, dist
     assert solution.edges in counts
     wanted = max(target, 1 / tokens) * heads * tokens**2
     closest = min(abs(pairs - wanted) for pairs in counts)
-    assert abs(solution.edges - wanted) <= max(closest, 0.011 * wanted)
+    assert abs(solution.edges - wanted) <= max(closest, 5e-3 * wanted)
 
 
 @pytest.mark.parametrize("pattern", ["local", "strided"])

@@ -61,9 +61,10 @@ def solve_budget(
     close the cheaper one, and of equal costs the lower value, is taken: also where no value changes what the mask
     keeps. Of several parameters (bigbird, block_topk, sparse) the one that comes closest is set, and another with it
     only where that comes closer still; where this misses by more than a two-hundredth of the budget, the first
-    parameter's values up to 8 away are tried with the others set anew, and again around the best of them, and where
-    that does not help and there are at most 4,096, all values with each other. In the end no other value of one of
-    them, with the others as they are, comes closer.
+    parameter's values up to 8 away are tried with the others set anew, and again around the best of them. Then all
+    values are tried with each other if these are at most 4,096 (two parameters at up to 63 tokens), and if this still
+    misses by more than a two-hundredth, at most 65,536 (255 tokens). So no combination comes closer up to 63 tokens,
+    none much closer up to 255, and beyond that no other value of one of them, with the others as they are.
 
     A window on the grid gets one number for all axes, and a list by axis only where that comes closer. Heads and
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by

@@ -1,5 +1,6 @@
 """Which parameters of a mask are set to meet a budget, and how those that are set together are."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -18,8 +19,10 @@ Value = int | float | list[int]
 
 _NEAR = 8
 """Values on either side of the first parameter's that are tried with the other parameters set anew."""
-_EVERY_COMBINATION = 4096
+_EVERY_COMBINATION = 2**12
 """So many combinations of values are all tried: those of two parameters at up to 63 tokens."""
+_MORE_COMBINATIONS = 2**16
+"""So many where what was found is not close: those of two parameters at up to 255 tokens, in seconds."""
 _CLOSE = 5e-3
 """Share of a budget by which it may be missed before values nearby are tried."""
 
@@ -159,21 +162,37 @@ def _none_alone_closer(
 def _closest_of_all(
     document: Mapping[str, Any], keys: Sequence[str], chosen: Chosen, place: Place, budget: Budget
 ) -> Chosen:
-    """All values with each other, where they are few enough and what was found is not close."""
+    """All values with each other, where they are few enough."""
     numbers = range(place.num_tokens + 1)
-    few = len(numbers) ** len(keys) <= _EVERY_COMBINATION and not any(key.endswith("_ratio") for key in keys)
-    if not few or chosen.missed <= _CLOSE * budget.target(place, chosen.count):
+    least = with_values(document, dict.fromkeys(keys, 1))
+    keys = [key for key in keys if _changes(least, key, place)]
+    is_close = chosen.missed <= _CLOSE * budget.target(place, chosen.count)
+    most = _EVERY_COMBINATION if is_close else _MORE_COMBINATIONS
+    if not keys or not chosen.missed or len(numbers) ** len(keys) > most or any(key.endswith("_ratio") for key in keys):
         return chosen
-    for combination in itertools.product(numbers, repeat=len(keys)):
-        values = dict(zip(keys, combination, strict=True))
-        try:
-            count = place.count(load_config(with_values(document, values)))
-        except ValueError:
-            continue
-        missed = abs(budget.spent(count) - budget.target(place, count))
-        if missed < chosen.missed:
-            chosen = Chosen(values, count, missed)
+    rises = _rises_with(keys[-1], document)
+    for others in itertools.product(numbers, repeat=len(keys) - 1):
+        for number in numbers:
+            values = dict(chosen.values) | dict(zip(keys, (*others, number), strict=True))
+            try:
+                count = place.count(load_config(with_values(document, values)))
+            except ValueError:
+                continue
+            beyond = budget.spent(count) - budget.target(place, count)
+            if abs(beyond) < chosen.missed:
+                chosen = Chosen(values, count, abs(beyond))
+            if rises and number > 0 and beyond > chosen.missed:  # 0 may mean a default
+                break
     return chosen
+
+
+def _changes(document: Mapping[str, Any], key: str, place: Place) -> bool:
+    """Whether a key says anything about what is kept: the summaries of ``sparse`` do so in one of its patterns only."""
+    counts = set()
+    for value in (0, 1, 2, 3, place.num_tokens // 2):
+        with contextlib.suppress(ValueError):
+            counts.add(place.count(load_config(with_values(document, {key: value}))))
+    return len(counts) > 1
 
 
 @dataclass(frozen=True)
