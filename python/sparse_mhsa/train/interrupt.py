@@ -4,9 +4,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import Any, TypeAlias
+
+_Handler: TypeAlias = signal.Handlers | Callable[[int, FrameType | None], Any]
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 """Ctrl-C, and how batch systems and torchrun end a process."""
@@ -52,17 +55,22 @@ def catch_interrupt() -> Iterator[threading.Event]:
         restore()
 
 
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
+def sigterm_as_ctrl_c() -> AbstractContextManager[None]:
     """Let SIGTERM raise `KeyboardInterrupt` in the main thread; elsewhere, nothing changes."""
+    return _handled(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: _Handler) -> Iterator[None]:
+    """Handle a signal otherwise; only the main thread may say how, and in others nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(number, previous)
 
 
 TELLS_SENDER = hasattr(signal, "sigwaitinfo")
@@ -79,21 +87,13 @@ def without_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def without_sigchld() -> Iterator[None]:
+def without_sigchld() -> AbstractContextManager[None]:
     """Let the end of a loader process interrupt nothing.
 
     torch raises an error wherever the main thread is then, also inside a step, whose half cannot be saved. Whoever asks
     for the next batch is told of it as well.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
+    return _handled(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave_interrupts_to_parent(_worker: int) -> None:
