@@ -284,11 +284,6 @@ def test_a_kernel_by_axis_is_found_at_the_published_budget():
         ({"mask": "fibottention"}, 4, None),
         ({"mask": "local"}, 1, None),
         ({"mask": "space_time", "mask_kwargs": {"kind": "space"}, "num_prefix_tokens": 0}, 12, [2, 2, 3]),
-        (
-            {"mask": "topk", "mask_kwargs": {"k_schedule": {"kind": "step", "k_start": 1, "k_end": 2, "epochs": 3}}},
-            40,
-            None,
-        ),
     ],
     ids=str,
 )
@@ -564,6 +559,12 @@ def test_a_mask_of_the_program_says_which_parameter():
         ({"mask": "neighborhood", "grid": "7x7"}, {"density": 0.1}, sm.ConfigError, "grid: "),
         ({"mask": "fibotention"}, {"density": 0.1}, sm.ConfigError, "unknown mask `fibotention`: did you mean"),
         ({"mask": "local", "mask_kwargs": {"windw": 3}}, {"density": 0.1}, sm.ConfigError, "unknown key `windw`"),
+        (sm.configs()["topk"], {"density": 0.1}, sm.ConfigError, "mask_kwargs.k_schedule: sets `k`; leave it out"),
+        (sm.configs()["vit_structured_local"], {"density": 0.1}, sm.ConfigError,
+         "mask_kwargs.window_schedule: sets `window`; leave it out"),
+        (sm.configs()["global"], {"density": 0.1}, sm.ConfigError,
+         "mask: `global` as it is configured leaves nothing to set .*global_indices.*its density is"),
+        (sm.configs()["space_time"], {"density": 0.1, "grid": None}, sm.ConfigError, "grid: "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_solved_says_why(config, budget, error, message):
@@ -619,3 +620,11 @@ def test_numbers_by_head_are_checked_when_a_layer_is_built(mask, kwargs, message
     config = {"mask": mask, "mask_kwargs": kwargs}
     with pytest.raises(sm.ConfigError, match=message):
         sm.SparseMHSA(8, HEADS, config=config, layer=1)
+
+
+@pytest.mark.parametrize("backend", ["vit_topk", "fibottention_sparse"])
+def test_a_backend_that_stands_for_a_mask_is_solved_in_every_form(backend):
+    text, mapping = f"backend: {backend}", {"backend": backend}
+    solutions = [sm.solve_budget(form, TOKENS, HEADS, density=0.3) for form in (text, mapping, sm.load_config(text))]
+    assert len({str(dict(solution.values)) for solution in solutions}) == 1
+    assert all(solution.values for solution in solutions)

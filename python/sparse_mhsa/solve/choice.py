@@ -51,8 +51,14 @@ def choose(document: Mapping[str, Any], parameter: str | None, place: Place, bud
         ValueError: no mask could meet the budget.
     """
     keys = [parameter] if parameter is not None else _budget_keys(document, place)
+    _refuse_schedules(document, keys)
     if len(keys) == 1:
-        return _number_or_list(document, keys[0], place, budget)
+        try:
+            return _number_or_list(document, keys[0], place, budget)
+        except ConfigError as error:
+            if parameter is None:
+                _refuse_fixed(document, place, error)
+            raise
     chosen = _set_in_turn(document, keys, place, budget)
     while True:
         closer = _closest_nearby(document, keys, chosen, place, budget)
@@ -62,12 +68,38 @@ def choose(document: Mapping[str, Any], parameter: str | None, place: Place, bud
         chosen = closer
 
 
+def _refuse_schedules(document: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raise where a schedule sets by epoch what would be set once."""
+    kwargs = document.get("mask_kwargs") or {}
+    for key in keys:
+        schedule = f"{key}_schedule"
+        if kwargs.get(schedule) is not None:
+            where = f"mask_kwargs.{schedule}"
+            raise config_error(f"{where}: sets `{key}`; leave it out to let a budget set `{key}`", key=where)
+
+
+def _refuse_fixed(document: Mapping[str, Any], place: Place, error: ConfigError) -> None:
+    """Raise where nothing is wrong with a mask, but other keys of it say already what its parameter would."""
+    try:
+        kept = place.count(load_config(document))
+    except ValueError:  # not complete without the parameter, or wrong whatever that is
+        return
+    raise config_error(
+        f"mask: `{_mask_name(document)}` as it is configured leaves nothing to set ({error}); its density is "
+        f"{kept.density:.4%}, its pruning ratio {kept.pruning_ratio:.4%}",
+        key="mask",
+    ) from None
+
+
 def document_of(config: ConfigLike) -> dict[str, Any]:
     """The keys of a configuration; a mapping may be incomplete."""
     if isinstance(config, Mapping):
         inner = config.get("attention", config)
+        # A backend alone may stand for a mask, which the configuration names once it is read.
         if isinstance(inner, Mapping) and isinstance(inner.get("mask_kwargs"), Mapping | None):
-            return dict(inner)
+            named: dict[str, Any] = dict(inner)
+            if named.get("mask") is not None or named.get("backend") is None:
+                return named
     document: dict[str, Any] = json.loads(load_config(config).to_json())
     return document
 
@@ -237,7 +269,13 @@ def _closest_value(document: Mapping[str, Any], key: str, place: Place, budget: 
     values = values_of(key, most, place.num_tokens, lambda value: count(value) is not None)
     where = f"mask_kwargs.{key}"
     if values is None:
-        place.count(with_value(1))  # raises what is wrong
+        # Raises what is wrong; a key that has no meaning here may be 0, and then something else is.
+        for number in (1, 0):
+            try:
+                place.count(with_value(number))
+            except ConfigError as error:  # noqa: PERF203
+                if number == 0 or error.key != where:  # type: ignore[attr-defined]
+                    raise
         raise config_error(f"{where}: no value can be applied to {place.num_tokens} tokens", key=where)
     first = known(count, values.at(0))
     target = budget.target(place, first)
