@@ -289,8 +289,8 @@ def test_a_kernel_by_axis_is_found_at_the_published_budget():
 )
 def test_a_mask_that_nothing_changes_keeps_what_it_keeps(config, num_tokens, grid):
     solution = sm.solve_budget(config, num_tokens, 2, density=1.0, grid=grid)
-    (names,) = REGISTERED[config["mask"]]["budget_keys"]
-    assert solution.parameter == names[0]
+    (preferred, *_), *_ = REGISTERED[config["mask"]]["budget_keys"]
+    assert solution.parameter == preferred
     if not solution.config.by_content:
         assert solution.density == sm.Mask.from_config(solution.config, num_tokens, 2, grid=grid).density
 

@@ -42,10 +42,7 @@ def allocate(
         ValueError: weights are negative, not finite or ragged, or ``total`` lies outside the sums of minimum and
             maximum.
     """
-    try:
-        wanted = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"weights: expected numbers, of one length in every layer: {error}") from error
+    wanted = numbers("weights", weights)
     total = integer("total", total)
     least = _counts("minimum", minimum, wanted.shape)
     most = [max(total, unit) for unit in least] if maximum is None else _counts("maximum", maximum, wanted.shape)
@@ -69,6 +66,14 @@ def uniform(total: int, units: int, minimum: int = 0) -> NDArray[np.int64]:
         ValueError: ``total`` is less than the minimum of all units together, or ``units`` is negative.
     """
     return allocate(total, np.ones(integer("units", units)), minimum)
+
+
+def numbers(name: str, values: Weights) -> NDArray[np.float64]:
+    """An argument that is a number per unit, as an array; its ``name`` is in every error."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: expected numbers, of one length in every layer: {error}") from error
 
 
 def _counts(name: str, bound: object, shape: tuple[int, ...]) -> list[int]:

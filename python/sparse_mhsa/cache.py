@@ -5,10 +5,9 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from torch import Tensor
 
-from .budget import Weights, allocate
+from .budget import Weights, allocate, numbers
 from .cache_policy import CachePolicy, whole_number
 from .config import index
 from .layer_cache import CacheMemory, CacheUpdate, Capacity, LayerCache, is_one_number
@@ -61,7 +60,7 @@ class KVCache:
         Raises:
             ValueError: the budget is less than the minimum of all heads together, or the weights have another shape.
         """
-        wanted = np.asarray(weights, dtype=np.float64)
+        wanted = numbers("weights", weights)
         if wanted.ndim != 2:
             raise ValueError(f"weights: expected shape (num_layers, Hkv), got {wanted.shape}")
         least = max(whole_number(minimum, "minimum", 0), policy.least_capacity)

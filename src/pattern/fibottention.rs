@@ -155,7 +155,7 @@ impl Pattern for Fibottention {
     const NAME: &'static str = "fibottention";
     const ALIASES: &'static [&'static str] = &["fibo", "wythoff"];
     const ABOUT: &'static str = "each head keeps the distances of one Wythoff (or Fibonacci) sequence";
-    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["w_max"]];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["w_max"], &["w_min"]];
 
     fn check(&self) -> Result<()> {
         check_range("w_min", self.w_min, 0..=MAX_WINDOW)?;

@@ -127,7 +127,7 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
     /// Keys that set how many pairs are kept, whole numbers or (`*_ratio`) shares: what a budget is solved for. One list for each
     /// quantity, with its other names after the preferred one.
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[];
-    /// Whether more of any of these never means fewer pairs.
+    /// Whether more of any of these never means fewer pairs, or hardly ever and hardly fewer, so that they may be searched by halves.
     const BUDGET_RISES: bool = true;
     /// Keys that name files; relative paths are made absolute before the mask sees them.
     const FILES: &'static [&'static str] = &[];
