@@ -253,15 +253,11 @@ unsafe fn sums_of<V: Vector, const M: usize, const N: usize, const TRANSPOSED: b
     let (step, across) = if TRANSPOSED { (PANEL, 1) } else { (1, PANEL) };
     // SAFETY: the caller says that these places exist.
     unsafe {
-        let mut sums = [[V::splat(V::Lane::ZERO); N]; M];
-        for i in 0..M {
-            for j in 0..N {
-                sums[i][j] = V::load(out.add(i * width + j * V::LANES));
-            }
-        }
         for term in terms {
             let weights = term.weights.add(row * across);
             let rows = term.rows.add(column);
+            // A panel's rows alone are one chain: a chain of all tokens rounds several times as much as dense torch does.
+            let mut sums = [[V::splat(V::Lane::ZERO); N]; M];
             for k in 0..depth {
                 let mut values = [V::splat(V::Lane::ZERO); N];
                 for j in 0..N {
@@ -274,10 +270,11 @@ unsafe fn sums_of<V: Vector, const M: usize, const N: usize, const TRANSPOSED: b
                     }
                 }
             }
-        }
-        for i in 0..M {
-            for j in 0..N {
-                sums[i][j].store(out.add(i * width + j * V::LANES));
+            for i in 0..M {
+                for j in 0..N {
+                    let place = out.add(i * width + j * V::LANES);
+                    (V::load(place) + sums[i][j]).store(place);
+                }
             }
         }
     }
