@@ -110,10 +110,12 @@ def test_many_query_heads_of_one_key_head_lose_no_precision(num_tokens, heads):
 
 @pytest.mark.parametrize("like", [torch.ones_like, torch.randn_like])
 def test_sums_over_thousands_of_tokens_lose_no_precision(like):
-    """Terms of one sign, as `out.sum()` gives, in one chain of additions err ten times as much as dense torch."""
+    """Terms of one sign, as `out.sum()` gives, in one chain of additions err up to ten times as much as dense torch."""
     mask = sm.masks.local(num_tokens=2049, num_heads=1, window=2049, causal=True)
     q, k, v, grad_out = draw(2049, heads=1, dim=64)
-    assert_accurate((q, k, v, like(grad_out)), mask)
+    for name, mine, base, truth in zip(QUANTITIES, *results((q, k, v, like(grad_out)), mask), strict=True):
+        error, allowed = ((x.double() - truth).square().mean().sqrt() for x in (mine, base))
+        assert error <= 3 * allowed, f"{name}: {error:.3e}, dense torch {allowed:.3e}"
 
 
 def broken(results):
