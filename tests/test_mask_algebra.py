@@ -133,7 +133,7 @@ class TestFromDense:
         ("dense", "error", "message"),
         [
             (torch.ones(4, 4), TypeError, r"dense: expected dtype bool \(True = keep\), got float32"),
-            (torch.ones(4, 5, dtype=torch.bool), ValueError, r"dense: expected shape \(N, N\) or \(H, N, N\)"),
+            (torch.ones(4, 5, dtype=torch.bool), ValueError, r"dense: expected shape \(N, N\) .*, got \(4, 5\)"),
             (torch.ones(4, dtype=torch.bool), ValueError, "dense: expected shape"),
             (torch.ones(0, 4, 4, dtype=torch.bool), ValueError, "dense: expected shape"),
             (torch.ones(2, 2, 4, 4, dtype=torch.bool), ValueError, "dense: expected shape"),
@@ -189,10 +189,16 @@ class TestFromCsr:
             unsorted = sparse.coo_matrix(dense.numpy()[::-1])
             assert torch.equal(sm.Mask.from_csr(unsorted).to_dense()[0], dense.flip(0))
 
-    def test_a_batch_of_torch_csr_is_one_mask_per_head(self):
+    @pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta state")
+    @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+    def test_a_batch_of_torch_sparse_is_one_mask_per_head(self, layout):
         dense = torch.stack([torch.eye(5), torch.eye(5).flip(0)])
-        mask = sm.Mask.from_csr(dense.to_sparse_csr())
+        mask = sm.Mask.from_csr(dense.to_sparse(layout=layout))
         assert torch.equal(mask.to_dense(), dense > 0)
+
+    def test_heads_of_a_sparse_tensor_may_keep_different_numbers_of_keys(self):
+        dense = torch.stack([torch.eye(5), torch.zeros(5, 5), torch.ones(5, 5)])
+        assert torch.equal(sm.Mask.from_csr(dense.to_sparse_coo()).to_dense(), dense > 0)
 
     @pytest.mark.parametrize(
         ("row_ptr", "col", "error", "message"),
@@ -215,7 +221,7 @@ class TestFromCsr:
             ([0, 1], [[0]], ValueError, "col: expected one dimension"),
             (np.array([0, 2**63 + 1], dtype=np.uint64), [0], ValueError, r"expected numbers below 2\*\*63"),
             ([[0, 1], [0]], [0], TypeError, "row_ptr: expected an array"),
-            ([0, 1], None, TypeError, "without `col`, expected a torch sparse CSR tensor or a scipy sparse matrix"),
+            ([0, 1], None, TypeError, "without `col`, expected a sparse torch tensor or a scipy sparse matrix"),
         ],
     )
     def test_malformed_lists_are_refused_by_name(self, row_ptr, col, error, message):
@@ -264,6 +270,11 @@ class TestBlockMask:
             MADE["union"].to_block_mask(0)
         with pytest.raises(ValueError, match="expected at least one token"):
             sm.masks.none(num_tokens=0, num_heads=1).to_block_mask()
+
+    def test_weights_of_masked_pairs_would_be_lost(self):
+        config = {"mask": "strided", "mask_kwargs": {"stride": 2}, "masked_logits": "zero"}
+        with pytest.raises(ValueError, match="masked_logits: `strided` has `zero`, which a BlockMask cannot keep"):
+            sm.Mask.from_config(config, num_tokens=4, num_heads=1).to_block_mask()
 
 
 class TestFromFunction:

@@ -935,6 +935,14 @@ class TestBadInput:
                 ValueError,
                 r"key_padding_mask: .*\(2, 6\), got \(2, 5\)",
             ),
+            (
+                {"q": torch.zeros(2, 2, 6, 3, dtype=torch.float64).to_sparse()},
+                TypeError,
+                r"query: expected a dense tensor, got layout torch.sparse_coo",
+            ),
+            ({"dropout_p": "a"}, TypeError, r"dropout_p: expected a number, got str"),
+            ({"dropout_p": None}, TypeError, r"dropout_p: expected a number, got NoneType"),
+            ({"scale": "1"}, TypeError, r"scale: expected a number, got str"),
         ],
     )
     def test_the_message_names_argument_expected_and_got(self, change, error, message):

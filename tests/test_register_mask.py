@@ -111,7 +111,14 @@ FORMS = {
     "array": lambda dense: dense.numpy(),
     "per head": lambda dense: torch.stack([dense, ~dense]),
     "csr": lambda dense: tuple(x[0] if x.dim() == 2 else x for x in sm.Mask.from_dense(dense).to_csr()),
+    "torch coo": lambda dense: dense.to_sparse_coo(),
+    "torch coo, uncoalesced": lambda dense: torch.sparse_coo_tensor(
+        dense.nonzero().T.repeat(1, 2), torch.ones(2 * int(dense.sum())), dense.shape, is_coalesced=False
+    ),
     "torch csr": lambda dense: dense.float().to_sparse_csr(),
+    "torch csc": lambda dense: dense.float().to_sparse_csc(),
+    "torch bsr": lambda dense: dense.float().to_sparse_bsr((1, 1)),
+    "torch bsc": lambda dense: dense.float().to_sparse_bsc((1, 1)),
     "index lists": lambda dense: [row.nonzero()[:, 0].tolist() for row in dense],
     "function of bools": lambda dense: lambda head, row: dense[row],
 }
@@ -120,7 +127,8 @@ FORMS = {
 class TestForms:
     """What the function may return."""
 
-    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+    @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+    @pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta state")
     @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
     def test_every_form_gives_the_edges(self, define, form):
         name = define(lambda context: form(DENSE))

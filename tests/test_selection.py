@@ -26,9 +26,9 @@ def layer_mask(mask, heads=HEADS, epoch=0, prefix=None, **mask_kwargs):
     return LayerMask(config, heads, epoch=epoch, num_prefix_tokens=prefix)
 
 
-def chosen(q, k, mask, **options):
+def chosen(q, k, mask, scale=1.0, **options):
     """(B, H, N, N) bool of the edges that the operator chose."""
-    _, row_ptr, col, _ = edges_of(q, k, mask, scale=1.0, **options)
+    _, row_ptr, col, _ = edges_of(q, k, mask, scale=scale, **options)
     batch, heads, tokens = q.shape[:3]
     dense = torch.zeros(batch * heads, tokens, tokens, dtype=torch.bool)
     for unit, row in itertools.product(range(batch * heads), range(tokens)):
@@ -133,6 +133,12 @@ def test_block_topk_keeps_the_best_blocks(tokens, pool, causal):
     q, k = whole_numbers(BATCH, HEADS, tokens, 4), whole_numbers(BATCH, HEADS, tokens, 4, seed=1)
     mask = layer_mask("block_topk", k=2, block_size=4, pool=pool, causal=causal)
     assert torch.equal(chosen(q, k, mask), blocks_by_definition(q, k, 2, 4, pool, causal))
+
+
+def test_a_negative_scale_turns_the_scores_of_blocks_around():
+    q, k = whole_numbers(BATCH, HEADS, 20, 4), whole_numbers(BATCH, HEADS, 20, 4, seed=1)
+    mask = layer_mask("block_topk", k=2, block_size=4)
+    assert torch.equal(chosen(q, k, mask, scale=-0.5), chosen(-q, k, mask))
 
 
 def test_prefix_tokens_are_dense_and_no_part_of_a_block():

@@ -41,10 +41,10 @@ def edges_from_dense(dense: Array, num_heads: int | None = None) -> Edges:
     cells = _array("dense", dense)
     if cells.dtype != np.bool_:
         raise TypeError(f"dense: expected dtype bool (True = keep), got {cells.dtype}")
+    if cells.ndim not in (2, 3) or 0 in cells.shape[:-2] or cells.shape[-2] != cells.shape[-1]:
+        raise ValueError(f"dense: expected shape (N, N) or (H, N, N), got {cells.shape}")
     if cells.ndim == 2:
         cells = cells[None]
-    if cells.ndim != 3 or cells.shape[0] < 1 or cells.shape[1] != cells.shape[2]:
-        raise ValueError(f"dense: expected shape (N, N) or (H, N, N), got {cells.shape}")
     edges = Edges.from_dense(cells.view(np.uint8))
     return edges if num_heads is None else edges.with_heads(integer("num_heads", num_heads, 1, MAX_HEADS))
 
@@ -54,7 +54,8 @@ def edges_from_csr(row_ptr: object, col: Array | None = None, num_heads: int | N
 
     Args:
         row_ptr: integers (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``.
-            Or a torch sparse CSR tensor, (N, N) or (H, N, N), or a scipy sparse matrix: then ``col`` is left out.
+            Or a sparse torch tensor of any layout, (N, N) or (H, N, N), or a scipy sparse matrix: then ``col`` is
+            left out.
         col: (nnz,) key indices, ascending strictly within a row.
         num_heads: H; default is what ``row_ptr`` has.
 
@@ -214,12 +215,16 @@ def _one_head(edges: Edges, head: int) -> Edges:
 
 def _compressed(matrix: object) -> tuple[Array, Array]:
     """``row_ptr`` and ``col`` of a torch or scipy sparse matrix."""
-    if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr:
-        if matrix.dim() not in (2, 3) or matrix.shape[-1] != matrix.shape[-2]:
+    if isinstance(matrix, Tensor) and matrix.layout != torch.strided:
+        if matrix.dim() not in (2, 3) or matrix.dense_dim() > 0 or matrix.shape[-1] != matrix.shape[-2]:
             raise ValueError(f"row_ptr: expected a sparse tensor of (N, N) or (H, N, N), got {tuple(matrix.shape)}")
-        pointers, columns = matrix.crow_indices(), matrix.col_indices()
-        starts = torch.arange(pointers[..., 0].numel(), device=pointers.device) * columns.shape[-1]
-        return pointers + starts.view(*pointers.shape[:-1], 1), columns.flatten()
+        # Sorted by head, query and key, each triple once.
+        *rows, columns = torch.unique(matrix.detach().to_sparse_coo()._indices(), dim=1)
+        num_tokens, num_heads = matrix.shape[-1], matrix.shape[0] if matrix.dim() == 3 else 1
+        row = rows[0] if len(rows) == 1 else rows[0] * num_tokens + rows[1]
+        ends = torch.bincount(row, minlength=num_heads * num_tokens).cumsum(0).view(num_heads, num_tokens)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]])
+        return torch.cat([starts[:, None], ends], dim=1), columns
     scipy_sparse = sys.modules.get("scipy.sparse")
     if scipy_sparse is not None and scipy_sparse.issparse(matrix):
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:  # type: ignore[attr-defined]
@@ -228,8 +233,7 @@ def _compressed(matrix: object) -> tuple[Array, Array]:
         rows.sum_duplicates()
         return rows.indptr, rows.indices
     raise TypeError(
-        "row_ptr: without `col`, expected a torch sparse CSR tensor or a scipy sparse matrix, "
-        f"got {type(matrix).__name__}"
+        f"row_ptr: without `col`, expected a sparse torch tensor or a scipy sparse matrix, got {type(matrix).__name__}"
     )
 
 

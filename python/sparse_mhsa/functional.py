@@ -5,6 +5,7 @@ import math
 import warnings
 from typing import Literal, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +21,7 @@ from .positions import check_positions, edges_at
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 MANY_TOKENS = 4096
 """Number of tokens above which dense attention weights deserve a warning."""
+_NUMBERS = (int, float, np.number, torch.SymInt, torch.SymFloat, Tensor)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -109,6 +111,9 @@ def sparse_attention(
     if mask is not None:
         _check_mask(mask, q, token_positions)
     check_key_mask(key_padding_mask, q, k)
+    for name, value in (("dropout_p", dropout_p), ("scale", 1.0 if scale is None else scale)):
+        if not isinstance(value, _NUMBERS):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     layer_mask = dense_mask(q.shape[1]) if mask is None else mask
     edges = None
     if token_positions is not None:
@@ -302,6 +307,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested:
             raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it and pass key_padding_mask")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     if not _autocast_dtype(q) == _autocast_dtype(k) == _autocast_dtype(v):
         raise TypeError(
             "Expected query, key, and value to have the same dtype, but got "

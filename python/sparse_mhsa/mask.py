@@ -450,7 +450,13 @@ class Mask:
         return to_scipy(self._edges, head)
 
     def to_block_mask(self, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
-        """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`."""
+        """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`.
+
+        Raises:
+            ValueError: as there, or the mask has ``masked_logits: zero``, which a `BlockMask` cannot say.
+        """
+        if self.masked_logits != "neg_inf":
+            raise ValueError(f"masked_logits: `{self.name}` has `{self.masked_logits}`, which a BlockMask cannot keep")
         return to_block_mask(self._edges, block_size, device)
 
     def overlap(self) -> Tensor:

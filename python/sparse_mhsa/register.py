@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import _core
@@ -194,7 +195,7 @@ def _as_edges(result: object, num_tokens: int, num_heads: int) -> Edges:
         edges = edges_from_csr(*result)
     elif callable(result):
         edges = edges_from_function(result, num_tokens, num_heads)
-    elif isinstance(result, np.ndarray) or (isinstance(result, Tensor) and not result.is_sparse_csr):
+    elif isinstance(result, np.ndarray) or (isinstance(result, Tensor) and result.layout == torch.strided):
         edges = edges_from_dense(result)
     elif isinstance(result, Sequence) and not isinstance(result, (str, bytes)):
         edges = edges_from_rows(result)

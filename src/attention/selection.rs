@@ -316,6 +316,8 @@ struct Blocks<R> {
     key_mask: Vec<u8>,
     sizes: [usize; 4],
     count: usize,
+    /// That of the scale of the scores: its size changes no order.
+    sign: f64,
 }
 
 impl<R: Real> Blocks<R> {
@@ -352,6 +354,7 @@ impl<R: Real> Blocks<R> {
             key_mask,
             sizes: [batch, heads, kv_heads, dim],
             count,
+            sign: content.scale.signum(),
         })
     }
 
@@ -362,7 +365,7 @@ impl<R: Real> Blocks<R> {
             k: View::contiguous("pooled k", &self.k, [batch, kv_heads, self.count, dim])?,
             key_mask: Some(View::contiguous("blocks", &self.key_mask, [batch, self.count])?),
             bias: None,
-            scale: 1.0,
+            scale: self.sign,
             keep,
             causal,
         }

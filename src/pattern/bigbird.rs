@@ -129,6 +129,7 @@ impl BigBird {
 impl Pattern for BigBird {
     const NAME: &'static str = "bigbird";
     const ABOUT: &'static str = "sliding window, global tokens and a few random keys per query";
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["num_random"], &["window"]];
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
@@ -148,10 +149,6 @@ impl Pattern for BigBird {
 
     fn domain(&self) -> Domain {
         Domain::Tokens
-    }
-
-    fn default_prefix(&self) -> usize {
-        1
     }
 
     fn uses_layer(&self) -> bool {

@@ -9,8 +9,8 @@ use super::{Context, HeadEdges, Pattern, by_content};
 use crate::error::Result;
 
 /// Patches are cut into blocks of `block_size` (the last may be shorter). Every block of queries keeps the k blocks of keys with the
-/// highest score between pooled vectors, `pool(q of the block) . pool(k of the block)`; of equal scores the lower index. A k of more
-/// blocks than there are keeps all of them, with a warning.
+/// highest score between pooled vectors, `scale * pool(q of the block) . pool(k of the block)`; of equal scores the lower index. A k
+/// of more blocks than there are keeps all of them, with a warning.
 ///
 /// All pairs inside a chosen block are kept. `causal` chooses among past blocks and the block itself, and keeps only j <= i. The
 /// choice is made per sample and head, and no gradient passes through it. Source: block selection as in InfLLM and MInference.

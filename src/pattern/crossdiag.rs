@@ -35,10 +35,7 @@ impl Pattern for CrossDiagonal {
     const NAME: &'static str = "fibottentioncrossdiag";
     const ALIASES: &'static [&'static str] = &["crossdiag"];
     const ABOUT: &'static str = "Fibottention's sequences around the anti-diagonal";
-
-    fn default_prefix(&self) -> usize {
-        1
-    }
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
 
     fn forced_prefix(&self) -> Option<usize> {
         (!self.add_class_token).then_some(0)

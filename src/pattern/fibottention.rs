@@ -155,15 +155,12 @@ impl Pattern for Fibottention {
     const NAME: &'static str = "fibottention";
     const ALIASES: &'static [&'static str] = &["fibo", "wythoff"];
     const ABOUT: &'static str = "each head keeps the distances of one Wythoff (or Fibonacci) sequence";
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["w_max"], &["w_min"]];
 
     fn check(&self) -> Result<()> {
         check_range("w_min", self.w_min, 0..=MAX_WINDOW)?;
         self.w_max.map_or(Ok(()), |w_max| check_range("w_max", w_max, 0..=MAX_WINDOW))
-    }
-
-    fn default_prefix(&self) -> usize {
-        1
     }
 
     fn forced_prefix(&self) -> Option<usize> {

@@ -85,7 +85,7 @@ impl Pattern for Importance {
         match self.score {
             Score::First => {
                 let k = self.k.unwrap_or(0);
-                check_range("k", k, 0..=n as i64)?;
+                check_range("k", k, 1..=n as i64)?;
                 builder = builder.rect(0..n, 0..k as usize);
             }
             Score::List => {

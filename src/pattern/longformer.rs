@@ -125,6 +125,7 @@ impl Longformer {
 impl Pattern for Longformer {
     const NAME: &'static str = "longformer";
     const ABOUT: &'static str = "dilated sliding window plus global tokens";
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window", "window_size"]];
     const IGNORED: &'static [&'static str] = &["seed", "reseed_each_epoch", "plot_once"];
 
@@ -134,10 +135,6 @@ impl Pattern for Longformer {
 
     fn domain(&self) -> Domain {
         Domain::Tokens
-    }
-
-    fn default_prefix(&self) -> usize {
-        1
     }
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {

@@ -129,6 +129,8 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[];
     /// Whether more of any of these never means fewer pairs, or hardly ever and hardly fewer, so that they may be searched by halves.
     const BUDGET_RISES: bool = true;
+    /// Prefix tokens if neither the configuration nor the model says how many there are; `None` if that depends on the parameters.
+    const DEFAULT_PREFIX: Option<usize> = Some(0);
     /// Keys that name files; relative paths are made absolute before the mask sees them.
     const FILES: &'static [&'static str] = &[];
 
@@ -153,9 +155,9 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
         Domain::Patches
     }
 
-    /// Prefix tokens if neither the configuration nor the model says how many there are.
+    /// [`Self::DEFAULT_PREFIX`] with these parameters.
     fn default_prefix(&self) -> usize {
-        0
+        Self::DEFAULT_PREFIX.unwrap_or(0)
     }
 
     /// Prefix tokens that the parameters themselves demand, whatever the model looks like.

@@ -101,6 +101,8 @@ pub(super) fn patch_edges(parts: &[Part], context: &Context) -> Result<Vec<HeadE
 /// The methods of [`Pattern`](super::Pattern) that a composite answers as its parts, in `masks`, do.
 macro_rules! as_its_parts {
     () => {
+        const DEFAULT_PREFIX: Option<usize> = None;
+
         fn default_prefix(&self) -> usize {
             self.masks.iter().map(|part| part.pattern().default_prefix()).max().unwrap_or(0)
         }

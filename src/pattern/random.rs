@@ -134,6 +134,7 @@ fn of_ratio(keep: f64, allowed: usize) -> usize {
 impl Pattern for Random {
     const NAME: &'static str = "random";
     const ABOUT: &'static str = "a given number of keys per query, drawn uniformly without replacement";
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["k", "keep_ratio", "mask_ratio"]];
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
@@ -172,10 +173,6 @@ impl Pattern for Random {
 
     fn domain(&self) -> Domain {
         Domain::Tokens
-    }
-
-    fn default_prefix(&self) -> usize {
-        1
     }
 
     fn uses_layer(&self) -> bool {

@@ -81,8 +81,8 @@ pub enum Origin {
         keys: fn() -> &'static [&'static str],
         /// JSON Schema of `mask_kwargs` from the types, ranges and comments of the fields.
         schema: fn(&mut SchemaGenerator) -> Schema,
-        /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters without a default.
-        default_prefix: fn() -> Option<usize>,
+        /// Prefix tokens if nobody says how many there are, see [`Pattern::DEFAULT_PREFIX`].
+        default_prefix: Option<usize>,
         /// Those of the keys that set how many pairs are kept, see [`Pattern::BUDGET_KEYS`].
         budget_keys: &'static [&'static [&'static str]],
         /// See [`Pattern::BUDGET_RISES`].
@@ -120,11 +120,7 @@ impl Registered {
             origin: Origin::BuiltIn {
                 keys: field_names::<P>,
                 schema: P::json_schema,
-                default_prefix: || {
-                    let mut pattern = P::deserialize(Value::Object(Map::new())).ok()?;
-                    pattern.resolve().ok()?;
-                    Some(pattern.default_prefix())
-                },
+                default_prefix: P::DEFAULT_PREFIX,
                 budget_keys: P::BUDGET_KEYS,
                 budget_rises: P::BUDGET_RISES,
                 files: P::FILES,
@@ -167,10 +163,10 @@ impl Registered {
         }
     }
 
-    /// Prefix tokens if nobody says how many there are; `None` if that depends on parameters that have no default.
+    /// Prefix tokens if nobody says how many there are; `None` if that depends on its parameters.
     pub fn default_prefix(&self) -> Option<usize> {
         match &self.origin {
-            Origin::BuiltIn { default_prefix, .. } => default_prefix(),
+            Origin::BuiltIn { default_prefix, .. } => *default_prefix,
             Origin::User(_) => Some(0),
         }
     }

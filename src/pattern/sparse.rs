@@ -131,6 +131,7 @@ impl Sparse {
 impl Pattern for Sparse {
     const NAME: &'static str = "sparse";
     const ABOUT: &'static str = "Sparse Transformer patterns: local, strided or fixed blocks with summaries";
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["local_attn_ctx"], &["fixed_c"]];
     const BUDGET_RISES: bool = false;
 
@@ -143,10 +144,6 @@ impl Pattern for Sparse {
             ));
         }
         Ok(())
-    }
-
-    fn default_prefix(&self) -> usize {
-        1
     }
 
     fn edges(&self, context: &Context) -> Result<HeadEdges> {

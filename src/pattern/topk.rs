@@ -99,6 +99,7 @@ const MAX_KEEP: i64 = u32::MAX as i64;
 impl Pattern for TopK {
     const NAME: &'static str = "topk";
     const ABOUT: &'static str = "the k keys with the highest scores, chosen anew for every input";
+    const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["k"]];
 
     fn check(&self) -> Result<()> {
@@ -119,10 +120,6 @@ impl Pattern for TopK {
 
     fn domain(&self) -> Domain {
         Domain::Tokens
-    }
-
-    fn default_prefix(&self) -> usize {
-        1
     }
 
     fn uses_layer(&self) -> bool {

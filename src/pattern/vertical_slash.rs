@@ -28,7 +28,7 @@ pub struct VerticalSlash {
     /// Key patches that every query keeps.
     #[schemars(inner(range(min = 0)))]
     vertical: Vec<i64>,
-    /// Distances that every query keeps, to both sides unless `causal`.
+    /// Distances that every query keeps, to both sides unless `causal`; those beyond the last patch keep nothing.
     #[schemars(inner(range(min = 0)))]
     slash: Vec<i64>,
     /// Half width of a sliding window besides.

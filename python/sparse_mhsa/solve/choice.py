@@ -266,7 +266,8 @@ def _closest_value(document: Mapping[str, Any], key: str, place: Place, budget: 
     rises = _rises_with(key, document)
     # Widths go to twice the tokens; where the last head's is set, those of the others are fractions of it.
     most = place.num_tokens * (max(2, place.num_heads) if rises else 2)
-    values = values_of(key, most, place.num_tokens, lambda value: count(value) is not None)
+    heads = place.num_heads * (place.num_layers or 1)
+    values = values_of(key, most, place.num_tokens, heads, lambda value: count(value) is not None)
     where = f"mask_kwargs.{key}"
     if values is None:
         # Raises what is wrong; a key that has no meaning here may be 0, and then something else is.

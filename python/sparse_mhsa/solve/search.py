@@ -34,11 +34,11 @@ class Values:
         return 1.0 - number / self.whole if self.dropped else number / self.whole
 
 
-def values_of(key: str, most: int, num_tokens: int, is_valid: Callable[[float], bool]) -> Values | None:
+def values_of(key: str, most: int, num_tokens: int, num_heads: int, is_valid: Callable[[float], bool]) -> Values | None:
     """From the least value that can be applied to ``most``; those at the end may be too large."""
     if key.endswith("_ratio"):
-        # As fine as pairs are. The least share is looked for from below, where masks are cheap.
-        pairs = max(1, num_tokens) ** 2
+        # As fine as the pairs of all heads are. The least share is looked for from below, where masks are cheap.
+        pairs = num_heads * max(1, num_tokens) ** 2
         shares = Values(1, 1, pairs, pairs, dropped=key in ("mask_ratio", "pruning_ratio"))
         enough = next((index for index in _doubling(pairs) if is_valid(shares.at(index))), None)
         if enough is None:

@@ -2,7 +2,7 @@
 //! them.
 
 use super::batch::{BLOCK, Batch, GROUP, STRIP};
-use super::matrix::{Matrix, padded};
+use super::matrix::{Matrix, load_part, padded};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
 use crate::kernel::view::RowsMut;
@@ -309,11 +309,4 @@ impl<T: Element> WeightedSums<'_, T> {
             }
         }
     }
-}
-
-/// A whole register, or with `PART` the first `rest` lanes of one.
-#[inline(always)]
-unsafe fn load_part<V: Memory<T>, T, const PART: bool>(from: *const T, rest: usize) -> V {
-    // SAFETY: the caller says that they can be read.
-    unsafe { if PART { V::load_first(from, rest) } else { V::load(from) } }
 }

@@ -1,6 +1,6 @@
 //! The two products that rows scattered over a matrix take part in, for one row with many edges.
 
-use super::matrix::{Matrix, padded};
+use super::matrix::{CHAIN, Matrix, load_part, padded};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 
@@ -101,70 +101,75 @@ impl<T: Element> Kernel<T> for AddLongWeighted<'_, T> {
         let AddLongWeighted { weights, matrix, columns, sum } = self;
         let sum = sum.as_mut_ptr();
         let mut d = 0;
-        // SAFETY: each call touches the columns from `d` on that its condition says exist.
+        // SAFETY: each call touches the channels from `d` on that its condition says exist.
         unsafe {
             while d + 4 * V::LANES <= matrix.width() {
-                add_long_columns::<V, T, 4>(weights, matrix, columns, d, sum.add(d));
+                add_long_channels::<V, T, 4, false>(weights, matrix, columns, d, sum.add(d));
                 d += 4 * V::LANES;
             }
             if d + 2 * V::LANES <= matrix.width() {
-                add_long_columns::<V, T, 2>(weights, matrix, columns, d, sum.add(d));
+                add_long_channels::<V, T, 2, false>(weights, matrix, columns, d, sum.add(d));
                 d += 2 * V::LANES;
             }
             if d + V::LANES <= matrix.width() {
-                add_long_columns::<V, T, 1>(weights, matrix, columns, d, sum.add(d));
+                add_long_channels::<V, T, 1, false>(weights, matrix, columns, d, sum.add(d));
                 d += V::LANES;
             }
             if d < matrix.width() {
-                let mut total = <V as Memory<T::Acc>>::load(sum.add(d));
-                for (&weight, &column) in weights.iter().zip(columns) {
-                    let from = matrix.row(column as usize).add(d);
-                    let values = <V as Memory<T>>::load_first(from, matrix.width() - d);
-                    total = values.mul_add(V::splat(weight), total);
-                }
-                total.store(sum.add(d));
+                add_long_channels::<V, T, 1, true>(weights, matrix, columns, d, sum.add(d));
             }
         }
     }
 }
 
-/// The part of [`add_long_weighted`] that `N` registers from column `first` on hold.
+/// The part of [`add_long_weighted`] that `N` registers from channel `d` on hold, or with `PART` the channels that are left, fewer than a
+/// register.
 ///
-/// Even and odd edges are summed apart: one sum alone would wait for its own last addition most of the time.
+/// Even and odd edges are summed apart: one sum alone would wait for its own last addition most of the time. Each is a chain of
+/// [`CHAIN`] edges, so that what a sum of thousands has grown to rounds few of its terms.
 #[inline(always)]
-unsafe fn add_long_columns<V, T, const N: usize>(
+unsafe fn add_long_channels<V, T, const N: usize, const PART: bool>(
     weights: &[T::Acc],
     matrix: &Matrix<T>,
     columns: &[u32],
-    first: usize,
+    d: usize,
     sum: *mut T::Acc,
 ) where
     T: Element,
     V: Vector<Lane = T::Acc> + Memory<T>,
 {
-    // SAFETY: the caller names rows and columns that exist.
+    let rest = matrix.width() - d;
+    // SAFETY: the caller names rows and channels that exist.
     unsafe {
-        let mut even = [V::splat(T::Acc::ZERO); N];
-        let mut odd = even;
-        let (column_pairs, last_column) = columns.as_chunks::<2>();
-        let (weight_pairs, last_weight) = weights.as_chunks::<2>();
-        for (pair, weights) in column_pairs.iter().zip(weight_pairs) {
-            let (a, b) = (matrix.row(pair[0] as usize), matrix.row(pair[1] as usize));
-            let (weight_a, weight_b) = (V::splat(weights[0]), V::splat(weights[1]));
-            for i in 0..N {
-                even[i] = <V as Memory<T>>::load(a.add(first + i * V::LANES)).mul_add(weight_a, even[i]);
-                odd[i] = <V as Memory<T>>::load(b.add(first + i * V::LANES)).mul_add(weight_b, odd[i]);
+        let mut totals = [V::splat(T::Acc::ZERO); N];
+        for (columns, weights) in columns.chunks(2 * CHAIN).zip(weights.chunks(2 * CHAIN)) {
+            let mut sums = [[V::splat(T::Acc::ZERO); N]; 2];
+            let (column_pairs, last_column) = columns.as_chunks::<2>();
+            let (weight_pairs, last_weight) = weights.as_chunks::<2>();
+            for (pair, weights) in column_pairs.iter().zip(weight_pairs) {
+                for half in 0..2 {
+                    let weight = V::splat(weights[half]);
+                    let from = matrix.row(pair[half] as usize).add(d);
+                    for i in 0..N {
+                        let values = load_part::<V, T, PART>(from.add(i * V::LANES), rest);
+                        sums[half][i] = values.mul_add(weight, sums[half][i]);
+                    }
+                }
             }
-        }
-        if let (&[column], &[weight]) = (last_column, last_weight) {
-            let (a, weight) = (matrix.row(column as usize), V::splat(weight));
+            if let (&[column], &[weight]) = (last_column, last_weight) {
+                let (from, weight) = (matrix.row(column as usize).add(d), V::splat(weight));
+                for i in 0..N {
+                    let values = load_part::<V, T, PART>(from.add(i * V::LANES), rest);
+                    sums[0][i] = values.mul_add(weight, sums[0][i]);
+                }
+            }
             for i in 0..N {
-                even[i] = <V as Memory<T>>::load(a.add(first + i * V::LANES)).mul_add(weight, even[i]);
+                totals[i] = totals[i] + (sums[0][i] + sums[1][i]);
             }
         }
         for i in 0..N {
             let place = sum.add(i * V::LANES);
-            (<V as Memory<T::Acc>>::load(place) + (even[i] + odd[i])).store(place);
+            (<V as Memory<T::Acc>>::load(place) + totals[i]).store(place);
         }
     }
 }

@@ -11,9 +11,19 @@ pub(super) const fn padded(len: usize) -> usize {
     len.next_multiple_of(16)
 }
 
-/// Channels that a product of blocks adds one after the other. Sums of such parts round about half as much as one chain of 64 does,
+/// Channels, or tokens, that a product adds one after the other. Sums of such parts round about half as much as one chain of 64 does,
 /// and where scores are large it is their rounding that a softmax shows.
 pub(super) const CHAIN: usize = 16;
+
+/// A whole register, or with `PART` the first `rest` lanes of one.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+pub(super) unsafe fn load_part<V: Memory<T>, T, const PART: bool>(from: *const T, rest: usize) -> V {
+    // SAFETY: the caller's promise.
+    unsafe { if PART { V::load_first(from, rest) } else { V::load(from) } }
+}
 
 /// The rows of one head: `(tokens, width)` with any strides.
 #[derive(Debug, Clone, Copy)]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::dots::rest_of_dot;
-use crate::kernel::cpu::matrix::{Matrix, padded};
+use crate::kernel::cpu::matrix::{Matrix, load_part, padded};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, MAX_LANES, Memory, Vector};
 
@@ -80,6 +80,9 @@ impl<T: Element> RowDots<'_, T> {
     }
 }
 
+/// Rows that are summed before their sum is added to that of the others.
+const PIECE: usize = 256;
+
 /// `sum += sum_i weights[i] * matrix[rows.start + i]`.
 ///
 /// To run it: the instructions are available, the rows exist, `matrix` is packed, and `sum` has [`padded`] length.
@@ -116,7 +119,8 @@ impl<T: Element> Kernel<T> for RowSum<'_, T> {
 impl<T: Element> RowSum<'_, T> {
     /// The channels from `d` on that `N` registers hold, or with `PART` those that are left, fewer than a register.
     ///
-    /// Even and odd rows are summed apart: one sum alone would wait for its own last addition most of the time.
+    /// Even and odd rows are summed apart: one sum alone would wait for its own last addition most of the time. Every
+    /// [`PIECE`] rows are summed apart as well, so that what a sum of thousands has grown to rounds few of its terms.
     #[inline(always)]
     unsafe fn channels<V, const N: usize, const PART: bool>(&mut self, d: usize)
     where
@@ -125,37 +129,36 @@ impl<T: Element> RowSum<'_, T> {
         let rest = self.matrix.width() - d;
         // SAFETY: the caller's promise.
         unsafe {
-            let mut totals = [[V::splat(T::Acc::ZERO); N]; 2];
-            let (pairs, last) = self.weights.as_chunks::<2>();
-            for (index, pair) in pairs.iter().enumerate() {
-                let row = self.rows.start + 2 * index;
-                for half in 0..2 {
-                    let weight = V::splat(pair[half]);
-                    let from = self.matrix.row(row + half).add(d);
-                    for i in 0..N {
-                        totals[half][i] =
-                            load::<V, T, PART>(from.add(i * V::LANES), rest).mul_add(weight, totals[half][i]);
+            let mut totals = [V::splat(T::Acc::ZERO); N];
+            for (chunk, weights) in self.weights.chunks(PIECE).enumerate() {
+                let mut sums = [[V::splat(T::Acc::ZERO); N]; 2];
+                let row = self.rows.start + chunk * PIECE;
+                let (pairs, last) = weights.as_chunks::<2>();
+                for (index, pair) in pairs.iter().enumerate() {
+                    for half in 0..2 {
+                        let weight = V::splat(pair[half]);
+                        let from = self.matrix.row(row + 2 * index + half).add(d);
+                        for i in 0..N {
+                            let values = load_part::<V, T, PART>(from.add(i * V::LANES), rest);
+                            sums[half][i] = values.mul_add(weight, sums[half][i]);
+                        }
                     }
                 }
-            }
-            if let &[weight] = last {
-                let from = self.matrix.row(self.rows.end - 1).add(d);
+                if let &[weight] = last {
+                    let from = self.matrix.row(self.rows.end - 1).add(d);
+                    for i in 0..N {
+                        let values = load_part::<V, T, PART>(from.add(i * V::LANES), rest);
+                        sums[0][i] = values.mul_add(V::splat(weight), sums[0][i]);
+                    }
+                }
                 for i in 0..N {
-                    let values = load::<V, T, PART>(from.add(i * V::LANES), rest);
-                    totals[0][i] = values.mul_add(V::splat(weight), totals[0][i]);
+                    totals[i] = totals[i] + (sums[0][i] + sums[1][i]);
                 }
             }
             for i in 0..N {
                 let to = self.sum[d + i * V::LANES..].as_mut_ptr();
-                (V::load(to) + (totals[0][i] + totals[1][i])).store(to);
+                (V::load(to) + totals[i]).store(to);
             }
         }
     }
-}
-
-/// A whole register, or with `PART` the first `rest` lanes of one.
-#[inline(always)]
-unsafe fn load<V: Memory<T>, T, const PART: bool>(from: *const T, rest: usize) -> V {
-    // SAFETY: the caller says that they can be read.
-    unsafe { if PART { V::load_first(from, rest) } else { V::load(from) } }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::STRIP;
-use crate::kernel::cpu::matrix::Matrix;
+use crate::kernel::cpu::matrix::{Matrix, load_part};
 use crate::kernel::element::{Element, Real};
 use crate::kernel::simd::{Kernel, Memory, Vector};
 use crate::kernel::view::RowsMut;
@@ -118,11 +118,7 @@ impl<T: Element> Sums<'_, T> {
                     let weight = V::splat(*weights.add(slot));
                     let from = first.offset(slot as isize * step);
                     for i in 0..N {
-                        let values = if PART {
-                            <V as Memory<T>>::load_first(from, rest)
-                        } else {
-                            <V as Memory<T>>::load(from.add(i * V::LANES))
-                        };
+                        let values = load_part::<V, T, PART>(from.add(i * V::LANES), rest);
                         totals[slot][i] = values.mul_add(weight, totals[slot][i]);
                     }
                 }
