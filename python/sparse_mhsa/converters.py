@@ -219,7 +219,7 @@ def _compressed(matrix: object) -> tuple[Array, Array]:
         if matrix.dim() not in (2, 3) or matrix.dense_dim() > 0 or matrix.shape[-1] != matrix.shape[-2]:
             raise ValueError(f"row_ptr: expected a sparse tensor of (N, N) or (H, N, N), got {tuple(matrix.shape)}")
         # Sorted by head, query and key, each triple once.
-        *rows, columns = torch.unique(matrix.detach().to_sparse_coo()._indices(), dim=1)
+        *rows, columns = torch.unique(matrix.detach().to_sparse(layout=torch.sparse_coo)._indices(), dim=1)
         num_tokens, num_heads = matrix.shape[-1], matrix.shape[0] if matrix.dim() == 3 else 1
         row = rows[0] if len(rows) == 1 else rows[0] * num_tokens + rows[1]
         ends = torch.bincount(row, minlength=num_heads * num_tokens).cumsum(0).view(num_heads, num_tokens)
