@@ -4,7 +4,12 @@ A kernel that forgets to write an element, or reads scratch before writing it, t
 """
 
 import functools
+import os
 import sys
+
+# Threads of OpenMP that spin while they wait keep others from working: where anything else runs, a test takes several
+# times as long. Read when torch is loaded, also by the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -163,6 +163,31 @@ class TestFromDense:
         assert [head.runs for head in again.explain().heads] == [0, 0, 0]
 
 
+BROKEN_TENSORS = [
+    (torch.sparse_csr, ([0, 5, 2, 2, 2, 2, 2], [1, 2]), (6, 6)),
+    (torch.sparse_csr, ([0, 2, 4, 6, 8, 10, 40], [0] * 10), (6, 6)),
+    (torch.sparse_csr, ([0, -5, 2, 2, 2, 2, 2], [1, 2]), (6, 6)),
+    (torch.sparse_csr, ([1, 1, 2, 2, 2, 2, 2], [1, 2]), (6, 6)),
+    (torch.sparse_csr, ([0, 1, 1, 1, 1, 1, 1], [1, 2]), (6, 6)),
+    (torch.sparse_csr, ([0, 0, 0, 0, 0, 0, 0, 0, 1], [1]), (6, 6)),
+    (torch.sparse_csc, ([0, 2, 4, 6, 8, 10, 40], [0] * 10), (6, 6)),
+    (torch.sparse_csc, ([0, 1, 1, 1, 1, 1, 1], [9]), (6, 6)),
+    (torch.sparse_bsr, ([0, 1, 2, 50], [0, 1, 2]), (6, 6)),
+    (torch.sparse_coo, [[0], [6], [1]], (2, 6, 6)),
+    (torch.sparse_coo, [[1], [-1], [1]], (2, 6, 6)),
+    (torch.sparse_coo, [[9], [1]], (6, 6)),
+]
+
+
+def unchecked(layout, indices, size):
+    """A tensor as torch makes it without looking at its indices, which is what it does by default."""
+    if layout == torch.sparse_coo:
+        return torch.sparse_coo_tensor(indices, torch.ones(len(indices[0])), size, check_invariants=False)
+    pointers, plain = map(torch.tensor, indices)
+    values = torch.ones(len(plain), 2, 2) if layout == torch.sparse_bsr else torch.ones(len(plain))
+    return torch.sparse_compressed_tensor(pointers, plain, values, size, layout=layout, check_invariants=False)
+
+
 class TestFromCsr:
     def test_it_reads_what_to_csr_writes(self):
         for mask in MADE.values():
@@ -227,6 +252,33 @@ class TestFromCsr:
     def test_malformed_lists_are_refused_by_name(self, row_ptr, col, error, message):
         with pytest.raises(error, match=message):
             sm.Mask.from_csr(row_ptr, col)
+
+    @pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support is in beta state")
+    @pytest.mark.parametrize("broken", BROKEN_TENSORS)
+    def test_indices_of_sparse_tensors_are_looked_at_before_anything_is_read(self, broken):
+        layout, indices, size = broken
+        with pytest.raises(ValueError, match="row_ptr: "):
+            sm.Mask.from_csr(unchecked(layout, indices, size))
+
+    def test_indices_of_scipy_matrices_are_looked_at_before_anything_is_read(self):
+        sparse = pytest.importorskip("scipy.sparse")
+        rows = sparse.csr_matrix((np.ones(2), np.array([1, 2]), np.array([0, 500, 2])), shape=(2, 2))
+        columns, pairs = sparse.csc_matrix(np.eye(6)), sparse.coo_matrix(np.eye(6))
+        columns.indices[1] = pairs.row[1] = 90_000_000
+        for matrix in (rows, columns, pairs):
+            with pytest.raises(ValueError):  # noqa: PT011  in the words of scipy
+                sm.Mask.from_csr(matrix)
+
+    @pytest.mark.parametrize("shape", [(0, 0), (2, 0, 0)])
+    def test_a_sparse_tensor_may_have_no_tokens(self, shape):
+        assert sm.Mask.from_csr(torch.zeros(shape).to_sparse()).to_dense().shape[-2:] == (0, 0)
+
+    def test_a_sparse_tensor_must_have_heads_and_values(self):
+        with pytest.raises(ValueError, match=r"row_ptr: expected shape .*, got \(0, 7\)"):
+            sm.Mask.from_csr(torch.zeros(0, 6, 6).to_sparse())
+        nested = torch.nested.nested_tensor([torch.rand(2, 3)], layout=torch.jagged)
+        with pytest.raises(TypeError, match="row_ptr: without `col`, expected a sparse torch tensor"):
+            sm.Mask.from_csr(nested)
 
     def test_a_sparse_tensor_must_be_square(self):
         with pytest.raises(ValueError, match=r"expected a sparse tensor of \(N, N\) or \(H, N, N\), got \(2, 3\)"):

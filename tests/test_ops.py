@@ -799,10 +799,10 @@ class TestCompile:
 
         return compute
 
-    @pytest.mark.parametrize("name", ["none", "fibottention", "local_zero"])
+    @pytest.mark.parametrize("name", ["none", "fibottention", "local_zero", None])
     def test_fullgraph_forward_and_backward(self, name):
         inputs = with_grad(*qkv())
-        loss = self.loss(mask_of(name, 6))
+        loss = self.loss(None if name is None else mask_of(name, 6))
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         got = torch.autograd.grad(compiled(*inputs), inputs)
         for mine, theirs in zip(got, torch.autograd.grad(loss(*inputs), inputs), strict=True):
@@ -940,6 +940,17 @@ class TestBadInput:
                 TypeError,
                 r"query: expected a dense tensor, got layout torch.sparse_coo",
             ),
+            (
+                {"attn_mask": torch.ones(6, 6).to_sparse()},
+                TypeError,
+                r"attn_mask: expected a dense tensor, got layout torch.sparse_coo",
+            ),
+            (
+                {"key_padding_mask": torch.ones(2, 6).bool().to_sparse()},
+                TypeError,
+                r"key_padding_mask: expected a dense tensor, got layout torch.sparse_coo",
+            ),
+            ({"scale": torch.tensor(0.5)}, TypeError, r"scale: expected a number, got Tensor"),
             ({"dropout_p": "a"}, TypeError, r"dropout_p: expected a number, got str"),
             ({"dropout_p": None}, TypeError, r"dropout_p: expected a number, got NoneType"),
             ({"scale": "1"}, TypeError, r"scale: expected a number, got str"),

@@ -172,8 +172,7 @@ def test_no_combination_is_closer_where_there_are_few(name, kwargs, target):
     assert abs(solution.density - target) <= max(min(found) + 1e-12, 5e-3 * target)
 
 
-@pytest.mark.parametrize("target", [0.021, 0.05, 0.1, 0.3, 0.5])
-@pytest.mark.parametrize("tokens", [50, 197])
+@pytest.mark.parametrize(("tokens", "target"), [(50, 0.03), (50, 0.1), (50, 0.5), (197, 0.021), (197, 0.3)])
 def test_block_topk_meets_a_budget_by_the_size_of_its_blocks(tokens, target):
     """One block of the default 32 of 196 patches is a seventh of all pairs already."""
     place = {"num_tokens": tokens, "num_heads": HEADS, "pruning_ratio": 1 - target}

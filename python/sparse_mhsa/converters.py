@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Array: TypeAlias = Tensor | NDArray[np.generic] | Sequence[object]
+_SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 RowFunction: TypeAlias = Callable[[int, int], Array | Iterable[object]]
 """``keep(head, row)``: the keys of one query, as bool (N,) or as integer indices in any order, also one by one."""
 
@@ -215,26 +216,56 @@ def _one_head(edges: Edges, head: int) -> Edges:
 
 def _compressed(matrix: object) -> tuple[Array, Array]:
     """``row_ptr`` and ``col`` of a torch or scipy sparse matrix."""
-    if isinstance(matrix, Tensor) and matrix.layout != torch.strided:
-        if matrix.dim() not in (2, 3) or matrix.dense_dim() > 0 or matrix.shape[-1] != matrix.shape[-2]:
-            raise ValueError(f"row_ptr: expected a sparse tensor of (N, N) or (H, N, N), got {tuple(matrix.shape)}")
-        # Sorted by head, query and key, each triple once.
-        *rows, columns = torch.unique(matrix.detach().to_sparse(layout=torch.sparse_coo)._indices(), dim=1)
-        num_tokens, num_heads = matrix.shape[-1], matrix.shape[0] if matrix.dim() == 3 else 1
-        row = rows[0] if len(rows) == 1 else rows[0] * num_tokens + rows[1]
-        ends = torch.bincount(row, minlength=num_heads * num_tokens).cumsum(0).view(num_heads, num_tokens)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]])
-        return torch.cat([starts[:, None], ends], dim=1), columns
+    if isinstance(matrix, Tensor) and matrix.layout in _SPARSE_LAYOUTS and not matrix.is_meta:
+        return _compressed_tensor(matrix.detach())
     scipy_sparse = sys.modules.get("scipy.sparse")
     if scipy_sparse is not None and scipy_sparse.issparse(matrix):
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:  # type: ignore[attr-defined]
             raise ValueError(f"row_ptr: expected a square matrix, got {matrix.shape}")  # type: ignore[attr-defined]
-        rows = matrix.tocsr(copy=True)  # type: ignore[attr-defined]
+        rows = matrix.copy()  # type: ignore[attr-defined]
+        # Conversions read wherever the indices say, and nobody has to have looked at them before.
+        if rows.format == "coo":
+            for name, indices in (("row", rows.row), ("col", rows.col)):
+                if len(indices) and not 0 <= indices.min() <= indices.max() < rows.shape[0]:
+                    raise ValueError(f"{name}: expected indices from 0 to {rows.shape[0] - 1}")
+        elif hasattr(rows, "check_format"):
+            rows.check_format(full_check=True)
+        rows = rows.tocsr()
         rows.sum_duplicates()
         return rows.indptr, rows.indices
     raise TypeError(
         f"row_ptr: without `col`, expected a sparse torch tensor or a scipy sparse matrix, got {type(matrix).__name__}"
     )
+
+
+def _compressed_tensor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``row_ptr`` and ``col`` of a sparse tensor of any layout."""
+    if matrix.dim() not in (2, 3) or matrix.dense_dim() > 0 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"row_ptr: expected a sparse tensor of (N, N) or (H, N, N), got {tuple(matrix.shape)}")
+    # Sorted by head, query and key, each triple once.
+    *rows, columns = torch.unique(_checked(matrix).to_sparse(layout=torch.sparse_coo)._indices(), dim=1)
+    num_tokens, num_heads = matrix.shape[-1], matrix.shape[0] if matrix.dim() == 3 else 1
+    row = rows[0] if len(rows) == 1 else rows[0] * num_tokens + rows[1]
+    count = torch.bincount(row, minlength=num_heads * num_tokens)
+    offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    first = torch.arange(num_heads, device=offsets.device)[:, None] * num_tokens
+    return offsets[first + torch.arange(num_tokens + 1, device=offsets.device)], columns
+
+
+def _checked(matrix: Tensor) -> Tensor:
+    """The same tensor, of which torch has looked at every index: it does not of its own accord, but reads by them."""
+    try:
+        if matrix.layout == torch.sparse_coo:
+            return torch.sparse_coo_tensor(matrix._indices(), matrix._values(), matrix.shape, check_invariants=True)
+        if matrix.layout in (torch.sparse_csr, torch.sparse_bsr):
+            indices = matrix.crow_indices(), matrix.col_indices()
+        else:
+            indices = matrix.ccol_indices(), matrix.row_indices()
+        return torch.sparse_compressed_tensor(
+            *indices, matrix.values(), matrix.shape, layout=matrix.layout, check_invariants=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"row_ptr: {error}") from error
 
 
 def _keys(row: object, num_tokens: int, where: str) -> NDArray[np.int64]:

@@ -404,9 +404,11 @@ def _sum_to_bias(values: Tensor, bias: Tensor, edges: HeadEdges) -> Tensor:
     queries, keys = bias.shape[-2:]
     if bias.shape[0] == 1:
         values = values.sum(0, keepdim=True)
-    total = values.new_zeros(values.shape[0], queries * keys)
-    total = total.index_add(1, _bias_index(bias, edges.rows, edges.cols), values)
-    return total.view(values.shape[0], queries, keys)
+    # Thousands of pairs may share an entry, one chain of additions each: in float64, which only MPS has not.
+    wide = values if values.device.type == "mps" else values.double()
+    total = wide.new_zeros(values.shape[0], queries * keys)
+    total = total.index_add(1, _bias_index(bias, edges.rows, edges.cols), wide)
+    return total.to(values.dtype).view(values.shape[0], queries, keys)
 
 
 def _pull_back(edges: HeadEdges, primals: Sequence[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 import warnings
 from typing import Literal, overload
 
@@ -21,7 +22,9 @@ from .positions import check_positions, edges_at
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 MANY_TOKENS = 4096
 """Number of tokens above which dense attention weights deserve a warning."""
-_NUMBERS = (int, float, np.number, torch.SymInt, torch.SymFloat, Tensor)
+_DENSE_MASKS: dict[int, LayerMask] = {}
+"""The mask ``none`` by its number of heads."""
+_NUMBERS = (int, float, np.number, torch.SymInt, torch.SymFloat)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -278,10 +281,21 @@ def draw_seed() -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64)
 
 
-@functools.lru_cache(maxsize=64)
 def dense_mask(num_heads: int) -> LayerMask:
     """The mask ``none``."""
-    return LayerMask(AttentionConfig.parse("mask: none"), num_heads)
+    num_heads = operator.index(num_heads)  # a number where it is traced as a symbol: one compiled graph for each
+    _make_dense_mask(num_heads)
+    return _DENSE_MASKS[num_heads]
+
+
+def _make_dense_mask(num_heads: int) -> None:
+    if num_heads not in _DENSE_MASKS:
+        _DENSE_MASKS[num_heads] = LayerMask(AttentionConfig.parse("mask: none"), num_heads)
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import the whole compiler: Dynamo calls it while
+# tracing, because it cannot see into the compiled core, and then finds the mask in the dictionary.
+_make_dense_mask._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -424,6 +438,8 @@ def causal_bias(q: Tensor, k: Tensor) -> Tensor:
 def _check_beside(tensor: Tensor, name: str, q: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     if tensor.device != q.device:
         raise ValueError(f"{name}: expected device {q.device} like query, got {tensor.device}")
 

@@ -183,8 +183,8 @@ class Mask:
         """The mask of compressed rows, as `to_csr` returns them, or of a sparse matrix.
 
         Args:
-            row_ptr: (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``; or a torch
-                sparse CSR tensor or scipy sparse matrix, whose stored entries are the edges, and no ``col``.
+            row_ptr: (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``; or a sparse
+                torch tensor or scipy sparse matrix, whose stored entries are the edges, and no ``col``.
             col: (nnz,) key indices, ascending strictly within a row.
             num_heads: H; default is what ``row_ptr`` has.
             num_prefix_tokens: leading tokens that `pruning_ratio` leaves out.

@@ -285,12 +285,14 @@ impl Tasks {
 }
 
 /// `rows` cut where rows that keep every column begin and end, and whether a part is worth packing as those are: many together,
-/// also of which other tasks have the rest, for the bits of a result must not depend on how rows are divided.
+/// also of which other tasks have the rest, for the bits of a result must not depend on how rows are divided. Where there is one column,
+/// a query has one key, and its dS is 0 only if both passes add the channels of a dot in the same order: neither packs.
 pub(super) fn runs_of_rows(
     edges: &EdgeSet,
     rows: Range<usize>,
 ) -> impl Iterator<Item = (Range<usize>, bool)> {
     let mut next = rows.start;
+    let is_worth = |rows: usize| rows >= WORTH_PACKING && edges.num_cols() >= WORTH_PACKING;
     // The transpose of a set whose rows are all dense says so by its columns.
     let all_dense = edges.dense_cols().first().is_some_and(|cols| cols.len() == edges.num_cols());
     std::iter::from_fn(move || {
@@ -300,16 +302,16 @@ pub(super) fn runs_of_rows(
         let start = next;
         if all_dense {
             next = rows.end;
-            return Some((start..next, edges.num_rows() >= WORTH_PACKING));
+            return Some((start..next, is_worth(edges.num_rows())));
         }
         let dense = edges.dense_rows().iter().find(|dense| dense.end > start);
-        let (end, is_worth) = match dense {
-            Some(dense) if dense.start <= start => (dense.end, dense.len() >= WORTH_PACKING),
+        let (end, packed) = match dense {
+            Some(dense) if dense.start <= start => (dense.end, is_worth(dense.len())),
             Some(dense) => (dense.start, false),
             None => (rows.end, false),
         };
         next = end.min(rows.end);
-        Some((start..next, is_worth))
+        Some((start..next, packed))
     })
 }
 
