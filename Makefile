@@ -8,6 +8,8 @@ export VIRTUAL_ENV := $(VENV)
 export PYO3_PYTHON := $(BIN)/python
 export PATH := $(BIN):$(PATH)
 
+# Each takes up to 2 GiB.
+WORKERS ?= 2
 RUST_FILES = $(shell git ls-files '*.rs')
 # Rebuild the extension where it stands; what it depends on is installed already.
 MATURIN := maturin develop --release --quiet --skip-install
@@ -72,9 +74,9 @@ lint: $(VENV)/.test-ready ## rustfmt, clippy, ruff, mypy, stubs, stale documenta
 test-rust: ## Patterns, plans and kernels, without torch
 	cargo test --release --no-default-features --lib
 
-test-python: $(VENV)/.test-ready ## The Python suite
+test-python: $(VENV)/.test-ready ## The Python suite, by two processes (another number: WORKERS=1)
 	$(MATURIN)
-	pytest
+	pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.test-ready ## What takes minutes: compiling with inductor, the accuracy bench
 	$(MATURIN)

@@ -172,7 +172,7 @@ def test_no_combination_is_closer_where_there_are_few(name, kwargs, target):
     assert abs(solution.density - target) <= max(min(found) + 1e-12, 5e-3 * target)
 
 
-@pytest.mark.parametrize(("tokens", "target"), [(50, 0.03), (50, 0.1), (50, 0.5), (197, 0.021), (197, 0.3)])
+@pytest.mark.parametrize(("tokens", "target"), [(50, 0.05), (50, 0.1), (50, 0.5), (197, 0.021), (197, 0.3)])
 def test_block_topk_meets_a_budget_by_the_size_of_its_blocks(tokens, target):
     """One block of the default 32 of 196 patches is a seventh of all pairs already."""
     place = {"num_tokens": tokens, "num_heads": HEADS, "pruning_ratio": 1 - target}
@@ -213,8 +213,8 @@ def pairs_of_fixed(block, summary, num_tokens, num_heads, symmetric, distinct):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("distinct", [False, True])
-@pytest.mark.parametrize("target", [0.06, 0.15, 0.3, 0.8])
-@pytest.mark.parametrize(("tokens", "heads"), [(17, 2), (50, 4), (80, 3)])
+@pytest.mark.parametrize("target", [0.06, 0.15, 0.8])
+@pytest.mark.parametrize(("tokens", "heads"), [(17, 2), (80, 3)])
 def test_blocks_and_their_summaries_are_set_together(tokens, heads, target, distinct, symmetric):
     """Blocks alone, whose summaries are up to 16 wide, kept three times as much as 15 % of 80 tokens."""
     kwargs = {"pattern": "fixed", "symmetric": symmetric, "per_head_distinct": distinct}

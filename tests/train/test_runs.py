@@ -114,9 +114,8 @@ def test_a_run_interrupted_while_testing_does_not_train_that_epoch_again(
 def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(tmp_path, log_of, number, to):
     """To a group as terminals, batch systems, ``timeout`` and torchrun send it, loader processes included."""
     folder = tmp_path / "run"
-    recipe = (
-        f"finetune --dataset digits --patch-size 4 --epochs 500 --num-workers {2 * (to == 'its group')} --output-dir"
-    )
+    sizes = f"--input-size 8 --patch-size 2 --epochs 500 --num-workers {2 * (to == 'its group')}"
+    recipe = f"finetune --dataset digits {sizes} --output-dir"
     process = subprocess.Popen(
         [sys.executable, "-m", "sparse_mhsa", *recipe.split(), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
