@@ -167,6 +167,19 @@ def test_a_full_disk_between_last_and_best_loses_neither(straight, tmp_path, mon
     assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
 
 
+def test_the_largest_seed_trains_and_resumes(options):
+    run = replace(options, epochs=1, seed=2**63 - 1)
+    finetune(run)
+    assert finetune(replace(run, epochs=2, resume=options.output_dir / LAST)).trainer.epoch == 2
+
+
+def test_a_linear_probe_is_tested_in_batches_of_one(options):
+    probe = replace(options, epochs=1, linear_probe=True, patch_size=4, drop_path=0.1)
+    trained = finetune(probe)
+    seen = finetune(replace(probe, batch_size=1, resume=options.output_dir / LAST, eval=True))
+    assert seen.results["test_acc1"] == trained.results["test_acc1"]
+
+
 def test_evaluation_repeats_the_accuracy_of_the_checkpoint(options):
     trained = finetune(replace(options, epochs=1))
     seen = finetune(replace(options, resume=options.output_dir / LAST, eval=True))

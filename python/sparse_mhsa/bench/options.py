@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..config import configs
 from ..train import UsageError
-from ..train.options import Options, option
+from ..train.options import SEEDS, Options, option
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUICK_BUDGET = 0.8
@@ -73,7 +73,7 @@ class AccuracyOptions(Options):
     """``sparse-mhsa bench accuracy``."""
 
     methods: tuple[str, ...] = option((), "rows of the table (default: all)", metavar="NAME")
-    seeds: tuple[int, ...] = option((0, 1, 2), "one run per method and seed", at_least=0, metavar="SEED")
+    seeds: tuple[int, ...] = option((0, 1, 2), "one run per method and seed", at_least=0, below=SEEDS, metavar="SEED")
     budget: float | None = option(
         None, "attention GMACs per image of every method; by default, those of Fibottention as published", above=0
     )

@@ -93,6 +93,8 @@ def _write_page(run: Run, command: str | None) -> Path:
 
 
 def _finetune(options: FinetuneOptions, world: World) -> Run:
+    if options.linear_probe and options.batch_size == 1 and not options.eval:
+        raise UsageError("--batch-size must be at least 2 for --linear-probe, which normalises over the batch, got 1")
     seed_everything(options.seed)
     # Read first: a bad checkpoint or configuration should not cost the time that data and model take.
     state = read_checkpoint(options.resume) if options.resume else None
@@ -241,8 +243,10 @@ def describe(trainer: Trainer) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise a `UsageError` for a device that torch does not know or cannot reach."""
+    """Raise a `UsageError` for a device that torch does not know or cannot reach, or that computes nothing."""
     try:
-        torch.empty(0, device=torch.device(name))
+        device = torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError(f"--device {name}: its tensors hold no data, and nothing is computed there")
