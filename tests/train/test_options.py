@@ -32,6 +32,10 @@ from sparse_mhsa.train.finetune import finetune
         ({"layer_decay": 2.0}, "--layer-decay must be above 0 and at most 1, got 2.0"),
         ({"norm_pix_loss": True}, "--norm-pix-loss needs --two-branch"),
         ({"two_branch": True, "mask_ratio": 0.0}, "--mask-ratio must be above 0 with --two-branch, got 0"),
+        (
+            {"two_branch": True, "mask_ratio": 0.8, "patch_size": 4},
+            "--mask-ratio must remove some of the 4 patches and keep some: at most 0.75, got 0.8, which keeps 0",
+        ),
         ({"linear_probe": True, "drop_path": 0.3}, "--linear-probe drops nothing .*: no --drop-path, got 0.3"),
         ({"dist_on_itp": True}, "--dist-on-itp needs --dist"),
         ({"cutmix_minmax": (0.8, 0.2)}, "--cutmix-minmax must be two ascending shares of at most 1, got 0.8 0.2"),
