@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import ImageData, load_data
 from .distributed import World, world_of
+from .interrupt import sigterm_as_ctrl_c
 from .recipes import FinetuneOptions, ImageOptions, PretrainOptions, RunOptions, TrainOptions, VideoOptions
 
 require_packages("timm", "torchvision", "tqdm")
@@ -170,7 +171,8 @@ def started(options: Recipe) -> Iterator[tuple[Recipe, World]]:
         UsageError: the device or the processes cannot be used.
     """
     check_device(options.device)
-    with world_of(options) as world, only_first_logs(world):
+    # Processes of --dist are left to the system: one that waits for the others handles no signal itself.
+    with nullcontext() if options.dist else sigterm_as_ctrl_c(), world_of(options) as world, only_first_logs(world):
         if world.is_first:
             for message in options.without_effect():
                 logger.warning("%s", message)

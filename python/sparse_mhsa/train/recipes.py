@@ -192,7 +192,8 @@ class TrainOptions(ImageOptions):
 
     finetune: Path | None = option(
         None,
-        "initial weights; a head for other classes is replaced, position embeddings are resized, a decoder is left out",
+        "initial weights; a head for other classes is replaced, and the final norm where --global-pool, --cls-token or "
+        "--two-branch normalise otherwise; position embeddings are resized, a decoder is left out",
         metavar="FILE",
     )
     nb_classes: int | None = option(None, "outputs of the model; the data set's own by default", at_least=2)
