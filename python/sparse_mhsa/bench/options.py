@@ -81,7 +81,11 @@ class AccuracyOptions(Options):
     nproc_per_node: int = option(1, "processes per run, started by torchrun", at_least=1)
     threads: int | None = option(None, "threads of a run (default: torch's own number)", at_least=1)
     output_dir: Path = option(Path("runs/accuracy"), "where the runs and the table go", metavar="DIR")
-    dry_run: bool = option(False, "print each method's parameter and cost and the commands of the runs, run nothing")
+    dry_run: bool = option(
+        False,
+        "print each method's parameter and cost, the commands of the runs and whether --output-dir can be written, and "
+        "run nothing",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
