@@ -46,6 +46,21 @@ def test_the_web_page_is_that_of_the_report_and_looks_like_the_others(report):
     assert f"<style>{STYLE}</style>" in committed
 
 
+def test_what_the_operations_leave_out_is_said_of_the_methods_that_choose_keys_by_content(report):
+    note = "top-k by score: the choice of its keys is not among the products counted"
+    configs = {row["title"]: row["attention_config"] for row in report["rows"] if row["attention_config"] is not None}
+    assert [title for title, config in configs.items() if load_config(config).by_content] == ["top-k by score"]
+    assert note in markdown(report)
+    report["rows"] = report["rows"][:1]
+    assert note not in markdown(report)
+
+
+def test_the_legend_of_memory_is_what_the_column_shows(report):
+    dense = report["rows"][0]["peak_memory"]
+    assert f"| {sum(dense) / len(dense) / 2**20:.0f} |\n" in markdown(report)
+    assert "peak MiB: mean over the seeds of the largest resident memory" in markdown(report)
+
+
 def test_one_epoch_is_no_epochs(report):
     report["recipe"]["epochs"] = 1
     assert "1 epoch per run" in markdown(report)

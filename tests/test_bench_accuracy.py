@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -170,7 +172,19 @@ def test_a_dry_run_prints_the_plan(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "topk, k" in out
     assert out.count("sparse-mhsa finetune --dataset digits") == 4
+    assert re.search(rf"files: 2\.3 MiB per checkpoint in {tmp_path / 'none'}, which can be written; .* are free", out)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_says_whether_the_runs_could_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert table(tmp_path / "file" / "none", "--dry-run") == 0
+    assert f"which cannot be made: '{tmp_path / 'file'}' is not a folder" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20 * 2**20))
+    assert table(tmp_path / "none", "--dry-run", seeds=("0",)) == 0
+    assert "which can be written" in capsys.readouterr().out
+    assert table(tmp_path / "none", "--dry-run") == 0
+    assert "which has too little room for the 9 there are at a time; 20.0 MiB are free there" in capsys.readouterr().out
 
 
 def test_runs_over_several_processes_say_how_they_are_started(tmp_path, capsys):

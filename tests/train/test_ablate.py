@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import re
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +18,7 @@ from sparse_mhsa.cli import main
 from sparse_mhsa.train import UsageError, figures
 from sparse_mhsa.train.ablate import ablate_heads, recipe_of
 from sparse_mhsa.train.checkpoint import read_checkpoint
-from sparse_mhsa.train.engine import LAST
+from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.finetune import finetune
 from sparse_mhsa.train.recipes import AblationOptions
 from sparse_mhsa.train.structure import hops, mask_record
@@ -83,10 +86,48 @@ def test_the_report_shows_drops_overlaps_degrees_and_hops(trained, ablated):
     folder, _ = trained
     written = json.loads((folder / "heads" / "heads.json").read_text())
     assert written == json.loads(json.dumps(ablated))
+    assert written["partial"] is False
     page = (folder / "heads" / "heads.html").read_text()
+    assert "Stopped before the end" not in page
     assert page.count("<svg") == 1
     assert page.count("<img") == 3
     assert "layer 3 (local): 2; among patches alone: 8" in page
+
+
+def test_a_folder_that_cannot_be_made_costs_no_test(trained, tmp_path, monkeypatch):
+    folder, _ = trained
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: pytest.fail("tested"))
+    with pytest.raises(UsageError, match=r"--output-dir: cannot make the folder '.*heads': Not a directory"):
+        ablate_heads(AblationOptions(checkpoint=folder / LAST, output_dir=tmp_path / "file" / "heads"), "x")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("tests", "heads", "layers"), [(0, 0, 0), (3, 2, 0), (10, 4, 1)])
+def test_what_is_tested_survives_a_signal(trained, ablated, tmp_path, monkeypatch, tests, heads, layers, number):
+    """Stopped in the test after the first ``tests``: one of the whole model, four of its heads, four of each layer."""
+    folder, _ = trained
+    original, left = Trainer.evaluate, tests
+
+    def evaluate(self):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), number)
+        left -= 1
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    options = AblationOptions(checkpoint=folder / LAST, per_layer=True, output_dir=tmp_path, progress="off")
+    with pytest.raises(KeyboardInterrupt, match=re.escape(str(tmp_path)) if heads else None):
+        ablate_heads(options, "x")
+    assert (tmp_path / "heads.json").exists() == (tmp_path / "heads.html").exists() == (heads > 0)
+    if heads:
+        written = json.loads((tmp_path / "heads.json").read_text())
+        assert written["partial"] is True
+        assert written["heads"] == ablated["heads"][:heads]
+        assert written["mean_drop"] == pytest.approx(np.mean([one["drop"] for one in written["heads"]]))
+        assert written.get("drop_per_layer", []) == ablated["drop_per_layer"][:layers]
+        assert "Stopped before the end" in (tmp_path / "heads.html").read_text()
 
 
 def test_the_pictures_can_be_read(monkeypatch):

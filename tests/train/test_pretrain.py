@@ -100,6 +100,17 @@ def test_the_loss_is_the_error_of_the_removed_patches_alone(recipe):
     assert torch.equal(model.reconstruct(other, noise)[1], restored)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "kept"), [(0.75, 16), (0.6, 25), (0.1, 57), (0.001, 63), (0.98, 1)], ids=lambda value: f"{value:g}"
+)
+def test_the_encoder_sees_as_many_patches_as_in_the_reference(recipe, ratio, kept):
+    """MAE's ``int(patches * (1 - ratio))``: a ratio above 0 always removes one."""
+    model = autoencoder(recipe, mask_ratio=ratio)
+    loss, _, removed = model.reconstruct(torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.rand(2, 64))
+    assert removed.sum(dim=1).tolist() == [64 - kept] * 2
+    assert loss.isfinite()
+
+
 def test_normalised_patches_have_no_mean_and_unit_spread(recipe):
     images, noise = photos().test.tensors[0][:2], torch.rand(2, 64)
     torch.manual_seed(0)
@@ -213,6 +224,12 @@ def test_a_public_checkpoint_with_its_arguments_beside_the_weights_is_read(recip
     ("changes", "message"),
     [
         ({"mask_ratio": 1.0}, "--mask-ratio must be above 0 and below 1, got 1.0"),
+        (
+            {"mask_ratio": 0.99},
+            "--mask-ratio must remove some of the 64 patches and keep some: at most 0.9843, got 0.99, which keeps 0",
+        ),
+        ({"mask_ratio": 1e-17}, "--mask-ratio must remove some .*, got 1e-17, which keeps 64"),
+        ({"patch_size": 8}, "--mask-ratio must remove some .* and keep some, and a single patch has none to spare: .*"),
         ({"decoder_heads": 3}, "--decoder-heads must divide --decoder-dim 16, got 3"),
         ({"decoder_dim": 18, "decoder_heads": 2}, "--decoder-dim must be a multiple of 4, got 18"),
         ({"model": "vit_small_patch14_reg4_dinov2"}, "--model .*: expected a Vision Transformer with a class token"),

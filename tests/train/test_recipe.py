@@ -169,6 +169,30 @@ def test_an_option_changes_the_run(quick, plain, change):
     )
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize(
+    ("shares", "sides"),
+    [
+        ((0.25, 0.75), {2, 3, 4, 5}),
+        ((0.5, 0.5), {4}),
+        ((0.05, 0.1), {1}),
+        ((0.3, 0.3), {2}),
+        ((1.0, 1.0), {8}),
+    ],
+    ids=str,
+)
+def test_what_cutmix_pastes_is_between_the_shares_and_at_least_a_pixel(quick, shares, sides, mode):
+    """Sides in pixels of images of 8 x 8; as in timm, the larger share itself is drawn only where there is no other."""
+    task = Classification(replace(quick, cutmix_minmax=shares, mixup_mode=mode), 10)
+    np.random.seed(0)
+    seen = set()
+    for _ in range(100):
+        images = torch.cat([torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)])
+        mixed, _ = task.mixup(images, torch.tensor([0, 1]))
+        seen |= {int(mixed[0, 0].amax(0).sum()), int(mixed[0, 0].amax(1).sum())}
+    assert seen == sides
+
+
 def test_a_run_with_everything_random_repeats_itself(quick):
     everything = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "drop_path": 0.3, "batch_size": 256}
     first, second = (finetune(replace(quick, **everything)) for _ in range(2))

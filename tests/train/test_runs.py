@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,38 @@ def test_ctrl_c_and_sigterm_stop_the_command_with_130_and_a_loadable_checkpoint(
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_told_too(monkeypatch, capsys, number):
+    from sparse_mhsa.train import finetune as command
+
+    monkeypatch.setattr(command, "build_model", lambda *_: os.kill(os.getpid(), number))
+    assert main(["finetune", "--dataset", "digits"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("epochs", "resumed"), [(0, False), (1, False), (0, True)])
+def test_a_full_disk_says_how_to_go_on(options, checkpoint, monkeypatch, epochs, resumed):
+    """From the last checkpoint of this very run, which need not be in its folder yet."""
+    written = 0
+
+    def full_after(path, state):
+        nonlocal written
+        if written == 2 * epochs:
+            raise TrainingError(f"cannot write '{path}'")
+        write_checkpoint(path, state)
+        written += 1
+
+    options.output_dir.mkdir()
+    shutil.copy(checkpoint, options.output_dir / LAST)  # of another run, whatever happens
+    monkeypatch.setattr(engine, "write_checkpoint", full_after)
+    last = checkpoint if resumed else options.output_dir / LAST if epochs else None
+    with pytest.raises(TrainingError, match=r"cannot write '.*\.pth'") as raised:
+        finetune(replace(options, drop_path=0.1, resume=checkpoint if resumed else None))
+    assert str(raised.value).partition("'; ")[2] == (
+        "" if last is None else f"once that is mended, continue with --resume {last}"
+    )
+
+
 def test_a_full_disk_between_last_and_best_loses_neither(straight, tmp_path, monkeypatch, without_times):
     """A run goes on from what was written before, and finds the best again."""
     written = []
@@ -166,10 +199,35 @@ def test_a_full_disk_between_last_and_best_loses_neither(straight, tmp_path, mon
     assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
 
 
+def test_the_largest_seed_trains_and_resumes(options):
+    run = replace(options, epochs=1, seed=2**63 - 1)
+    finetune(run)
+    assert finetune(replace(run, epochs=2, resume=options.output_dir / LAST)).trainer.epoch == 2
+
+
+def test_a_linear_probe_is_tested_in_batches_of_one(options):
+    probe = replace(options, epochs=1, linear_probe=True, patch_size=4, drop_path=0.1)
+    trained = finetune(probe)
+    seen = finetune(replace(probe, batch_size=1, resume=options.output_dir / LAST, eval=True))
+    assert seen.results["test_acc1"] == trained.results["test_acc1"]
+
+
 def test_evaluation_repeats_the_accuracy_of_the_checkpoint(options):
     trained = finetune(replace(options, epochs=1))
     seen = finetune(replace(options, resume=options.output_dir / LAST, eval=True))
     assert seen.results == {key: trained.trainer.history[-1][key] for key in seen.results}
+
+
+@pytest.mark.parametrize("change", [{"two_branch": True}, {"cls_token": True}], ids=lambda change: next(iter(change)))
+def test_weights_of_a_model_that_pools_otherwise_come_with_another_final_norm(options, change, caplog):
+    """The default model normalises the mean of the patches, these all tokens: what was learned for one is new there."""
+    caplog.set_level("INFO", "sparse_mhsa")
+    first = finetune(replace(options, epochs=1))
+    second = replace(options, finetune=options.output_dir / BEST, **change)
+    model = build_model(second, load_data(second))
+    assert torch.equal(model.blocks[0].attn.qkv.weight, first.model.blocks[0].attn.qkv.weight)
+    assert torch.equal(model.norm.weight, torch.ones(64))
+    assert "norm.bias, norm.weight" in caplog.text
 
 
 def test_initial_weights_come_from_a_checkpoint_with_another_head(options):

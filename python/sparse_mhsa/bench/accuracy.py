@@ -27,6 +27,7 @@ from .._core import ConfigError  # noqa: E402
 from ..machine import environment  # noqa: E402
 from ..train.checkpoint import make_folder, write_text  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
+from ..train.dry_run import checkpoint_bytes, room  # noqa: E402
 from ..train.engine import LAST, LOG  # noqa: E402
 from ..train.interrupt import sigterm_as_ctrl_c  # noqa: E402
 from ..train.models import build_model, num_tokens  # noqa: E402
@@ -107,6 +108,10 @@ def bench_accuracy(
     if options.dry_run:
         for task in tasks:
             logger.info("%s", task.command)
+        size = checkpoint_bytes(model, averaged=recipe.model_ema is not None)
+        # The last and the best one of every run, and those that are being written.
+        kept = room(options.output_dir, size, 2 * len(tasks) + options.jobs)
+        logger.info("files: %.1f MiB per checkpoint in %s, %s", size / 2**20, options.output_dir, kept)
         return None
     _prepare(options, solved, words)
     failed = _run_all(options, recipe, tasks)

@@ -113,16 +113,24 @@ def _again(report: Mapping[str, Any]) -> str:
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
     train = report["data"]["train_images"]
+    chooses = [
+        f"{row['title']}: the choice of its keys is not among the products counted; it costs another half of dense "
+        "attention, and is in the times."
+        for row in report["rows"]
+        if row["method"] == "topk"
+    ]
     return [
         "top-1: mean over the seeds after the last epoch; spread: standard deviation over the seeds.",
         "GMACs and GFLOPs: the two products of attention in all layers for one image (a multiply-add counts as one, as "
         "two), without projections; a method whose parameter is a whole number may miss the budget a little, one "
         "without a parameter may miss it much.",
+        *chooses,
         "pruned: share of patch-to-patch pairs left out; `-` for methods without pairs.",
         f"train ms and inference ms: a batch of {report['recipe']['batch_size']}, all methods taking turns in one "
         "process after training; forward and backward with loss, and forward alone.",
         "hours and the times in accuracy.csv are those of the clock: what else ran on the machine is in them.",
-        "peak MiB: largest resident memory of the training process (on a GPU: allocated there).",
+        "peak MiB: mean over the seeds of the largest resident memory of the training process (on a GPU: allocated "
+        "there).",
         f"Small models trained this briefly on {train:,} images favour whatever structure helps at the start; the "
         "order of methods says little about large models trained to the end.",
     ]

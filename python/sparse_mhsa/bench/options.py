@@ -9,7 +9,7 @@ from typing import Literal
 
 from ..config import configs
 from ..train import UsageError
-from ..train.options import Options, option
+from ..train.options import SEEDS, Options, option
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUICK_BUDGET = 0.8
@@ -73,7 +73,7 @@ class AccuracyOptions(Options):
     """``sparse-mhsa bench accuracy``."""
 
     methods: tuple[str, ...] = option((), "rows of the table (default: all)", metavar="NAME")
-    seeds: tuple[int, ...] = option((0, 1, 2), "one run per method and seed", at_least=0, metavar="SEED")
+    seeds: tuple[int, ...] = option((0, 1, 2), "one run per method and seed", at_least=0, below=SEEDS, metavar="SEED")
     budget: float | None = option(
         None, "attention GMACs per image of every method; by default, those of Fibottention as published", above=0
     )
@@ -81,7 +81,11 @@ class AccuracyOptions(Options):
     nproc_per_node: int = option(1, "processes per run, started by torchrun", at_least=1)
     threads: int | None = option(None, "threads of a run (default: torch's own number)", at_least=1)
     output_dir: Path = option(Path("runs/accuracy"), "where the runs and the table go", metavar="DIR")
-    dry_run: bool = option(False, "print each method's parameter and cost and the commands of the runs, run nothing")
+    dry_run: bool = option(
+        False,
+        "print each method's parameter and cost, the commands of the runs and whether --output-dir can be written, and "
+        "run nothing",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 import html
 import json
 import logging
+import statistics
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from .datasets import load_data  # noqa: E402
 from .distributed import World  # noqa: E402
 from .engine import Trainer  # noqa: E402
 from .finetune import check_device, sparsify_model  # noqa: E402
+from .interrupt import sigterm_as_ctrl_c  # noqa: E402
 from .models import build_model, num_tokens  # noqa: E402
 from .page import table, write_page  # noqa: E402
 from .structure import mask_record  # noqa: E402
@@ -48,7 +50,8 @@ def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
         The data of ``heads.json``.
 
     Raises:
-        UsageError: the checkpoint or its data cannot be used.
+        UsageError: the checkpoint, its data or the folder cannot be used.
+        KeyboardInterrupt: Ctrl-C was pressed or SIGTERM came; the files hold the heads that were tested.
     """
     check_device(options.device)
     with _named_by("--checkpoint"):
@@ -71,19 +74,31 @@ def ablate_heads(options: AblationOptions, command: str) -> dict[str, Any]:
     with _named_by("--checkpoint"):
         trainer.load_weights(state, options.checkpoint)
     sites = [site for site in find_attention(model) if not site.name.startswith("decoder")]
-    results = {
+    make_folder(options.output_dir)  # now rather than after the tests
+    results: dict[str, Any] = {
         "schema": SCHEMA,
         "command": command,
         "checkpoint": str(options.checkpoint),
         "attention": state["attention"],
-        **_accuracies(trainer, sites, per_layer=options.per_layer),
+        "partial": True,
         "masks": _masks(sites, num_tokens(model)),
     }
-    make_folder(options.output_dir)
-    write_text(options.output_dir / "heads.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    page = write_page(options.output_dir / "heads.html", "What each head is worth", _body(results))
-    logger.info("report: %s", page)
+    try:
+        with sigterm_as_ctrl_c():
+            _test(results, trainer, sites, per_layer=options.per_layer)
+    except KeyboardInterrupt:
+        if results.get("heads"):
+            page = _write(results, options.output_dir)
+            raise KeyboardInterrupt(f"interrupted; the heads that were tested are in {page}") from None
+        raise
+    results["partial"] = False
+    logger.info("report: %s", _write(results, options.output_dir))
     return results
+
+
+def _write(results: Mapping[str, Any], folder: Path) -> Path:
+    write_text(folder / "heads.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return write_page(folder / "heads.html", "What each head is worth", _body(results))
 
 
 @contextmanager
@@ -145,26 +160,25 @@ def _output_projection(module: nn.Module) -> Tensor:
     return module.get_parameter(f"{name}.weight").data
 
 
-def _accuracies(trainer: Trainer, sites: list[Site], *, per_layer: bool) -> dict[str, Any]:
-    whole = trainer.evaluate()["test_acc1"]
+def _test(results: dict[str, Any], trainer: Trainer, sites: list[Site], *, per_layer: bool) -> None:
+    """Put the accuracies into ``results`` one by one, so that it holds those before a Ctrl-C."""
+    whole = results["test_acc1"] = trainer.evaluate()["test_acc1"]
     logger.info("with all heads: top-1 %.2f %%", whole)
-    heads = []
+    heads: list[dict[str, Any]] = []
     for head in range(sites[0].num_heads):
         with without_head(sites, head):
             accuracy = trainer.evaluate()["test_acc1"]
         logger.info("without head %d: top-1 %.2f %%, drop %.2f", head, accuracy, whole - accuracy)
-        heads.append({"head": head, "test_acc1": accuracy, "drop": whole - accuracy})
-    results = {"test_acc1": whole, "heads": heads, "mean_drop": sum(one["drop"] for one in heads) / len(heads)}
-    if per_layer:
-        drops = []
-        for site in sites:
-            row = []
-            for head in range(site.num_heads):
-                with without_head([site], head):
-                    row.append(whole - trainer.evaluate()["test_acc1"])
-            drops.append(row)
-        results["drop_per_layer"] = drops
-    return results
+        heads = [*heads, {"head": head, "test_acc1": accuracy, "drop": whole - accuracy}]
+        results |= {"heads": heads, "mean_drop": statistics.mean(one["drop"] for one in heads)}
+    if not per_layer:
+        return
+    for site in sites:
+        row = []
+        for head in range(site.num_heads):
+            with without_head([site], head):
+                row.append(whole - trainer.evaluate()["test_acc1"])
+        results.setdefault("drop_per_layer", []).append(row)
 
 
 def _masks(sites: list[Site], tokens: int) -> list[dict[str, Any]]:
@@ -188,6 +202,8 @@ def _body(results: Mapping[str, Any]) -> str:
         table(("head", "top-1 without it (%)", "drop"), rows),
         f"<figure>{figures.bars([one['drop'] for one in results['heads']], 'head', 'drop of top-1 (points)')}</figure>",
     ]
+    if results["partial"]:
+        parts.insert(0, "<p>Stopped before the end: what is below is not all that was to be tested.</p>")
     if "drop_per_layer" in results:
         drops = results["drop_per_layer"]
         parts.append("<h2>Drop per layer and head</h2>")

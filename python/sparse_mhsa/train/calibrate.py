@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError, require_packages
-from .options import Options, option
+from .options import SEEDS, Options, option
 from .recipes import Dataset, TrainOptions
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class CalibrateOptions(Options):
     batch_size: int = option(16, "images per batch", at_least=1)
     batches: int = option(4, "batches of held-out images to look at")
     mass: float = option(0.9, "share of every layer's attention that the recommendation keeps")
-    seed: int = option(0, "seed of fresh weights, of which images, and of random masks", at_least=0)
+    seed: int = option(0, "seed of fresh weights, of which images, and of random masks", at_least=0, below=SEEDS)
     device: str = _same("device")
     no_plots: bool = option(False, "draw no heat map")
     output_dir: Path = option(

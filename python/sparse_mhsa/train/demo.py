@@ -18,7 +18,7 @@ from .. import Mask, load_config, sparse_attention
 from ..adapters import find_attention
 from ..flops import attention_cost
 from ..machine import environment
-from . import DataError, LoaderError, UsageError, require_packages
+from . import DataError, TrainingError, UsageError, require_packages
 
 require_packages("matplotlib", "timm")
 
@@ -295,7 +295,7 @@ def _without_resume() -> Iterator[None]:
     """Let what ends a run point to the demo's own command, which knows no ``--resume``."""
     try:
         yield
-    except (Interrupted, DataError, LoaderError) as error:
+    except (Interrupted, DataError, TrainingError) as error:
         message = re.sub("continue with --resume .*", "the same command goes on where it stopped", str(error))
         raise type(error)(message) from error
 

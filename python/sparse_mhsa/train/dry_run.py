@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flops import AttentionCost
 from .engine import Trainer
@@ -38,21 +38,27 @@ def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> I
         gmacs += sequences * cost.sparse("GMACs")
     total = 3 * 2 * gmacs * steps * options.images_per_step  # a backward pass counts as two forward ones
     yield f"attention of the whole run, forward and backward: about {total:,.4g} GFLOPs"
-    weights = sum(x.numel() * x.element_size() for x in model.parameters())
-    trained = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
-    copies = weights + 3 * trained + (0 if trainer.ema is None else weights)
-    yield f"memory: {_mib(copies)} for weights, gradients, moments{' and averaged weights' if trainer.ema else ''}"
+    checkpoint = checkpoint_bytes(model, averaged=trainer.ema is not None)
+    gradients = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
+    held = _mib(checkpoint + gradients)
+    yield f"memory: {held} for weights, gradients, moments{' and averaged weights' if trainer.ema else ''}"
     per_image = _kept_bytes(trainer) / 2
     yield f"memory: about {_mib(per_image * options.batch_size)} for the activations of a batch of {options.batch_size}"
-    checkpoint = weights + 2 * trained + (0 if trainer.ema is None else weights)
-    yield f"files: {_mib(checkpoint)} per checkpoint in {options.output_dir}, {_room(options.output_dir, checkpoint)}"
+    yield f"files: {_mib(checkpoint)} per checkpoint in {options.output_dir}, {room(options.output_dir, checkpoint)}"
 
 
 KEPT = 3
 """Checkpoints that there must be room for: the last one, the best one, and the one that is being written."""
 
 
-def _room(folder: Path, checkpoint: int) -> str:
+def checkpoint_bytes(model: nn.Module, *, averaged: bool) -> int:
+    """Bytes of a checkpoint: the weights, two moments of those that are trained, and averaged weights."""
+    weights = sum(x.numel() * x.element_size() for x in model.parameters())
+    trained = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
+    return weights + 2 * trained + averaged * weights
+
+
+def room(folder: Path, checkpoint: int, kept: int = KEPT) -> str:
     """Whether a folder that need not exist yet could be written, and whether it has room for checkpoints of a size."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -60,8 +66,8 @@ def _room(folder: Path, checkpoint: int) -> str:
     if not os.access(there, os.W_OK | os.X_OK):
         return f"which cannot be {'written' if there == folder.absolute() else 'made'}: no permission for '{there}'"
     free = shutil.disk_usage(there).free
-    if free < KEPT * checkpoint:
-        return f"which has too little room for the {KEPT} there are at a time; {_mib(free)} are free there"
+    if free < kept * checkpoint:
+        return f"which has too little room for the {kept} there are at a time; {_mib(free)} are free there"
     return f"which can be written; {_mib(free)} are free there"
 
 

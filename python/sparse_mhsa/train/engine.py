@@ -104,6 +104,8 @@ class Trainer:
         self.best_value: float | None = None
         self.best: Path | None = None
         """The checkpoint that reached it: in the output folder, or beside the checkpoint this run goes on from."""
+        self.last: Path | None = None
+        """The latest checkpoint of this run: in the output folder, or the one that it goes on from."""
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -217,6 +219,7 @@ class Trainer:
         self.best_value, self.history = state["best"], list(state["history"])
         beside = path.with_name(BEST)
         self.best = beside if beside.is_file() else None
+        self.last = path
 
     def load_weights(self, state: dict[str, Any], path: Path) -> None:
         """Take over only the model of a checkpoint.
@@ -361,7 +364,8 @@ class Trainer:
             if self.world.is_first:
                 self._write(state, names)
         except TrainingError as caught:
-            error = caught
+            hint = "" if self.last is None else f"; once that is mended, continue with --resume {self.last}"
+            error = TrainingError(f"{caught}{hint}")
         # Together, because torchrun ends them all once one has ended: the first must have written by then.
         self.world.share(error)
 
@@ -369,6 +373,7 @@ class Trainer:
         folder = self.options.output_dir
         for name in names:
             write_checkpoint(folder / name, state)
+            self.last = folder / name if name == LAST else self.last
         # Rewritten from the history, so that a resumed run neither repeats nor loses lines.
         lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.history)
         with replacing(folder / LOG) as file:

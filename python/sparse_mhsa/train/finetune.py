@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import ImageData, load_data
 from .distributed import World, world_of
+from .interrupt import sigterm_as_ctrl_c
 from .recipes import FinetuneOptions, ImageOptions, PretrainOptions, RunOptions, TrainOptions, VideoOptions
 
 require_packages("timm", "torchvision", "tqdm")
@@ -93,6 +94,8 @@ def _write_page(run: Run, command: str | None) -> Path:
 
 
 def _finetune(options: FinetuneOptions, world: World) -> Run:
+    if options.linear_probe and options.batch_size == 1 and not options.eval:
+        raise UsageError("--batch-size must be at least 2 for --linear-probe, which normalises over the batch, got 1")
     seed_everything(options.seed)
     # Read first: a bad checkpoint or configuration should not cost the time that data and model take.
     state = read_checkpoint(options.resume) if options.resume else None
@@ -168,7 +171,8 @@ def started(options: Recipe) -> Iterator[tuple[Recipe, World]]:
         UsageError: the device or the processes cannot be used.
     """
     check_device(options.device)
-    with world_of(options) as world, only_first_logs(world):
+    # Processes of --dist are left to the system: one that waits for the others handles no signal itself.
+    with nullcontext() if options.dist else sigterm_as_ctrl_c(), world_of(options) as world, only_first_logs(world):
         if world.is_first:
             for message in options.without_effect():
                 logger.warning("%s", message)
@@ -241,8 +245,10 @@ def describe(trainer: Trainer) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise a `UsageError` for a device that torch does not know or cannot reach."""
+    """Raise a `UsageError` for a device that torch does not know or cannot reach, or that computes nothing."""
     try:
-        torch.empty(0, device=torch.device(name))
+        device = torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError(f"--device {name}: its tensors hold no data, and nothing is computed there")

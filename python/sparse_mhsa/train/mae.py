@@ -131,7 +131,7 @@ class MaskedAutoencoder(VisionTransformer):
             which were removed, (B, L), 1 for removed.
         """
         order = noise.argsort(dim=1)
-        kept = order[:, : max(1, round(self._patches * (1 - self.mask_ratio)))]
+        kept = order[:, : patches_kept(self._patches, self.mask_ratio)]
         removed = torch.ones_like(noise).scatter_(1, kept, 0.0)
         restored = self.decode(self.encode(images, kept), order.argsort(dim=1))
         target = self.patchify(images)
@@ -198,6 +198,11 @@ def _through(block: nn.Module, x: Tensor, token_positions: Tensor) -> Tensor:
     return result
 
 
+def patches_kept(patches: int, mask_ratio: float) -> int:
+    """How many patches the encoder sees, as the reference counts them."""
+    return int(patches * (1 - mask_ratio))
+
+
 def sincos_embedding(dim: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
     """Fixed position embeddings: sines and cosines of the column, then of the row, at dim / 4 frequencies.
 
@@ -257,9 +262,26 @@ def _around(
     encoder = create(options, data, num_classes=num_classes, global_pool="token", drop_path_rate=drop_path)
     if encoder.embed_dim % 4:
         raise UsageError(f"--model {options.model}: expected channels in multiples of 4, got {encoder.embed_dim}")
+    mask_ratio = options.mask_ratio or 0.75
+    _check_ratio(mask_ratio, encoder.patch_embed.num_patches)
     try:
-        return MaskedAutoencoder.around(
-            encoder, mask_ratio=options.mask_ratio or 0.75, norm_pix_loss=options.norm_pix_loss, **decoder
-        )
+        return MaskedAutoencoder.around(encoder, mask_ratio=mask_ratio, norm_pix_loss=options.norm_pix_loss, **decoder)
     except ValueError as error:
         raise UsageError(f"--model {options.model}: {error}") from error
+
+
+def _check_ratio(mask_ratio: float, patches: int) -> None:
+    """Raise a `UsageError` where nothing is removed, whose mean error is no number, or nothing is seen."""
+    kept = patches_kept(patches, mask_ratio)
+    if 0 < kept < patches:
+        return
+    if patches == 1:
+        raise UsageError(
+            "--mask-ratio must remove some patches and keep some, and a single patch has none to spare: "
+            "give a smaller --patch-size"
+        )
+    most = math.floor(1e4 * (1 - 1 / patches)) / 1e4
+    raise UsageError(
+        f"--mask-ratio must remove some of the {patches} patches and keep some: at most {most:g}, got {mask_ratio:g}, "
+        f"which keeps {kept}"
+    )

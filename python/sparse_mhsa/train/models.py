@@ -125,7 +125,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
     """Take over what fits from a checkpoint of ours, of timm, or of a public MAE.
 
     Position embeddings and patch projections of other sizes are resized. A head for other classes is left out, and so
-    are a decoder that the model has not and the final norm where the model normalises the mean of the patches instead.
+    are a decoder that the model has not and the final norm of a model that pools otherwise: normalised are either all
+    tokens or the mean of the patches.
 
     Args:
         model: a Vision Transformer.
@@ -143,9 +144,10 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
     for name in ("head.weight", "head.bias", "head.1.weight", "head.1.bias"):
         if name in weights and (name not in own or own[name].shape != weights[name].shape):
             del weights[name]
-    if "fc_norm.weight" in own and "fc_norm.weight" not in weights:
-        for name in ("norm.weight", "norm.bias"):
-            weights.pop(name, None)
+    mine, other = ("fc_norm.", "norm.") if "fc_norm.weight" in own else ("norm.", "fc_norm.")
+    if f"{mine}weight" not in weights and f"{other}weight" in weights:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(other)}
+        fresh |= {name for name in own if name.startswith(mine)}
     for name in own.keys() - weights.keys():
         if name.startswith(("head.", "fc_norm.", *decoder)):
             fresh.add(name)

@@ -30,6 +30,10 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+SEEDS = 2**63
+"""Seeds are below: torch, whose own range is twice as large, is also given seeds that follow the first one."""
+
+
 class Options:
     """What every table of options has in common."""
 
@@ -65,7 +69,7 @@ def _check_number(name: str, value: float, metadata: Any) -> None:  # noqa: ANN4
     at_least, above, below, at_most = (metadata[name] for name in ("at_least", "above", "below", "at_most"))
     # Written so that NaN fails every comparison.
     fits = (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))  # an integer may be larger than any float
         and (at_least is None or value >= at_least)
         and (above is None or value > above)
         and (below is None or value < below)
@@ -73,7 +77,7 @@ def _check_number(name: str, value: float, metadata: Any) -> None:  # noqa: ANN4
     )
     if not fits:
         rules = [
-            f"{word} {bound:g}"
+            f"{word} {bound}" if isinstance(bound, int) else f"{word} {bound:g}"
             for word, bound in (("at least", at_least), ("above", above), ("below", below), ("at most", at_most))
             if bound is not None
         ]

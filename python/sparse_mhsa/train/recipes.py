@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from . import UsageError
-from .options import Options, flag_name, option
+from .options import SEEDS, Options, flag_name, option
 
 Dataset = Literal[
     "mnist5k",
@@ -73,7 +73,7 @@ class RunOptions(Options):
     clip_grad: float | None = option(None, "largest gradient norm", above=0)
     model_ema: float | None = option(None, "decay of an average of the weights that is tested too", above=0, below=1)
     amp: Literal["off", "bf16", "fp16"] = option("off", "mixed precision; fp16 scales the loss")
-    seed: int = option(0, "seed of weights, data order and augmentation", at_least=0)
+    seed: int = option(0, "seed of weights, data order and augmentation", at_least=0, below=SEEDS)
     device: str = option("cpu", "torch device; with --dist on GPUs, cuda")
     num_workers: int = option(0, "processes that load the data", at_least=0)
     pin_mem: bool = option(False, "page-locked batches (what a GPU gets anyway)")
@@ -192,7 +192,8 @@ class TrainOptions(ImageOptions):
 
     finetune: Path | None = option(
         None,
-        "initial weights; a head for other classes is replaced, position embeddings are resized, a decoder is left out",
+        "initial weights; a head for other classes is replaced, and the final norm where --global-pool, --cls-token or "
+        "--two-branch normalise otherwise; position embeddings are resized, a decoder is left out",
         metavar="FILE",
     )
     nb_classes: int | None = option(None, "outputs of the model; the data set's own by default", at_least=2)

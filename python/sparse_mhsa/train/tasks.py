@@ -73,7 +73,7 @@ class Classification(Task):
 
     name = "finetune"
     smoothing: float
-    mixup: Mixup | None
+    mixup: "_Mixup | None"
     erase: RandomErasing | None
 
     def __init__(self, options: TrainOptions, num_classes: int) -> None:
@@ -146,13 +146,31 @@ class TwoBranch(Classification):
         return logits
 
 
-def _mixup(options: TrainOptions, num_classes: int) -> Mixup | None:
+class _Mixup(Mixup):
+    """timm's, which draws a side from those between both shares in whole pixels and stops where there is none."""
+
+    def __init__(self, shares: tuple[float, float] | None, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(cutmix_minmax=shares, **kwargs)  # type: ignore[no-untyped-call]
+        self.shares = shares
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shares is not None:
+            side = images.shape[-1]
+            least, end = (int(side * share) for share in self.shares)
+            least = max(1, least)
+            # Half a pixel more, so that timm, which rounds down, comes to these very numbers.
+            self.cutmix_minmax = tuple((pixels + 0.5) / side for pixels in (least, max(least + 1, end)))
+        mixed: tuple[Tensor, Tensor] = super().__call__(images, targets)  # type: ignore[no-untyped-call]
+        return mixed
+
+
+def _mixup(options: TrainOptions, num_classes: int) -> _Mixup | None:
     if options.mixup == 0 and options.cutmix == 0 and options.cutmix_minmax is None:
         return None
-    return Mixup(  # type: ignore[no-untyped-call]
+    return _Mixup(
+        options.cutmix_minmax,
         mixup_alpha=options.mixup,
         cutmix_alpha=options.cutmix,
-        cutmix_minmax=options.cutmix_minmax,
         prob=options.mixup_prob,
         switch_prob=options.mixup_switch_prob,
         mode=options.mixup_mode,
