@@ -189,10 +189,23 @@ def test_times_are_those_of_the_precision_that_was_trained_in(monkeypatch):
     model = build_model(recipe, digits())
     model.head.register_forward_hook(lambda *given: seen.append(given[2].dtype))
     monkeypatch.setattr(accuracy_timing, "build_model", lambda *_: model)
-    monkeypatch.setattr(accuracy_timing, "read_checkpoint", lambda _: {"model": model.state_dict()})
+    monkeypatch.setattr(
+        accuracy_timing, "read_checkpoint", lambda _: {"model": model.state_dict(), "epoch": 1, "step": 0}
+    )
     (dense,) = solve_methods(model, 5, ["dense"], None)
     accuracy_timing.measure(recipe, digits(), [dense], {"dense": None})
     assert set(seen) == {torch.bfloat16}
+
+
+def test_times_are_those_of_the_masks_of_the_last_epoch(monkeypatch):
+    recipe = FinetuneOptions(dataset="digits", patch_size=4, batch_size=8)
+    model = build_model(recipe, digits())
+    (drawn,) = solve_methods(model, 5, ["random"], 0.000006)
+    state = {"model": model.state_dict(), "epoch": 3, "step": 0}
+    monkeypatch.setattr(accuracy_timing, "build_model", lambda *_: model)
+    monkeypatch.setattr(accuracy_timing, "read_checkpoint", lambda _: state)
+    accuracy_timing.measure(recipe, digits(), [drawn], {"random": None})
+    assert {block.attn.layer_mask.epoch for block in model.blocks} == {2}
 
 
 @pytest.mark.parametrize(

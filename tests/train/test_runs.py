@@ -13,7 +13,7 @@ import torch
 
 from sparse_mhsa.cli import main
 from sparse_mhsa.train import TrainingError, engine
-from sparse_mhsa.train.checkpoint import read_checkpoint, write_checkpoint
+from sparse_mhsa.train.checkpoint import read_checkpoint, trained_epoch, write_checkpoint
 from sparse_mhsa.train.datasets import load_data
 from sparse_mhsa.train.engine import BEST, LAST, LOG, Interrupted, Trainer
 from sparse_mhsa.train.finetune import finetune
@@ -171,6 +171,44 @@ def test_evaluation_repeats_the_accuracy_of_the_checkpoint(options):
     trained = finetune(replace(options, epochs=1))
     seen = finetune(replace(options, resume=options.output_dir / LAST, eval=True))
     assert seen.results == {key: trained.trainer.history[-1][key] for key in seen.results}
+
+
+CHANGING = {
+    "random": "mask: random\nmask_kwargs: {k: 3}\n",
+    "bigbird": "mask: bigbird\nmask_kwargs: {num_random: 2}\n",
+    "topk": "mask: topk\nmask_kwargs: {k: 12, k_schedule: {kind: linear, k_start: 12, k_end: 2, epochs: 2}}\n",
+}
+"""Masks that are others in every epoch."""
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_evaluation_sees_the_masks_of_the_epoch_that_the_checkpoint_was_tested_in(options, tmp_path, name):
+    (tmp_path / "changing.yaml").write_text(CHANGING[name])
+    run = replace(options, attn_cfg=tmp_path / "changing.yaml")
+    history = finetune(run).trainer.history
+    for checkpoint in (LAST, BEST):
+        path = run.output_dir / checkpoint
+        seen = finetune(replace(run, resume=path, eval=True)).results
+        (logged,) = [entry for entry in history if entry["epoch"] == read_checkpoint(path)["epoch"] - 1]
+        assert seen == {key: logged[key] for key in seen}
+
+
+def test_averaged_weights_see_the_masks_of_the_epoch(options, tmp_path):
+    (tmp_path / "changing.yaml").write_text(CHANGING["random"])
+    trainer = finetune(replace(options, attn_cfg=tmp_path / "changing.yaml", model_ema=0.9)).trainer
+    assert trainer.ema.module.blocks[0].attn.mask(17) == trainer.model.blocks[0].attn.mask(17)
+
+
+def test_a_finished_run_that_is_resumed_has_the_masks_of_its_last_epoch(options, tmp_path):
+    (tmp_path / "changing.yaml").write_text(CHANGING["random"])
+    first = finetune(replace(options, attn_cfg=tmp_path / "changing.yaml"))
+    again = finetune(replace(options, resume=options.output_dir / LAST))
+    assert again.model.blocks[0].attn.mask(17) == first.model.blocks[0].attn.mask(17)
+
+
+def test_weights_inside_an_epoch_were_last_trained_in_it(options, stopped_after):
+    state = read_checkpoint(stopped_after(options, 13))
+    assert (state["epoch"], state["step"], trained_epoch(state)) == (1, 2, 1)
 
 
 def test_initial_weights_come_from_a_checkpoint_with_another_head(options):

@@ -223,6 +223,12 @@ def read_checkpoint(path: Path, task: str = "finetune") -> dict[str, Any]:
     return state
 
 
+def trained_epoch(state: dict[str, Any]) -> int:
+    """The epoch that the weights of a checkpoint were last trained in, and tested in if it is finished."""
+    epoch: int = state["epoch"]
+    return max(epoch - 1, 0) if state["step"] == 0 else epoch
+
+
 def _check(state: Field, task: str) -> None:
     """Every field on its own: kind and range."""
     if (written := state["task"].instance(str, "the name of a task")) != task:

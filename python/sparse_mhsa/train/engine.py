@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import find_attention
+from ..layer import set_epoch
 from . import DataError, LoaderError, TrainingError, UsageError
-from .checkpoint import make_folder, random_state, replacing, set_random_state, write_checkpoint
+from .checkpoint import make_folder, random_state, replacing, set_random_state, trained_epoch, write_checkpoint
 from .datasets import ImageData
 from .distributed import World, averaged
 from .events import Events
@@ -65,7 +66,6 @@ class Trainer:
         task: the loss, the test and the optimiser.
         attention: the attention configurations as YAML text, by field of the checkpoint.
         world: the processes that train together.
-        on_epoch: called with (model, epoch) before each epoch, for masks that change with it.
     """
 
     def __init__(
@@ -76,12 +76,10 @@ class Trainer:
         task: Task,
         attention: dict[str, str | None] | None = None,
         world: World | None = None,
-        on_epoch: Callable[[nn.Module, int], object] | None = None,
     ) -> None:
         self.model, self.data, self.options, self.task = model, data, options, task
         self.attention = {"attention": None, "decoder_attention": None, **(attention or {})}
         self.world = World(device=torch.device(options.device)) if world is None else world
-        self.on_epoch = on_epoch
         self.device = self.world.device
         train_size, _ = data.sizes
         self.steps_per_epoch = train_size // options.images_per_step
@@ -134,8 +132,7 @@ class Trainer:
                 # What the writer imports may draw from Python's generator.
                 set_random_state(before, self.options.output_dir / LAST)
                 while self.epoch < self.options.epochs:
-                    if self.on_epoch is not None:
-                        self.on_epoch(self.model, self.epoch)
+                    self._set_epoch(self.epoch)
                     for loss in self._train_steps(clock):
                         events.step(self.epoch + self.step / self.steps_per_epoch, loss, self._rate(self.step - 1))
                         self._stop_if(interrupted)
@@ -205,9 +202,7 @@ class Trainer:
         for warning in check_run(self, state, path):
             logger.warning("%s: the result will differ from an uninterrupted run", warning)
         set_random_state(state["rng"][self.world.rank], path, f"rng[{self.world.rank}]")
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        self._load_models(state)
         self.scaler.load_state_dict(state["scaler"])
         # The groups hold what this run's options say; the checkpoint has the moments.
         own = self.optimizer.state_dict()
@@ -219,16 +214,26 @@ class Trainer:
         self.best = beside if beside.is_file() else None
 
     def load_weights(self, state: dict[str, Any], path: Path) -> None:
-        """Take over only the model of a checkpoint.
+        """Take over only the model of a checkpoint, with the masks of the epoch that it was last trained in.
 
         Raises:
             UsageError: it belongs to another model or other classes.
         """
         check_data(self, state, path)
         check_model(self, state, path)
+        self._load_models(state)
+
+    def _load_models(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        self._set_epoch(trained_epoch(state))
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Tell masks that change with the epoch, those of the averaged weights too."""
+        set_epoch(self.model, epoch)
+        if self.ema is not None:
+            set_epoch(self.ema.module, epoch)
 
     def _train_steps(self, clock: AttentionClock) -> Iterator[float]:
         """The steps of this epoch that are not done yet; yields the loss of each."""

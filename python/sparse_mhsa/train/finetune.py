@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..arguments import read_attention
 from ..flops import AttentionCost, attention_cost
-from ..layer import set_epoch
 from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import ImageData, load_data
@@ -104,9 +103,7 @@ def _finetune(options: FinetuneOptions, world: World) -> Run:
     if attention is not None:
         sparsify_model(model, attention, options, include=r"^blocks\." if options.two_branch else None)
     task = (TwoBranch if options.two_branch else Classification)(options, options.nb_classes or data.num_classes)
-    trainer = Trainer(
-        model, data, options, task, {"attention": attention}, world, set_epoch if attention is not None else None
-    )
+    trainer = Trainer(model, data, options, task, {"attention": attention}, world)
     describe(trainer)
     # Again, for packages that draw while they are imported; the same weights everywhere, other dropout in each process.
     seed_everything(options.seed + world.rank)
