@@ -152,6 +152,7 @@ ACCURACY_REFUSES = {
         ("--attn-cfg", "--resume", "--dist", "--seed", "--output-dir", "--dry-run"),
         "is set by bench accuracy itself, for every run",
     ),
+    "--overwrite": "has no meaning: what is finished is kept, and what was interrupted goes on",
     "--eval": "trains nothing, and the table is of trained models",
     "--two-branch": "trains a decoder too, and budgets and times of the table are those of models that only classify",
 }

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import statistics
 import threading
 import time
@@ -21,7 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..adapters import find_attention
 from ..layer import set_epoch
 from . import DataError, LoaderError, TrainingError, UsageError
-from .checkpoint import make_folder, random_state, replacing, set_random_state, trained_epoch, write_checkpoint
+from .checkpoint import (
+    make_folder,
+    random_state,
+    remove,
+    replacing,
+    set_random_state,
+    trained_epoch,
+    write_checkpoint,
+)
 from .datasets import ImageData
 from .distributed import World, averaged
 from .events import Events
@@ -35,7 +44,7 @@ from .timing import AttentionClock, peak_memory, synchronize
 
 logger = logging.getLogger("sparse_mhsa")
 
-LAST, BEST, LOG = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt"
+LAST, BEST, LOG, PAGE = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt", "report.html"
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,6 +52,20 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
     """The mixed precision that ``--amp`` names."""
     dtype = AMP_DTYPES.get(amp)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def occupied(options: RunOptions) -> str | None:
+    """What speaks against starting a run in its output folder: another run there, whose files it would replace."""
+    folder, resume = options.output_dir, getattr(options, "resume", None)
+    goes_on = resume is not None and resume.parent.resolve() == folder.resolve()
+    # Not Path.is_file, which raises where the folder may not be read; what speaks against that is said elsewhere.
+    if goes_on or not os.path.isfile(folder / LAST):  # noqa: PTH113
+        return None
+    if resume is None:
+        holds = f"holds a run: continue it with --resume {folder / LAST}"
+    else:
+        holds = f"holds another run than --resume continues: continue that one with --output-dir {resume.parent}"
+    return f"--output-dir: '{folder}' {holds}, give a new folder, or start over in this one with --overwrite"
 
 
 @dataclass
@@ -103,6 +126,8 @@ class Trainer:
         self.best: Path | None = None
         """The checkpoint that reached it: in the output folder, or beside the checkpoint this run goes on from."""
         self.history: list[dict[str, Any]] = []
+        self.replaces = occupied(options) is not None
+        """The output folder still holds the files of another run."""
 
     @property
     def num_parameters(self) -> int:
@@ -143,7 +168,10 @@ class Trainer:
                 raise
             self.save(LAST)
             path = self.options.output_dir / LAST
-            raise type(error)(f"{error}; once that is mended, continue with --resume {path}") from error
+            mend = "once that is mended,"
+            if isinstance(error, DataError):
+                mend = "put a readable one in its place (without it, the data are others and the run starts anew) and"
+            raise type(error)(f"{error}; {mend} continue with --resume {path}") from error
 
     @torch.no_grad()
     def evaluate(self, after_batch: Callable[[], object] = lambda: None) -> dict[str, float]:
@@ -372,6 +400,10 @@ class Trainer:
 
     def _write(self, state: dict[str, Any], names: Sequence[str]) -> None:
         folder = self.options.output_dir
+        if self.replaces:  # not before there is something to replace it by
+            for name in (LAST, BEST, LOG, PAGE):
+                remove(folder / name)
+            self.replaces = False
         for name in names:
             write_checkpoint(folder / name, state)
         # Rewritten from the history, so that a resumed run neither repeats nor loses lines.

@@ -22,7 +22,7 @@ from .recipes import FinetuneOptions, ImageOptions, PretrainOptions, RunOptions,
 require_packages("timm", "torchvision", "tqdm")
 
 from .dry_run import plan  # noqa: E402
-from .engine import BEST, Trainer  # noqa: E402
+from .engine import BEST, Trainer, occupied  # noqa: E402
 from .models import build_model, num_tokens  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
 from .tasks import Classification, TwoBranch  # noqa: E402
@@ -162,9 +162,12 @@ def started(options: Recipe) -> Iterator[tuple[Recipe, World]]:
     """The processes of a run, connected, and its options as they turn out there; the first says which have no effect.
 
     Raises:
-        UsageError: the device or the processes cannot be used.
+        UsageError: the device or the processes cannot be used, or the output folder holds another run.
     """
     check_device(options.device)
+    writes = not any(getattr(options, name, False) for name in ("eval", "dry_run", "overwrite"))
+    if writes and (message := occupied(options)) is not None:
+        raise UsageError(message)
     with world_of(options) as world, only_first_logs(world):
         if world.is_first:
             for message in options.without_effect():
