@@ -216,6 +216,7 @@ def test_times_are_those_of_the_masks_of_the_last_epoch(monkeypatch):
         ([], ["--epochs", "0"], "--epochs must be at least 1"),
         ([], ["--resume", "x.pth"], "--resume after -- is set by bench accuracy itself"),
         ([], ["--seed=0"], "--seed after -- is set by bench accuracy itself"),
+        ([], [*RECIPE, "--overwrite"], "--overwrite after -- has no meaning: what is finished is kept"),
         ([], ["--eval"], "--eval after -- trains nothing, and the table is of trained models"),
         ([], [*RECIPE, "--two-branch"], "--two-branch after -- trains a decoder too, and budgets and times"),
         ([], ["--output-dir", "here"], "--output-dir after -- is set by bench accuracy itself"),

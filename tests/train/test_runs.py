@@ -328,5 +328,5 @@ def test_the_best_checkpoint_is_announced_where_it_is(options, checkpoint, tmp_p
     assert f"best test top-1 100.00 % in an earlier run's {BEST}, which is not beside {first / LAST}" in caplog.text
     assert not (second / BEST).exists()
     torch.save(state, first / BEST)
-    finetune(resumed)
+    finetune(replace(resumed, overwrite=True))
     assert f"best test top-1 100.00 % in {first / BEST}" in caplog.text
