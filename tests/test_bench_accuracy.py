@@ -203,10 +203,23 @@ def test_times_are_those_of_the_precision_that_was_trained_in(monkeypatch):
     model = build_model(recipe, digits())
     model.head.register_forward_hook(lambda *given: seen.append(given[2].dtype))
     monkeypatch.setattr(accuracy_timing, "build_model", lambda *_: model)
-    monkeypatch.setattr(accuracy_timing, "read_checkpoint", lambda _: {"model": model.state_dict()})
+    monkeypatch.setattr(
+        accuracy_timing, "read_checkpoint", lambda _: {"model": model.state_dict(), "epoch": 1, "step": 0}
+    )
     (dense,) = solve_methods(model, 5, ["dense"], None)
     accuracy_timing.measure(recipe, digits(), [dense], {"dense": None})
     assert set(seen) == {torch.bfloat16}
+
+
+def test_times_are_those_of_the_masks_of_the_last_epoch(monkeypatch):
+    recipe = FinetuneOptions(dataset="digits", patch_size=4, batch_size=8)
+    model = build_model(recipe, digits())
+    (drawn,) = solve_methods(model, 5, ["random"], 0.000006)
+    state = {"model": model.state_dict(), "epoch": 3, "step": 0}
+    monkeypatch.setattr(accuracy_timing, "build_model", lambda *_: model)
+    monkeypatch.setattr(accuracy_timing, "read_checkpoint", lambda _: state)
+    accuracy_timing.measure(recipe, digits(), [drawn], {"random": None})
+    assert {block.attn.layer_mask.epoch for block in model.blocks} == {2}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +230,9 @@ def test_times_are_those_of_the_precision_that_was_trained_in(monkeypatch):
         ([], ["--epochs", "0"], "--epochs must be at least 1"),
         ([], ["--resume", "x.pth"], "--resume after -- is set by bench accuracy itself"),
         ([], ["--seed=0"], "--seed after -- is set by bench accuracy itself"),
+        ([], [*RECIPE, "--overwrite"], "--overwrite after -- has no meaning: what is finished is kept"),
+        ([], ["--eval"], "--eval after -- trains nothing, and the table is of trained models"),
+        ([], [*RECIPE, "--two-branch"], "--two-branch after -- trains a decoder too, and budgets and times"),
         ([], ["--output-dir", "here"], "--output-dir after -- is set by bench accuracy itself"),
         ([], ["--epoch", "3"], "unrecognized arguments: --epoch 3 (see sparse-mhsa finetune --help)"),
     ],

@@ -202,6 +202,19 @@ def test_the_command_names_what_is_missing(capsys):
     assert "--checkpoint: no such file: 'nowhere.pth'" in capsys.readouterr().err
 
 
+def test_all_heads_together_have_the_accuracy_of_the_log(tmp_path):
+    from sparse_mhsa.train.recipes import FinetuneOptions
+
+    (tmp_path / "random.yaml").write_text("mask: random\nmask_kwargs: {k: 2}\n")  # drawn anew in every epoch
+    recipe = {"dataset": "digits", "epochs": 2, "batch_size": 128, "patch_size": 2, "lr": 3e-3, "progress": "off"}
+    run = finetune(FinetuneOptions(**recipe, attn_cfg=tmp_path / "random.yaml", output_dir=tmp_path / "run"))
+    options = AblationOptions(checkpoint=tmp_path / "run" / LAST, output_dir=tmp_path / "heads", progress="off")
+    ablated = ablate_heads(options, "sparse-mhsa ablate heads")
+    assert ablated["test_acc1"] == run.results["test_acc1"]
+    drawn = [record["overlap"] for record in ablated["masks"]]
+    assert drawn == [mask_record(layer, block.attn.mask(17))["overlap"] for layer, block in enumerate(run.model.blocks)]
+
+
 def test_what_only_training_needs_does_not_restrict_the_test(image_root, tmp_path):
     from sparse_mhsa.train.recipes import FinetuneOptions
 

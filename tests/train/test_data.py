@@ -141,6 +141,10 @@ def test_an_image_that_becomes_unreadable_costs_nothing_learned(
     assert "\n" not in str(raised.value)
     state = read_checkpoint(run.output_dir / LAST)
     assert (state["epoch"], state["step"]) == (1, 2)
+    assert "put a readable one in its place" in str(raised.value)
+    broken.unlink()
+    with pytest.raises(UsageError, match=r"24 training images, this run has 23; .* replaced, not removed"):
+        finetune(replace(run, resume=run.output_dir / LAST))
     broken.write_bytes(content)
     resumed = finetune(replace(run, resume=run.output_dir / LAST))
     straight = finetune(replace(run, output_dir=tmp_path / "straight"))
@@ -252,7 +256,7 @@ def test_any_folder_of_images_pretrains_and_holds_out_a_tenth(image_root, tmp_pa
     assert main(["pretrain", *words]) == 0
     assert "21 training and 3 test images" in capsys.readouterr().out
     # A classifier needs classes, and says so.
-    assert main(["finetune", *words]) == 2
+    assert main(["finetune", *words, "--overwrite"]) == 2
     assert "--data-path: no such folder" in capsys.readouterr().err
 
 

@@ -33,7 +33,8 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "train_utils.json").
 @pytest.fixture
 def quick(options):
     """A run of one epoch in 22 steps over 5 tokens, without anything random."""
-    return replace(options, epochs=1, batch_size=64, patch_size=4, drop_path=0.0, warmup_epochs=0.5)
+    # Tests compare several runs, and need the files of none after the next.
+    return replace(options, epochs=1, batch_size=64, patch_size=4, drop_path=0.0, warmup_epochs=0.5, overwrite=True)
 
 
 # Learning rates.
@@ -415,7 +416,9 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(options,
     state = read_checkpoint(tmp_path / LAST)
     assert len(state["rng"]) == state["args"]["world_size"] == 2
     with pytest.raises(UsageError, match="--world-size 2, this run has 1"):
-        finetune(replace(recipe, batch_size=32, accum_iter=2, dist_url="env://", resume=tmp_path / LAST))
+        finetune(
+            replace(recipe, batch_size=32, accum_iter=2, dist_url="env://", resume=tmp_path / LAST, output_dir=tmp_path)
+        )
 
 
 @pytest.mark.parametrize("part", ["train", pytest.param("val", marks=pytest.mark.slow)])

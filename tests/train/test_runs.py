@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sparse_mhsa.cli import main
-from sparse_mhsa.train import TrainingError, engine
-from sparse_mhsa.train.checkpoint import read_checkpoint, write_checkpoint
+from sparse_mhsa.train import TrainingError, UsageError, engine
+from sparse_mhsa.train.checkpoint import read_checkpoint, trained_epoch, write_checkpoint
 from sparse_mhsa.train.datasets import load_data
 from sparse_mhsa.train.engine import BEST, LAST, LOG, Interrupted, Trainer
 from sparse_mhsa.train.finetune import finetune
@@ -230,6 +230,44 @@ def test_weights_of_a_model_that_pools_otherwise_come_with_another_final_norm(op
     assert "norm.bias, norm.weight" in caplog.text
 
 
+CHANGING = {
+    "random": "mask: random\nmask_kwargs: {k: 3}\n",
+    "bigbird": "mask: bigbird\nmask_kwargs: {num_random: 2}\n",
+    "topk": "mask: topk\nmask_kwargs: {k: 12, k_schedule: {kind: linear, k_start: 12, k_end: 2, epochs: 2}}\n",
+}
+"""Masks that are others in every epoch."""
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_evaluation_sees_the_masks_of_the_epoch_that_the_checkpoint_was_tested_in(options, tmp_path, name):
+    (tmp_path / "changing.yaml").write_text(CHANGING[name])
+    run = replace(options, attn_cfg=tmp_path / "changing.yaml")
+    history = finetune(run).trainer.history
+    for checkpoint in (LAST, BEST):
+        path = run.output_dir / checkpoint
+        seen = finetune(replace(run, resume=path, eval=True)).results
+        (logged,) = [entry for entry in history if entry["epoch"] == read_checkpoint(path)["epoch"] - 1]
+        assert seen == {key: logged[key] for key in seen}
+
+
+def test_averaged_weights_see_the_masks_of_the_epoch(options, tmp_path):
+    (tmp_path / "changing.yaml").write_text(CHANGING["random"])
+    trainer = finetune(replace(options, attn_cfg=tmp_path / "changing.yaml", model_ema=0.9)).trainer
+    assert trainer.ema.module.blocks[0].attn.mask(17) == trainer.model.blocks[0].attn.mask(17)
+
+
+def test_a_finished_run_that_is_resumed_has_the_masks_of_its_last_epoch(options, tmp_path):
+    (tmp_path / "changing.yaml").write_text(CHANGING["random"])
+    first = finetune(replace(options, attn_cfg=tmp_path / "changing.yaml"))
+    again = finetune(replace(options, resume=options.output_dir / LAST))
+    assert again.model.blocks[0].attn.mask(17) == first.model.blocks[0].attn.mask(17)
+
+
+def test_weights_inside_an_epoch_were_last_trained_in_it(options, stopped_after):
+    state = read_checkpoint(stopped_after(options, 13))
+    assert (state["epoch"], state["step"], trained_epoch(state)) == (1, 2, 1)
+
+
 def test_initial_weights_come_from_a_checkpoint_with_another_head(options):
     first = finetune(replace(options, epochs=1))
     second = replace(options, finetune=options.output_dir / BEST, nb_classes=12)
@@ -272,6 +310,69 @@ def test_evaluation_and_plans_write_no_page(checkpoint, tmp_path):
 # Output folders.
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def occupied(folder, way):
+    return rf"^--output-dir: '{folder}' holds .*{way}, .* a new folder, .*--overwrite"
+
+
+def test_starting_over_where_a_run_is_is_refused_and_costs_nothing(options, checkpoint, interrupt_in, monkeypatch):
+    finetune(replace(options, epochs=1))
+    before = contents(options.output_dir)
+    monkeypatch.setattr(Trainer, "_train_step", interrupt_in(1))
+    with pytest.raises(UsageError, match=occupied(options.output_dir, f"--resume {options.output_dir / LAST}")):
+        finetune(options)
+    with pytest.raises(UsageError, match=occupied(options.output_dir, f"--output-dir {checkpoint.parent}")):
+        finetune(replace(options, resume=checkpoint))  # another run than that of the folder
+    assert contents(options.output_dir) == before
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run(options, interrupt_in, monkeypatch, without_times):
+    finetune(options, "sparse-mhsa finetune")
+    over = replace(options, overwrite=True, seed=1)
+    monkeypatch.setattr(Trainer, "_train_step", interrupt_in(1))
+    with pytest.raises(Interrupted):
+        finetune(over)
+    assert {name: len(content) for name, content in contents(options.output_dir).items() if name != LAST} == {LOG: 0}
+    assert read_checkpoint(options.output_dir / LAST)["args"]["seed"] == 1
+    resumed = finetune(replace(over, resume=options.output_dir / LAST))  # --overwrite may stay on the command line
+    straight = finetune(replace(over, output_dir=options.output_dir / "straight"))
+    assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+
+
+def test_overwrite_keeps_the_earlier_run_until_there_is_something_to_write(options):
+    finetune(replace(options, epochs=1))
+    before = contents(options.output_dir)
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf)"):
+        finetune(replace(options, overwrite=True, lr=1e30, min_lr=0.0, epochs=1, warmup_epochs=0.0))
+    assert contents(options.output_dir) == before
+
+
+def test_a_plan_says_that_the_folder_holds_a_run(options, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    finetune(replace(options, epochs=1))
+    before = contents(options.output_dir)
+    caplog.clear()
+    finetune(replace(options, dry_run=True))
+    assert "plan: 2 epochs" in caplog.text
+    assert f"--output-dir: '{options.output_dir}' holds a run" in caplog.text
+    caplog.clear()
+    finetune(replace(options, dry_run=True, overwrite=True))
+    finetune(replace(options, dry_run=True, resume=options.output_dir / LAST))
+    assert "holds a run" not in caplog.text
+    assert contents(options.output_dir) == before
+
+
+@pytest.mark.parametrize("command", ["pretrain", "video"])
+def test_other_commands_do_not_start_over_either(command, tmp_path, capsys):
+    (tmp_path / LAST).write_bytes(b"of a run")
+    assert main([command, "--output-dir", str(tmp_path)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert contents(tmp_path) == {LAST: b"of a run"}
+
+
 def test_the_best_checkpoint_is_announced_where_it_is(options, checkpoint, tmp_path, caplog):
     state = torch.load(checkpoint, weights_only=True)
     state["history"][0]["test_acc1"] = state["best"] = 100.0  # never reached again
@@ -284,5 +385,5 @@ def test_the_best_checkpoint_is_announced_where_it_is(options, checkpoint, tmp_p
     assert f"best test top-1 100.00 % in an earlier run's {BEST}, which is not beside {first / LAST}" in caplog.text
     assert not (second / BEST).exists()
     torch.save(state, first / BEST)
-    finetune(resumed)
+    finetune(replace(resumed, overwrite=True))
     assert f"best test top-1 100.00 % in {first / BEST}" in caplog.text

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..adapters import sparsify
 from ..config import load_config
-from ..train.checkpoint import read_checkpoint
+from ..layer import set_epoch
+from ..train.checkpoint import read_checkpoint, trained_epoch
 from ..train.datasets import ImageData
 from ..train.engine import autocast
 from ..train.models import build_model
@@ -41,7 +42,9 @@ def measure(
         model = build_model(recipe, data)
         if method.config is not None:
             sparsify(model, load_config(method.config))
-        model.load_state_dict(read_checkpoint(checkpoints[method.name])["model"])
+        state = read_checkpoint(checkpoints[method.name])
+        model.load_state_dict(state["model"])
+        set_epoch(model, trained_epoch(state))
         models[method.name] = model
     loader = torch.utils.data.DataLoader(data.test, batch_size=recipe.batch_size)
     images, labels = (x.to(device) for x in next(iter(loader)))

@@ -147,19 +147,30 @@ def run_bench_choice(parsed: argparse.Namespace) -> int:
 ACCURACY_DEFAULTS = ("--epochs", "10", "--lr", "2e-3", "--min-lr", "0", "--drop-path", "0", "--smoothing", "0")
 """The recipe of ``bench accuracy`` where no other is given."""
 
+ACCURACY_REFUSES = {
+    **dict.fromkeys(
+        ("--attn-cfg", "--resume", "--dist", "--seed", "--output-dir", "--dry-run"),
+        "is set by bench accuracy itself, for every run",
+    ),
+    "--overwrite": "has no meaning: what is finished is kept, and what was interrupted goes on",
+    "--eval": "trains nothing, and the table is of trained models",
+    "--two-branch": "trains a decoder too, and budgets and times of the table are those of models that only classify",
+}
+"""Options of ``finetune`` that the recipe of ``bench accuracy`` cannot have, and why."""
+
 
 def run_bench_accuracy(parsed: argparse.Namespace) -> int:
     """``sparse-mhsa bench accuracy``."""
     options = read_options(AccuracyOptions, parsed)
     words = hyphenate(parsed.recipe) or list(ACCURACY_DEFAULTS)
+    for flag, why in ACCURACY_REFUSES.items():
+        if is_given(flag, words):
+            raise UsageError(f"{flag} after -- {why}")
     parser = Parser(prog="sparse-mhsa finetune", allow_abbrev=False)
     add_options(parser, FinetuneOptions())
     # A plan needs no more data than one of finetune does.
     planned = ["--dry-run"] if options.dry_run else []
     recipe = read_options(FinetuneOptions, parser.parse_args([*words, *planned]))
-    for flag in ("--attn-cfg", "--resume", "--eval", "--dist", "--seed", "--output-dir", "--dry-run"):
-        if is_given(flag, words):
-            raise UsageError(f"{flag} after -- is set by bench accuracy itself, for every run")
     from .accuracy import bench_accuracy
 
     page = bench_accuracy(options, recipe, words, shlex.join(["sparse-mhsa", *parsed.given]))

@@ -151,6 +151,18 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"--output-dir: cannot make the folder '{path}': {error.strerror}") from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        TrainingError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot remove '{path}': {error.strerror}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` once all of it is on the disk.
@@ -221,6 +233,12 @@ def read_checkpoint(path: Path, task: str = "finetune") -> dict[str, Any]:
         )
     _check(Field(path, "", state), task)
     return state
+
+
+def trained_epoch(state: dict[str, Any]) -> int:
+    """The epoch that the weights of a checkpoint were last trained in, and tested in if it is finished."""
+    epoch: int = state["epoch"]
+    return max(epoch - 1, 0) if state["step"] == 0 else epoch
 
 
 def _check(state: Field, task: str) -> None:

@@ -38,7 +38,18 @@ from .timing import compare  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
 
-NOT_RECIPE = ("attn_cfg", "blr", "data_path", "dry_run", "finetune", "output_dir", "progress", "resume", "eval")
+NOT_RECIPE = (
+    "attn_cfg",
+    "blr",
+    "data_path",
+    "dry_run",
+    "finetune",
+    "output_dir",
+    "progress",
+    "resume",
+    "eval",
+    "overwrite",
+)
 """Options that the report does not list: paths, what has no effect on the result, and `blr`, which gives `lr`."""
 
 
@@ -270,7 +281,8 @@ def draw(runs: Mapping[str, Run], masks: Sequence[Mask], report: Mapping[str, An
 
 
 def _run_options(options: DemoOptions, name: str, attn_cfg: Path | None) -> FinetuneOptions:
-    own = {"attn_cfg": attn_cfg, "output_dir": options.output_dir / name}
+    # Another demo in the same folder is replaced, this one goes on.
+    own = {"attn_cfg": attn_cfg, "output_dir": options.output_dir / name, "overwrite": True}
     run = FinetuneOptions(**{**asdict(options), **own})
     last = run.output_dir / LAST
     return replace(run, resume=last) if _is_of(run, last) else run

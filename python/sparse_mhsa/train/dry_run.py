@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flops import AttentionCost
-from .engine import Trainer
+from .engine import Trainer, occupied
 from .page import counted
 
 
@@ -45,6 +45,8 @@ def plan(trainer: Trainer, costs: Sequence[tuple[str, AttentionCost, int]]) -> I
     per_image = _kept_bytes(trainer) / 2
     yield f"memory: about {_mib(per_image * options.batch_size)} for the activations of a batch of {options.batch_size}"
     yield f"files: {_mib(checkpoint)} per checkpoint in {options.output_dir}, {room(options.output_dir, checkpoint)}"
+    if not getattr(options, "overwrite", False) and (message := occupied(options)) is not None:
+        yield message
 
 
 KEPT = 3

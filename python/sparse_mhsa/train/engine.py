@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import statistics
 import threading
 import time
@@ -19,8 +20,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import find_attention
+from ..layer import set_epoch
 from . import DataError, LoaderError, TrainingError, UsageError
-from .checkpoint import make_folder, random_state, replacing, set_random_state, write_checkpoint
+from .checkpoint import (
+    make_folder,
+    random_state,
+    remove,
+    replacing,
+    set_random_state,
+    trained_epoch,
+    write_checkpoint,
+)
 from .datasets import ImageData
 from .distributed import World, averaged
 from .events import Events
@@ -34,7 +44,7 @@ from .timing import AttentionClock, peak_memory, synchronize
 
 logger = logging.getLogger("sparse_mhsa")
 
-LAST, BEST, LOG = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt"
+LAST, BEST, LOG, PAGE = "checkpoint-last.pth", "checkpoint-best.pth", "log.txt", "report.html"
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,6 +52,20 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
     """The mixed precision that ``--amp`` names."""
     dtype = AMP_DTYPES.get(amp)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def occupied(options: RunOptions) -> str | None:
+    """What speaks against starting a run in its output folder: another run there, whose files it would replace."""
+    folder, resume = options.output_dir, getattr(options, "resume", None)
+    goes_on = resume is not None and resume.parent.resolve() == folder.resolve()
+    # Not Path.is_file, which raises where the folder may not be read; what speaks against that is said elsewhere.
+    if goes_on or not os.path.isfile(folder / LAST):  # noqa: PTH113
+        return None
+    if resume is None:
+        holds = f"holds a run: continue it with --resume {folder / LAST}"
+    else:
+        holds = f"holds another run than --resume continues: continue that one with --output-dir {resume.parent}"
+    return f"--output-dir: '{folder}' {holds}, give a new folder, or start over in this one with --overwrite"
 
 
 @dataclass
@@ -65,7 +89,6 @@ class Trainer:
         task: the loss, the test and the optimiser.
         attention: the attention configurations as YAML text, by field of the checkpoint.
         world: the processes that train together.
-        on_epoch: called with (model, epoch) before each epoch, for masks that change with it.
     """
 
     def __init__(
@@ -76,12 +99,10 @@ class Trainer:
         task: Task,
         attention: dict[str, str | None] | None = None,
         world: World | None = None,
-        on_epoch: Callable[[nn.Module, int], object] | None = None,
     ) -> None:
         self.model, self.data, self.options, self.task = model, data, options, task
         self.attention = {"attention": None, "decoder_attention": None, **(attention or {})}
         self.world = World(device=torch.device(options.device)) if world is None else world
-        self.on_epoch = on_epoch
         self.device = self.world.device
         train_size, _ = data.sizes
         self.steps_per_epoch = train_size // options.images_per_step
@@ -107,6 +128,8 @@ class Trainer:
         self.last: Path | None = None
         """The latest checkpoint of this run: in the output folder, or the one that it goes on from."""
         self.history: list[dict[str, Any]] = []
+        self.replaces = occupied(options) is not None
+        """The output folder still holds the files of another run."""
 
     @property
     def num_parameters(self) -> int:
@@ -136,8 +159,7 @@ class Trainer:
                 # What the writer imports may draw from Python's generator.
                 set_random_state(before, self.options.output_dir / LAST)
                 while self.epoch < self.options.epochs:
-                    if self.on_epoch is not None:
-                        self.on_epoch(self.model, self.epoch)
+                    self._set_epoch(self.epoch)
                     for loss in self._train_steps(clock):
                         events.step(self.epoch + self.step / self.steps_per_epoch, loss, self._rate(self.step - 1))
                         self._stop_if(interrupted)
@@ -148,7 +170,10 @@ class Trainer:
                 raise
             self.save(LAST)
             path = self.options.output_dir / LAST
-            raise type(error)(f"{error}; once that is mended, continue with --resume {path}") from error
+            mend = "once that is mended,"
+            if isinstance(error, DataError):
+                mend = "put a readable one in its place (without it, the data are others and the run starts anew) and"
+            raise type(error)(f"{error}; {mend} continue with --resume {path}") from error
 
     @torch.no_grad()
     def evaluate(self, after_batch: Callable[[], object] = lambda: None) -> dict[str, float]:
@@ -207,9 +232,7 @@ class Trainer:
         for warning in check_run(self, state, path):
             logger.warning("%s: the result will differ from an uninterrupted run", warning)
         set_random_state(state["rng"][self.world.rank], path, f"rng[{self.world.rank}]")
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        self._load_models(state)
         self.scaler.load_state_dict(state["scaler"])
         # The groups hold what this run's options say; the checkpoint has the moments.
         own = self.optimizer.state_dict()
@@ -222,16 +245,26 @@ class Trainer:
         self.last = path
 
     def load_weights(self, state: dict[str, Any], path: Path) -> None:
-        """Take over only the model of a checkpoint.
+        """Take over only the model of a checkpoint, with the masks of the epoch that it was last trained in.
 
         Raises:
             UsageError: it belongs to another model or other classes.
         """
         check_data(self, state, path)
         check_model(self, state, path)
+        self._load_models(state)
+
+    def _load_models(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        self._set_epoch(trained_epoch(state))
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Tell masks that change with the epoch, those of the averaged weights too."""
+        set_epoch(self.model, epoch)
+        if self.ema is not None:
+            set_epoch(self.ema.module, epoch)
 
     def _train_steps(self, clock: AttentionClock) -> Iterator[float]:
         """The steps of this epoch that are not done yet; yields the loss of each."""
@@ -371,6 +404,10 @@ class Trainer:
 
     def _write(self, state: dict[str, Any], names: Sequence[str]) -> None:
         folder = self.options.output_dir
+        if self.replaces:  # not before there is something to replace it by
+            for name in (LAST, BEST, LOG, PAGE):
+                remove(folder / name)
+            self.replaces = False
         for name in names:
             write_checkpoint(folder / name, state)
             self.last = folder / name if name == LAST else self.last

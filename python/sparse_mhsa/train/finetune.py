@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..arguments import read_attention
 from ..flops import AttentionCost, attention_cost
-from ..layer import set_epoch
 from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import ImageData, load_data
@@ -24,7 +23,7 @@ from .recipes import FinetuneOptions, ImageOptions, PretrainOptions, RunOptions,
 require_packages("timm", "torchvision", "tqdm")
 
 from .dry_run import plan  # noqa: E402
-from .engine import BEST, Trainer  # noqa: E402
+from .engine import BEST, Trainer, occupied  # noqa: E402
 from .models import build_model, num_tokens  # noqa: E402
 from .resume import resolve_attention  # noqa: E402
 from .tasks import Classification, TwoBranch  # noqa: E402
@@ -107,9 +106,7 @@ def _finetune(options: FinetuneOptions, world: World) -> Run:
     if attention is not None:
         sparsify_model(model, attention, options, include=r"^blocks\." if options.two_branch else None)
     task = (TwoBranch if options.two_branch else Classification)(options, options.nb_classes or data.num_classes)
-    trainer = Trainer(
-        model, data, options, task, {"attention": attention}, world, set_epoch if attention is not None else None
-    )
+    trainer = Trainer(model, data, options, task, {"attention": attention}, world)
     describe(trainer)
     # Again, for packages that draw while they are imported; the same weights everywhere, other dropout in each process.
     seed_everything(options.seed + world.rank)
@@ -168,9 +165,12 @@ def started(options: Recipe) -> Iterator[tuple[Recipe, World]]:
     """The processes of a run, connected, and its options as they turn out there; the first says which have no effect.
 
     Raises:
-        UsageError: the device or the processes cannot be used.
+        UsageError: the device or the processes cannot be used, or the output folder holds another run.
     """
     check_device(options.device)
+    writes = not any(getattr(options, name, False) for name in ("eval", "dry_run", "overwrite"))
+    if writes and (message := occupied(options)) is not None:
+        raise UsageError(message)
     # Processes of --dist are left to the system: one that waits for the others handles no signal itself.
     with nullcontext() if options.dist else sigterm_as_ctrl_c(), world_of(options) as world, only_first_logs(world):
         if world.is_first:

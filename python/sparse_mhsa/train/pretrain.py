@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer import set_epoch
 from . import require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .datasets import load_data
@@ -121,7 +120,7 @@ def _pretrain(options: PretrainOptions, world: World, command: str) -> Pretraine
         text = attention[name]
         if text is not None:
             sparsify_model(model, text, options, include, flag)
-    trainer = Trainer(model, data, options, Reconstruction(options), attention, world, set_epoch)
+    trainer = Trainer(model, data, options, Reconstruction(options), attention, world)
     describe(trainer)
     logger.info("the encoder sees %.0f %% of the patches while training", 100 * (1 - options.mask_ratio))
     seed_everything(options.seed + world.rank)

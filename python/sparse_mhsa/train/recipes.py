@@ -46,6 +46,11 @@ DRY_RUN = (
     "cifar100, tinyimagenet and imagenet need not be there"
 )
 
+OVERWRITE = (
+    "start over in an --output-dir that holds a run, which is an error otherwise; its log, checkpoints and report are "
+    "removed when the first checkpoint is written"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
@@ -284,6 +289,7 @@ class FinetuneOptions(TrainOptions):
     """`TrainOptions` and how one run starts and ends."""
 
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
+    overwrite: bool = option(False, OVERWRITE)
     eval: bool = option(False, "only evaluate the checkpoint given with --resume")
     dry_run: bool = option(False, DRY_RUN)
 
@@ -330,6 +336,7 @@ class PretrainOptions(ImageOptions):
         None, "initial weights, with the key names of public MAE checkpoints", metavar="FILE"
     )
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
+    overwrite: bool = option(False, OVERWRITE)
     dry_run: bool = option(False, DRY_RUN)
 
     def __post_init__(self) -> None:
@@ -400,6 +407,7 @@ class VideoOptions(RunOptions):
     output_dir: Path = option(Path("runs/video"), "where log.txt, checkpoints and the report go", metavar="DIR")
     finetune: Path | None = option(None, "initial weights, with the key names of public TimeSformers", metavar="FILE")
     resume: Path | None = option(None, "continue the run of this checkpoint", metavar="FILE")
+    overwrite: bool = option(False, OVERWRITE)
     eval: bool = option(False, "only evaluate the checkpoint given with --resume")
     dry_run: bool = option(
         False, "print tokens, edges, operations, memory and whether --output-dir can be written, and train nothing"

@@ -55,6 +55,7 @@ MAY_DIFFER = (
     "log_dir",
     "progress",
     "resume",
+    "overwrite",
     "eval",
     "dry_run",
 )
@@ -128,7 +129,8 @@ def check_run(trainer: "Trainer", state: dict[str, Any], path: Path) -> Iterator
     if state["data"]["train_images"] != train_images:
         raise UsageError(
             f"--resume: '{path}' was written with {state['data']['train_images']} training "
-            f"{trainer.options.sample_name}s, this run has {train_images}"
+            f"{trainer.options.sample_name}s, this run has {train_images}; a file that cannot be read must be "
+            "replaced, not removed: on other data the run starts anew (--overwrite instead of --resume)"
         )
     options, steps = trainer.options, trainer.steps_per_epoch
     if state["epoch"] > options.epochs:

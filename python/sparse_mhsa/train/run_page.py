@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..flops import AttentionCost
 from . import figures
-from .engine import Trainer
+from .engine import PAGE, Trainer
 from .page import folded, prose, table, write_page
 
 Costs = Sequence[tuple[str, AttentionCost, int]]
@@ -34,7 +34,7 @@ def write_run_page(trainer: Trainer, title: str, about: str, costs: Costs, comma
 <h2>Attention</h2>{"".join(map(_masks, costs))}
 {"".join(folded(f"{name}, defaults filled in", text) for name, text in configs.items())}
 <p>Made by <code>{html.escape(command)}</code>.</p>"""
-    return write_page(trainer.options.output_dir / "report.html", title, body)
+    return write_page(trainer.options.output_dir / PAGE, title, body)
 
 
 def _masks(found: tuple[str, AttentionCost, int]) -> str:

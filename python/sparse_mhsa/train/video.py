@@ -14,7 +14,6 @@ from .._core import ConfigError
 from ..adapters import find_attention
 from ..config import load_config
 from ..flops import AttentionCost, attention_cost
-from ..layer import set_epoch
 from . import UsageError, require_packages
 from .checkpoint import read_checkpoint, seed_everything
 from .clips import Clips, load_clips
@@ -89,7 +88,7 @@ def _video(options: VideoOptions, world: World, command: str) -> VideoRun:
     model.to(world.device)
     if attention is not None:
         sparsify_timesformer(model, attention, options)
-    trainer = Trainer(model, data, options, VideoClassification(options), {"attention": attention}, world, set_epoch)
+    trainer = Trainer(model, data, options, VideoClassification(options), {"attention": attention}, world)
     logger.info("%s: %d training and %d test clips of %d frames", options.task, *data.sizes, options.frames)
     for about, cost, sequences in costs(model):
         logger.info("%s, %d sequences per clip: %s each", about, sequences, cost)
