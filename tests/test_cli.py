@@ -366,7 +366,7 @@ def test_a_progress_bar_is_shown_when_asked_for(run, tmp_path):
     pytest.importorskip("timm")
     recipe = "finetune --dataset digits --patch-size 4 --epochs 1"
     assert run(recipe, "--output-dir", tmp_path)[2] == ""  # stderr is no terminal here
-    assert "epoch 1/1" in run(recipe + " --progress on", "--output-dir", tmp_path)[2]
+    assert "epoch 1/1" in run(recipe + " --progress on --overwrite", "--output-dir", tmp_path)[2]
 
 
 def test_demo_reports_both_runs(run, local, tmp_path):

@@ -172,7 +172,7 @@ def test_a_full_disk_says_how_to_go_on(options, checkpoint, monkeypatch, epochs,
     monkeypatch.setattr(engine, "write_checkpoint", full_after)
     last = checkpoint if resumed else options.output_dir / LAST if epochs else None
     with pytest.raises(TrainingError, match=r"cannot write '.*\.pth'") as raised:
-        finetune(replace(options, drop_path=0.1, resume=checkpoint if resumed else None))
+        finetune(replace(options, drop_path=0.1, resume=checkpoint if resumed else None, overwrite=True))
     assert str(raised.value).partition("'; ")[2] == (
         "" if last is None else f"once that is mended, continue with --resume {last}"
     )
