@@ -260,6 +260,13 @@ class TestFromCsr:
         with pytest.raises(ValueError, match="row_ptr: "):
             sm.Mask.from_csr(unchecked(layout, indices, size))
 
+    def test_zeros_that_are_stored_are_edges(self):
+        sparse = pytest.importorskip("scipy.sparse")
+        for layout in ("csr", "csc", "coo", "bsr", "dia", "lil"):
+            matrix = sparse.eye_array(4, format=layout)
+            matrix.data[0] = 0 if layout != "lil" else [0.0]
+            assert sm.Mask.from_csr(matrix).nnz == 4, layout
+
     def test_indices_of_scipy_matrices_are_looked_at_before_anything_is_read(self):
         sparse = pytest.importorskip("scipy.sparse")
         rows = sparse.csr_matrix((np.ones(2), np.array([1, 2]), np.array([0, 500, 2])), shape=(2, 2))

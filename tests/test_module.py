@@ -254,6 +254,25 @@ class TestConstruction:
         with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {least - 1}"):
             SparseMHSA(12, 3, config=FIBOTTENTION, **{name: least - 1})
 
+    @pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda mask: mask.to("meta"), ValueError, "expected device cpu like query, got meta"),
+            (lambda mask: mask.to_sparse(), TypeError, "expected a dense tensor, got layout torch.sparse_coo"),
+            (lambda mask: mask.numpy(), TypeError, "expected a torch.Tensor, got ndarray"),
+        ],
+    )
+    def test_masks_must_be_dense_tensors_beside_the_query(self, name, need_weights, change, error, message):
+        """Elsewhere there is memory that nobody wrote, as on ``meta``."""
+        x = rand(1, 5, 12)
+        mask = torch.zeros(5, 5) if name == "attn_mask" else torch.zeros(1, 5)
+        for config in (None, FIBOTTENTION, {"mask": "topk"}):
+            layer = SparseMHSA(12, 3, config=config, batch_first=True, dtype=torch.float64)
+            with pytest.raises(error, match=f"{name}: {message}"):
+                layer(x, x, x, need_weights=need_weights, **{name: change(mask.bool())})
+
     def test_a_layer_beyond_the_last_is_refused(self):
         with pytest.raises(ValueError, match="layer: expected at most 1 of 2 layers, got 2"):
             SparseMHSA(12, 3, config=FIBOTTENTION, layer=2, num_layers=2)

@@ -228,6 +228,8 @@ def _compressed(matrix: object) -> tuple[Array, Array]:
             for name, indices in (("row", rows.row), ("col", rows.col)):
                 if len(indices) and not 0 <= indices.min() <= indices.max() < rows.shape[0]:
                     raise ValueError(f"{name}: expected indices from 0 to {rows.shape[0] - 1}")
+        elif rows.format == "dia":
+            rows.data = np.ones_like(rows.data)  # conversion would drop stored zeros, which are edges like others
         elif hasattr(rows, "check_format"):
             rows.check_format(full_check=True)
         rows = rows.tocsr()

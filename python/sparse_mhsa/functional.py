@@ -355,7 +355,7 @@ def check_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     """Raise unless ``key_mask`` is None or a (B, S) bool tensor on the device of q."""
     if key_mask is None:
         return
-    _check_beside(key_mask, "key_padding_mask", q)
+    check_beside(key_mask, "key_padding_mask", q)
     if key_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask: expected dtype torch.bool (True = keep), got {key_mask.dtype}")
     expected = (q.shape[0], k.shape[2])
@@ -380,7 +380,7 @@ def additive_bias(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | No
     """
     if attn_mask is None:
         return None
-    _check_beside(attn_mask, "attn_mask", q)
+    check_beside(attn_mask, "attn_mask", q)
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask: expected bool (True = keep) or a floating dtype, got {attn_mask.dtype}")
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -435,7 +435,8 @@ def causal_bias(q: Tensor, k: Tensor) -> Tensor:
     return torch.full((1, 1, q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
 
 
-def _check_beside(tensor: Tensor, name: str, q: Tensor) -> None:
+def check_beside(tensor: Tensor, name: str, q: Tensor) -> None:
+    """Raise a TypeError or ValueError that names the argument unless it is dense and on the device of the query."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:

@@ -19,6 +19,7 @@ from .functional import (
     autocast,
     bias_as,
     causal_bias,
+    check_beside,
     check_qkv,
     check_square,
     dense_mask,
@@ -327,7 +328,10 @@ class SparseMHSA(nn.MultiheadAttention, SparseLayer):
     ) -> None:
         """The checks of the parent before it projects."""
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            if mask is None:
+                continue
+            check_beside(mask, name, query)
+            if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise AssertionError(f"only bool and floating types of {name} are supported")
         if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
             warnings.warn(
