@@ -46,6 +46,16 @@ class TestSelection:
         assert model.blocks[9].attn.layer_mask.num_layers == 12
         assert type(model.blocks[0].attn).__name__ == "Attention"
 
+    def test_a_layer_with_another_name_counts_in_its_stack(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.MultiheadAttention(8, 4, batch_first=True)
+                self.layers = nn.ModuleList([self.first, *(nn.MultiheadAttention(8, 4) for _ in range(2))])
+
+        places = {site.name: (site.layer, site.num_layers) for site in find_attention(Model())}
+        assert places == {"first": (0, 3), "layers.1": (1, 3), "layers.2": (2, 3)}
+
     def test_stacks_are_numbered_separately(self):
         model = nn.ModuleDict(
             {

@@ -159,12 +159,10 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
     if sample is not None:
         order = call_order(model, {name: module for name, module, _ in found}, sample)
         found.sort(key=lambda entry: order.index(entry[0]))
-    stacks: dict[str, list[str]] = {}
-    for name, _, _ in found:
-        stacks.setdefault(_stack(name), []).append(name)
+    stacks = _stacks(model, [(name, module) for name, module, _ in found])
     sites = []
     for name, module, adapter in found:
-        stack = stacks[_stack(name)]
+        stack = stacks[id(module)]
         layout = _layout(model, name)
         # PEFT puts a layer inside one of its own, in the place that the layer had.
         place = name.removesuffix(".base_layer")
@@ -174,7 +172,7 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
                 name=name,
                 module=module,
                 adapter=adapter,
-                layer=stack.index(name),
+                layer=stack.index(id(module)),
                 num_layers=len(stack),
                 num_tokens=layout.num_tokens,
                 grid=layout.grid,
@@ -184,6 +182,24 @@ def find_attention(model: nn.Module, sample: Sample | None = None) -> list[Site]
             )
         )
     return sites
+
+
+def _stacks(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> dict[int, list[int]]:
+    """The layers of the stack that each layer is in, in their order, all by `id`.
+
+    Of a layer of a stack that is also known, and found, by a name of its own, it is the larger one.
+    """
+    other_names: dict[int, list[str]] = {}
+    for prefix, parent in model.named_modules():
+        for child, module in parent._modules.items():
+            other_names.setdefault(id(module), []).append(f"{prefix}.{child}".removeprefix("."))
+    members: dict[str, list[int]] = {}
+    names: dict[int, list[str]] = {}
+    for name, module in layers:
+        names[id(module)] = list(dict.fromkeys(map(_stack, [name, *other_names.get(id(module), [])])))
+        for stack in names[id(module)]:
+            members.setdefault(stack, []).append(id(module))
+    return {layer: max((members[stack] for stack in stacks), key=len) for layer, stacks in names.items()}
 
 
 def unsupported(model: nn.Module, sites: list[Site]) -> Iterator[tuple[str, nn.Module]]:
