@@ -375,7 +375,7 @@ def test_a_call_takes_little_beside_its_results(config, of_one_head):
     ask = {"dtype": torch.float32, "threads": threads}
     lse = 8 * heads * tokens
     assert footprint(case, OURS, backward=False, **ask).extra_bytes - lse <= threads * 1.5e6
-    assert footprint(case, OURS, backward=True, **ask).extra_bytes - lse <= threads * of_one_head(edges) + 2e6
+    assert footprint(case, OURS, backward=True, **ask).extra_bytes - lse <= threads * of_one_head(edges) + 3e6
 
 
 # The command.
