@@ -22,21 +22,6 @@ use crate::error::{Error, Result, unknown_name};
 /// The most lanes of any register.
 pub const MAX_LANES: usize = 16;
 
-/// Bytes of a cache line.
-pub const LINE: usize = 64;
-
-/// Ask for the cache line of `address`, which need not exist, to be brought to the second cache.
-#[inline(always)]
-pub fn prefetch(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: every machine of this architecture has the instruction, and it never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
-
 /// Order what was stored past the caches before whatever is stored later.
 #[inline(always)]
 pub fn fence() {

@@ -5,7 +5,6 @@
 
 use std::ops::Range;
 
-use super::ahead::Ahead;
 use super::dense::{RowDots, RowSum};
 use super::dots::Dots;
 use super::sums::Sums;
@@ -62,16 +61,11 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
                     let (place, part) = (index / tasks.per_head(), index % tasks.per_head());
                     let unit = group[place];
                     let (batch, head) = (unit / sizes.heads, unit % sizes.heads);
-                    let next = group.get(place + 1).filter(|_| past_caches && !keys).map(|next| {
-                        let (batch, head) = (next / sizes.heads, next % sizes.heads);
-                        (call.head(batch, head), saved.grad_out(batch, head))
-                    });
                     let lines = call.lines_of(unit);
                     let task = Task {
                         lines,
                         tensors: call.head(batch, head),
                         grad_out: saved.grad_out(batch, head),
-                        next,
                         past_caches,
                         lse: saved.lse(batch, head),
                         scale: call.scale,
@@ -109,8 +103,6 @@ struct Task<'a, T: Element> {
     lines: &'a Lines,
     tensors: Head<'a, T>,
     grad_out: Matrix<'a, T>,
-    /// The tensors of the head after this one, if they have to come from memory.
-    next: Option<(Head<'a, T>, Matrix<'a, T>)>,
     /// Whether gradients go past the caches.
     past_caches: bool,
     lse: Column<'a, f64>,
@@ -165,18 +157,18 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
         // SAFETY: the caller's promise.
         unsafe {
             if self.keys {
+                for keys in blocks(&lines.keys, rows.clone(), rows_per_block(lines.by_key.len())) {
+                    self.block_of_keys::<V>(keys);
+                }
                 for (key, parts) in lines.dense_keys.iter().filter(|(key, _)| rows.contains(key)) {
                     self.dense_key::<V>(*key, parts);
                 }
-                for keys in blocks(&lines.keys, rows, rows_per_block(lines.by_key.len())) {
-                    self.block_of_keys::<V>(keys);
-                }
             } else {
+                for queries in blocks(&lines.queries, rows.clone(), rows_per_block(lines.by_query.len())) {
+                    self.block_of_queries::<V>(queries);
+                }
                 for &(query, first) in lines.dense_queries.iter().filter(|(query, _)| rows.contains(query)) {
                     self.dense_query::<V>(query, first);
-                }
-                for queries in blocks(&lines.queries, rows, rows_per_block(lines.by_query.len())) {
-                    self.block_of_queries::<V>(queries);
                 }
             }
         }
@@ -196,19 +188,7 @@ impl<'a, T: Element> Task<'a, T> {
         // SAFETY: the rows and the columns of their lines are those of this head; a block's lines have BLOCK numbers each; the numbers
         // of a query's edges belong to the task that has the query.
         unsafe {
-            let next = self.next.as_ref();
-            let ahead = &mut Ahead::new(next.map(|(Head { q, k, .. }, _)| [q, k]), &rows);
-            V::outline::<T>(Dots {
-                rows: q,
-                matrix: k,
-                lines,
-                block: rows.clone(),
-                begun,
-                out: weights,
-                ahead,
-            });
-            ahead.finish();
-            let ahead = &mut Ahead::new(next.map(|(Head { v, .. }, grad_out)| [v, grad_out]), &rows);
+            V::outline::<T>(Dots { rows: q, matrix: k, lines, block: rows.clone(), begun, out: weights });
             V::outline::<T>(Dots {
                 rows: &self.grad_out,
                 matrix: v,
@@ -216,9 +196,7 @@ impl<'a, T: Element> Task<'a, T> {
                 block: rows.clone(),
                 begun,
                 out: grads,
-                ahead,
             });
-            ahead.finish();
             for row in rows.clone() {
                 let place = row - rows.start;
                 [shifts[0][place], shifts[1][place]] = shift(self.lse.at(row));

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::ahead::Ahead;
 use super::{BLOCK, STRIP};
 use crate::kernel::cpu::matrix::Matrix;
 use crate::kernel::element::{Element, Real};
@@ -13,7 +12,7 @@ use crate::plan::lines::Line;
 /// numbers, the first of them for the first row.
 ///
 /// To run it: the instructions are available, rows and columns exist, and both matrices are packed and equally wide.
-pub(super) struct Dots<'a, T: Element, const N: usize> {
+pub(super) struct Dots<'a, T: Element> {
     pub rows: &'a Matrix<'a, T>,
     pub matrix: &'a Matrix<'a, T>,
     /// Cut to the block.
@@ -23,11 +22,9 @@ pub(super) struct Dots<'a, T: Element, const N: usize> {
     /// Room for [`MAX_LANES`]` * `[`STRIP`] numbers per line.
     pub begun: &'a mut [T::Acc],
     pub out: &'a mut [T::Acc],
-    /// What is fetched meanwhile.
-    pub ahead: &'a mut Ahead<N>,
 }
 
-impl<T: Element, const N: usize> Kernel<T> for Dots<'_, T, N> {
+impl<T: Element> Kernel<T> for Dots<'_, T> {
     #[inline(always)]
     unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(self) {
         let strips = MAX_LANES / STRIP;
@@ -48,7 +45,7 @@ impl<T: Element, const N: usize> Kernel<T> for Dots<'_, T, N> {
     }
 }
 
-impl<T: Element, const N: usize> Dots<'_, T, N> {
+impl<T: Element> Dots<'_, T> {
     /// With `WHOLE` whole registers per row, or any number of them if 0. One register of rows at a time.
     #[inline(always)]
     unsafe fn groups<V: Vector<Lane = T::Acc> + Memory<T>, const WHOLE: usize>(mut self) {
@@ -129,8 +126,6 @@ impl<T: Element, const N: usize> Dots<'_, T, N> {
                         rest_of_dot::<V, T>(x[slot], y[slot], WHOLE, whole, self.matrix.width(), sums[slot]);
                 }
                 self.begin::<V>(index, strip, sums);
-                self.ahead.step();
-                self.ahead.step();
             }
         }
     }

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::ahead::Ahead;
 use super::dense::{RowDots, RowSum};
 use super::dots::Dots;
 use super::sums::Sums;
@@ -44,10 +43,6 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
             let task = Task {
                 lines: lines(unit),
                 tensors: call.head(unit / sizes.heads, unit % sizes.heads),
-                next: units
-                    .get(index / per_head + 1)
-                    .filter(|_| past_caches)
-                    .map(|next| call.head(next / sizes.heads, next % sizes.heads)),
                 past_caches,
                 scale: call.scale,
                 first_row: unit * sizes.queries,
@@ -67,8 +62,6 @@ pub(in crate::kernel::cpu) fn forward<T: Element>(
 struct Task<'a, T: Element> {
     lines: &'a Lines,
     tensors: Head<'a, T>,
-    /// The head after this one, if it has to come from memory.
-    next: Option<Head<'a, T>>,
     /// Whether the output goes past the caches.
     past_caches: bool,
     scale: T::Acc,
@@ -113,13 +106,14 @@ impl<T: Element> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<V: Vector<Lane = T::Acc> + Memory<T>>(mut self) {
         let (lines, rows) = (self.lines, self.rows.clone());
+        for rows in blocks(&lines.queries, rows.clone(), rows_per_block(lines.by_query.len())) {
+            // SAFETY: the caller's promise.
+            unsafe { self.block::<V>(rows) };
+        }
+        // After its neighbours, which have brought keys and values to the second cache.
         for &(query, _) in lines.dense_queries.iter().filter(|(query, _)| rows.contains(query)) {
             // SAFETY: the caller's promise.
             unsafe { self.dense_row::<V>(query) };
-        }
-        for rows in blocks(&lines.queries, rows, rows_per_block(lines.by_query.len())) {
-            // SAFETY: the caller's promise.
-            unsafe { self.block::<V>(rows) };
         }
         if self.past_caches {
             fence();
@@ -135,18 +129,7 @@ impl<T: Element> Task<'_, T> {
         near(&self.lines.by_query, &rows, lines);
         // SAFETY: the rows and the columns of their lines are those of this head; a block's lines have BLOCK numbers each.
         unsafe {
-            let next = self.next.as_ref().map(|Head { q, k, v, .. }| [q, k, v]);
-            let ahead = &mut Ahead::new(next, &rows);
-            V::outline::<T>(Dots {
-                rows: q,
-                matrix: k,
-                lines,
-                block: rows.clone(),
-                begun,
-                out: weights,
-                ahead,
-            });
-            ahead.finish();
+            V::outline::<T>(Dots { rows: q, matrix: k, lines, block: rows.clone(), begun, out: weights });
             for first in rows.clone().step_by(V::LANES) {
                 let place = first - rows.start;
                 let (most, total) = softmax::<V>(lines, first, self.scale, weights.as_mut_ptr().add(place));

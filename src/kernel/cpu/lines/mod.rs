@@ -4,7 +4,6 @@
 //! nothing is reduced across lanes), weighted sums. A whole block finishes a step before the next one begins, because then the keys of
 //! one line are still in the first cache when the next line comes to them; with the values in between they would not be.
 
-mod ahead;
 mod backward;
 mod dense;
 mod dots;
