@@ -80,6 +80,8 @@ BROKEN = [
     "{mask: pruning, mask_kwargs: null}",
     "{mask: importance, mask_kwargs: {k: 1, indices: [0]}}",
     "{mask: union, mask_kwargs: {masks: [{mask: local}]}}",
+    "{mask: vertical_slash}",
+    "{mask: vertical_slash, mask_kwargs: {vertical: [], window: null, causal: true}}",
     "{mask: none, layers: {'0': {mask: pruning}}}",
     "{backend: efficient, masked_logits: zero}",
     "{backend: efficient_local, on_empty_row: error}",

@@ -318,6 +318,17 @@ class TestOtherDevices:
         assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
 
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_double_backward_without_data_has_the_right_shapes(self, with_bias):
+        q, k, v = (torch.empty(2, 2, 9, 5, device="meta", requires_grad=True) for _ in range(3))
+        bias = torch.empty(1, 2, 9, 9, device="meta", requires_grad=True)
+        inputs = [q, k, v, *[bias][:with_bias]]
+        out = sm.sparse_attention(q, k, v, mask_of(), attn_mask=bias if with_bias else None)
+        first = torch.autograd.grad(out.sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+        assert all(x.is_meta for x in second)
+        assert [x.shape for x in second] == [x.shape for x in inputs]
+
     @pytest.mark.parametrize("place", [1, 2, 4, 5])
     def test_a_tensor_that_stayed_behind_is_noticed(self, place):
         arguments = [torch.empty(2, 2, 9, 5, device="meta") for _ in range(3)]

@@ -329,6 +329,9 @@ class EdgeAttention:
         Returns:
             Gradients of grad_out, q, k, v and bias.
         """
+        if q.is_meta:  # Shapes are all there is; the edges are not at hand.
+            of_bias = None if bias is None else torch.empty_like(bias)
+            return torch.empty_like(grad_out), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_bias
         parts: list[tuple[Tensor, ...]] = []
         bias_parts: list[Tensor] = []
         of_dq, of_dk, of_dv, *of_dbias = cotangents

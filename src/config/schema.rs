@@ -129,7 +129,7 @@ fn closed(schema: Value, ignored: &[&str]) -> Value {
 
 /// Whether some parameter has no default.
 fn is_needed(parameters: &Map<String, Value>) -> bool {
-    ["required", "oneOf"].iter().any(|key| parameters.contains_key(*key))
+    ["required", "oneOf", "anyOf"].iter().any(|key| parameters.contains_key(*key))
 }
 
 /// "If `key` is one of `names` (or absent), then `section` looks like `definition`."

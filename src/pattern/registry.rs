@@ -238,6 +238,12 @@ pub fn exactly_one_of(names: &[&str]) -> Value {
     names.iter().map(given).collect()
 }
 
+/// The `anyOf` of a schema: at least one of these parameters is given, is not null, and no empty list.
+pub fn at_least_one_of(names: &[&str]) -> Value {
+    let given = |name: &&str| serde_json::json!({ "required": [name], "properties": { *name: { "not": { "enum": [null, []] } } } });
+    names.iter().map(given).collect()
+}
+
 /// Refuse keys of `map` that are neither `allowed` nor `ignored`.
 ///
 /// # Errors

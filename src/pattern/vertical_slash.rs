@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::choice::{Choice, OfHead};
 use super::edges::EdgeSet;
-use super::registry::check_range;
+use super::registry::{at_least_one_of, check_range};
 use super::shares::Shares;
 use super::{Context, HeadEdges, Pattern, by_content};
 use crate::error::{Error, Result};
@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 /// also keeps the first keys (here: prefix tokens) and the nearest (here: `window`).
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(extend("anyOf" = at_least_one_of(&["vertical", "slash", "window", "num_vertical", "num_slash"])))]
 pub struct VerticalSlash {
     /// Key patches that every query keeps.
     #[schemars(inner(range(min = 0)))]
