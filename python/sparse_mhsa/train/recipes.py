@@ -48,7 +48,7 @@ DRY_RUN = (
 
 OVERWRITE = (
     "start over in an --output-dir that holds a run, which is an error otherwise; its log, checkpoints and report are "
-    "removed when the first checkpoint is written"
+    "removed when the first checkpoint is written; events of earlier runs in a --log-dir stay"
 )
 
 
