@@ -163,13 +163,36 @@ def test_no_combination_is_closer_where_there_are_few(name, kwargs, target):
         "mask_kwargs": {"seed": 0, **kwargs} if name == "bigbird" else kwargs,
         "num_prefix_tokens": 1,
     }
-    first, second = (names[0] for names in REGISTERED[name]["budget_keys"])
+    first, second = (names[0] for names in REGISTERED[name]["budget_keys"][:2])
     found = []
     for value in range(27):
         fixed = config | {"mask_kwargs": config["mask_kwargs"] | {first: value}}
         found += [abs(density - target) for _, density, _ in every_value_of(second, fixed, place, range(27))]
     solution = sm.solve_budget(config, density=target, **place)
     assert abs(solution.density - target) <= max(min(found) + 1e-12, 5e-3 * target)
+
+
+@pytest.mark.parametrize("target", [0.19, 0.47, 0.83, 0.97])
+def test_a_dilated_window_that_ends_is_helped_out_by_global_tokens(target):
+    """Beyond the last key that 3 divides no window adds anything."""
+    config, place = {"mask": "longformer", "mask_kwargs": {"dilation": 3}}, {"num_tokens": 40, "num_heads": 2}
+    solution = sm.solve_budget(config, density=target, num_prefix_tokens=1, **place)
+    kept = {
+        (window, count): sm.Mask.from_config(
+            config | {"mask_kwargs": {"dilation": 3, "window": window, "num_global": count}},
+            num_prefix_tokens=1,
+            **place,
+        ).density
+        for window in range(1, 14)
+        for count in range(41)
+    }
+    assert abs(solution.density - target) <= min(abs(density - target) for density in kept.values()) + 1e-12
+
+
+def test_two_parameters_are_set_together_beyond_what_all_combinations_allow():
+    """One width of fibottention alone misses by 0.46 % at 197 tokens."""
+    solution = sm.solve_budget({"mask": "fibottention"}, 197, 12, pruning_ratio=0.9703, num_prefix_tokens=1)
+    assert 1 - solution.pruning_ratio == pytest.approx(0.0297, rel=2.5e-3)
 
 
 @pytest.mark.parametrize(("tokens", "target"), [(50, 0.05), (50, 0.1), (50, 0.5), (197, 0.021), (197, 0.3)])

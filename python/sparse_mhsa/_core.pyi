@@ -181,7 +181,7 @@ def force_kernel(name: str | None) -> None:
 def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``budget_keys`` (those
     that set how many pairs are kept: a list for each quantity, with its other names after the preferred one),
-    ``budget_rises`` (whether more of any of these never means fewer pairs),
+    ``budget_unordered`` (those of them of which more may mean fewer pairs),
     ``default_prefix`` (None if it depends on parameters), ``schema`` (JSON Schema of the mask_kwargs, as text)."""
 
 def allocate(total: int, weights: list[float], minimum: list[int], maximum: list[int]) -> list[int]:

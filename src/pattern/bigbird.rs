@@ -130,7 +130,7 @@ impl Pattern for BigBird {
     const NAME: &'static str = "bigbird";
     const ABOUT: &'static str = "sliding window, global tokens and a few random keys per query";
     const DEFAULT_PREFIX: Option<usize> = Some(1);
-    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["num_random"], &["window"]];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["num_random"], &["window"], &["num_global"]];
     const IGNORED: &'static [&'static str] = &["plot_once"];
 
     fn check(&self) -> Result<()> {

@@ -120,7 +120,7 @@ impl Pattern for Block {
     const NAME: &'static str = "block";
     const ABOUT: &'static str = "blocks of patches that see whole blocks, by a layout over blocks";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["block_size"]];
-    const BUDGET_RISES: bool = false;
+    const BUDGET_UNORDERED: &'static [&'static str] = &["block_size"];
 
     fn check(&self) -> Result<()> {
         check_range("block_size", self.block_size, 1..=i64::MAX)?;

@@ -40,7 +40,7 @@ impl Pattern for BlockTopK {
     const ABOUT: &'static str =
         "the k blocks of keys that match a block of queries best, chosen anew for every input";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["k"], &["block_size"]];
-    const BUDGET_RISES: bool = false;
+    const BUDGET_UNORDERED: &'static [&'static str] = &["block_size"];
 
     fn check(&self) -> Result<()> {
         check_range("k", self.k, 1..=i64::from(u32::MAX))?;

@@ -41,7 +41,7 @@ impl Pattern for GridWindow {
     const NAME: &'static str = "grid_window";
     const ABOUT: &'static str = "windows that partition the patch grid, plain or shifted";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window_size"]];
-    const BUDGET_RISES: bool = false;
+    const BUDGET_UNORDERED: &'static [&'static str] = &["window_size"];
 
     fn check(&self) -> Result<()> {
         self.window_size

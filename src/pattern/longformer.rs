@@ -126,7 +126,7 @@ impl Pattern for Longformer {
     const NAME: &'static str = "longformer";
     const ABOUT: &'static str = "dilated sliding window plus global tokens";
     const DEFAULT_PREFIX: Option<usize> = Some(1);
-    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window", "window_size"]];
+    const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["window", "window_size"], &["num_global"]];
     const IGNORED: &'static [&'static str] = &["seed", "reseed_each_epoch", "plot_once"];
 
     fn check(&self) -> Result<()> {

@@ -127,8 +127,9 @@ pub trait Pattern: Serialize + DeserializeOwned + JsonSchema + Debug + Send + Sy
     /// Keys that set how many pairs are kept, whole numbers or (`*_ratio`) shares: what a budget is solved for. One list for each
     /// quantity, with its other names after the preferred one.
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[];
-    /// Whether more of any of these never means fewer pairs, or hardly ever and hardly fewer, so that they may be searched by halves.
-    const BUDGET_RISES: bool = true;
+    /// Those of them of which more may well mean fewer pairs. More of any other never does, or hardly ever and hardly fewer, so that
+    /// those may be searched by halves.
+    const BUDGET_UNORDERED: &'static [&'static str] = &[];
     /// Prefix tokens if neither the configuration nor the model says how many there are; `None` if that depends on the parameters.
     const DEFAULT_PREFIX: Option<usize> = Some(0);
     /// Keys that name files; relative paths are made absolute before the mask sees them.

@@ -85,8 +85,8 @@ pub enum Origin {
         default_prefix: Option<usize>,
         /// Those of the keys that set how many pairs are kept, see [`Pattern::BUDGET_KEYS`].
         budget_keys: &'static [&'static [&'static str]],
-        /// See [`Pattern::BUDGET_RISES`].
-        budget_rises: bool,
+        /// See [`Pattern::BUDGET_UNORDERED`].
+        budget_unordered: &'static [&'static str],
         /// Those of the keys that name files.
         files: &'static [&'static str],
         /// The pattern with given parameters.
@@ -122,7 +122,7 @@ impl Registered {
                 schema: P::json_schema,
                 default_prefix: P::DEFAULT_PREFIX,
                 budget_keys: P::BUDGET_KEYS,
-                budget_rises: P::BUDGET_RISES,
+                budget_unordered: P::BUDGET_UNORDERED,
                 files: P::FILES,
                 read: |value| {
                     let mut pattern: P = read_parameters(value)
@@ -150,9 +150,12 @@ impl Registered {
         }
     }
 
-    /// Whether more of any of these never means fewer pairs; unknown for a mask of the program.
-    pub fn budget_rises(&self) -> bool {
-        matches!(self.origin, Origin::BuiltIn { budget_rises: true, .. })
+    /// Those of them of which more may mean fewer pairs, see [`Pattern::BUDGET_UNORDERED`].
+    pub fn budget_unordered(&self) -> &'static [&'static str] {
+        match &self.origin {
+            Origin::BuiltIn { budget_unordered, .. } => budget_unordered,
+            Origin::User(_) => &[],
+        }
     }
 
     /// The keys of `mask_kwargs` that name files.

@@ -133,7 +133,7 @@ impl Pattern for Sparse {
     const ABOUT: &'static str = "Sparse Transformer patterns: local, strided or fixed blocks with summaries";
     const DEFAULT_PREFIX: Option<usize> = Some(1);
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["local_attn_ctx"], &["fixed_c"]];
-    const BUDGET_RISES: bool = false;
+    const BUDGET_UNORDERED: &'static [&'static str] = &["local_attn_ctx"];
 
     fn check(&self) -> Result<()> {
         if self.kind()? == Kind::Strided && self.local_attn_ctx.is_some_and(|stride| stride < 1) {

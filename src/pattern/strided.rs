@@ -31,7 +31,7 @@ impl Pattern for Strided {
     const NAME: &'static str = "strided";
     const ABOUT: &'static str = "every stride-th patch, counted from the query";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["stride"]];
-    const BUDGET_RISES: bool = false;
+    const BUDGET_UNORDERED: &'static [&'static str] = &["stride"];
 
     fn check(&self) -> Result<()> {
         check_range("stride", self.stride, 1..=i64::MAX)

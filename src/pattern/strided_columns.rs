@@ -31,7 +31,7 @@ impl Pattern for StridedColumns {
     const NAME: &'static str = "strided_columns";
     const ABOUT: &'static str = "every stride-th patch, the same ones for every query";
     const BUDGET_KEYS: &'static [&'static [&'static str]] = &[&["stride"]];
-    const BUDGET_RISES: bool = false;
+    const BUDGET_UNORDERED: &'static [&'static str] = &["stride"];
 
     fn check(&self) -> Result<()> {
         check_range("stride", self.stride, 1..=i64::MAX)?;

@@ -37,7 +37,7 @@ fn registered_masks(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         entry.set_item("about", mask.about)?;
         entry.set_item("keys", mask.keys())?;
         entry.set_item("budget_keys", mask.budget_keys().to_vec())?;
-        entry.set_item("budget_rises", mask.budget_rises())?;
+        entry.set_item("budget_unordered", mask.budget_unordered())?;
         entry.set_item("default_prefix", mask.default_prefix())?;
         entry.set_item("schema", mask_schema(mask).to_string())?;
         masks.append(entry)?;

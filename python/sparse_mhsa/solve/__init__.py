@@ -59,12 +59,15 @@ def solve_budget(
     So methods are compared at matched cost. The parameter is searched by counting edges, never with an N x N array:
     by bisection where more of it always means more pairs (or fewer), otherwise value by value. Of two values equally
     close the cheaper one, and of equal costs the lower value, is taken: also where no value changes what the mask
-    keeps. Of several parameters (bigbird, block_topk, sparse) the one that comes closest is set, and another with it
-    only where that comes closer still; where this misses by more than a two-hundredth of the budget, the first
-    parameter's values up to 8 away are tried with the others set anew, and again around the best of them. Then all
-    values are tried with each other if these are at most 4,096 (two parameters at up to 63 tokens), and if this still
-    misses by more than a two-hundredth, at most 65,536 (255 tokens). So no combination comes closer up to 63 tokens,
-    none much closer up to 255, and beyond that no other value of one of them, with the others as they are.
+    keeps. Of several parameters (bigbird, block_topk, fibottention, longformer, sparse, vertical_slash) the one that
+    comes closest is set, and another with it only where that comes closer still; where this misses by more than a
+    four-hundredth of the budget, the first parameter's values up to 8 away are tried with the others set anew, and
+    again around the best of them. Then all values are tried with each other if these are at most 4,096 (two parameters
+    at up to 63 tokens), else, if what was found misses by more than a four-hundredth, one parameter is set anew for all
+    values of the others if these are at most 676 (one at up to 675 tokens); the third parameter of bigbird and
+    vertical_slash stays as it is where that makes too many. So no combination comes closer up to 63 tokens, and none
+    much closer up to 675, except where more of a parameter, against the rule, means fewer pairs; beyond that no other
+    value of one of them does, with the others as they are.
 
     A window on the grid gets one number for all axes, and a list by axis only where that comes closer. Heads and
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by

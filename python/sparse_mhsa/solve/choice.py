@@ -21,9 +21,9 @@ _NEAR = 8
 """Values on either side of the first parameter's that are tried with the other parameters set anew."""
 _EVERY_COMBINATION = 2**12
 """So many combinations of values are all tried: those of two parameters at up to 63 tokens."""
-_MORE_COMBINATIONS = 2**16
-"""So many where what was found is not close: those of two parameters at up to 255 tokens, in seconds."""
-_CLOSE = 5e-3
+_LINES = 26**2
+"""With so many combinations of the others one parameter is set anew: of three parameters at up to 25 tokens."""
+_CLOSE = 2.5e-3
 """Share of a budget by which it may be missed before values nearby are tried."""
 
 
@@ -107,7 +107,7 @@ def document_of(config: ConfigLike) -> dict[str, Any]:
 def _rises_with(key: str, document: Mapping[str, Any]) -> bool:
     """Whether more of ``key`` is known never to mean fewer pairs."""
     entry = _registered(document)
-    return entry is not None and entry["budget_rises"] and any(key in names for names in entry["budget_keys"])
+    return entry is not None and key in itertools.chain(*entry["budget_keys"]) and key not in entry["budget_unordered"]
 
 
 def _registered(document: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -194,27 +194,41 @@ def _none_alone_closer(
 def _closest_of_all(
     document: Mapping[str, Any], keys: Sequence[str], chosen: Chosen, place: Place, budget: Budget
 ) -> Chosen:
-    """All values with each other, where they are few enough."""
+    """All values with each other, or one key anew with all values of the others, where they are few enough."""
     numbers = range(place.num_tokens + 1)
     least = with_values(document, dict.fromkeys(keys, 1))
     keys = [key for key in keys if _changes(least, key, place)]
-    is_close = chosen.missed <= _CLOSE * budget.target(place, chosen.count)
-    most = _EVERY_COMBINATION if is_close else _MORE_COMBINATIONS
-    if not keys or not chosen.missed or len(numbers) ** len(keys) > most or any(key.endswith("_ratio") for key in keys):
+    if not keys or not chosen.missed or any(key.endswith("_ratio") for key in keys):
         return chosen
-    rises = _rises_with(keys[-1], document)
-    for others in itertools.product(numbers, repeat=len(keys) - 1):
-        for number in numbers:
-            values = dict(chosen.values) | dict(zip(keys, (*others, number), strict=True))
-            try:
-                count = place.count(load_config(with_values(document, values)))
-            except ValueError:
-                continue
-            beyond = budget.spent(count) - budget.target(place, count)
-            if abs(beyond) < chosen.missed:
-                chosen = Chosen(values, count, abs(beyond))
-            if rises and number > 0 and beyond > chosen.missed:  # 0 may mean a default
-                break
+    while len(keys) > 2 and len(numbers) ** (len(keys) - 1) > _LINES:
+        keys = keys[:-1]  # the least usual one stays as it is
+    if len(numbers) ** len(keys) <= _EVERY_COMBINATION:
+        return _closest_combination(document, keys, chosen, place, budget)
+    *others, last = sorted(keys, key=lambda key: _rises_with(key, document))
+    if chosen.missed <= _CLOSE * budget.target(place, chosen.count) or len(numbers) ** len(others) > _LINES:
+        return chosen
+    for combination in itertools.product(numbers, repeat=len(others)):
+        values = dict(chosen.values) | dict(zip(others, combination, strict=True))
+        found = _closest_of(with_values(document, values), [last], place, budget)
+        if isinstance(found, _Found) and found.missed < chosen.missed:
+            chosen = Chosen(values | {last: found.value}, found.count, found.missed)
+    return chosen
+
+
+def _closest_combination(
+    document: Mapping[str, Any], keys: Sequence[str], chosen: Chosen, place: Place, budget: Budget
+) -> Chosen:
+    """All values with each other."""
+    numbers = range(place.num_tokens + 1)
+    for combination in itertools.product(numbers, repeat=len(keys)):
+        values = dict(chosen.values) | dict(zip(keys, combination, strict=True))
+        try:
+            count = place.count(load_config(with_values(document, values)))
+        except ValueError:
+            continue
+        missed = abs(budget.spent(count) - budget.target(place, count))
+        if missed < chosen.missed:
+            chosen = Chosen(values, count, missed)
     return chosen
 
 

@@ -52,19 +52,20 @@ class Place:
             raise config_error(f"backend: `{config.backend}` has no edges to count", key="backend")
         if None in config.seeds:
             config = config.with_seed(0)  # numbers do not depend on it, and torch's generator is left alone
-        masks = self._masks(config)
+        layers = [self.layer] if self.num_layers is None else range(self.num_layers)
+        rest = (self.num_layers, 0, self.grid, self.num_prefix_tokens)
+        first = LayerMask(config, self.num_heads, layers[0], *rest, self.head_dim)
         if self.grid is not None:
-            check_grid(self.grid, self.num_tokens, masks[0].num_prefix_tokens_used)
-        of_spec = {spec: self._edges(spec) for spec in {mask.spec for mask in masks}}
-        edges, patches = (sum(of_spec[mask.spec][which] for mask in masks) for which in (0, 1))
-        heads, num_patches = self.num_heads * len(masks), max(0, self.num_tokens - masks[0].num_prefix_tokens_used)
+            check_grid(self.grid, self.num_tokens, first.num_prefix_tokens_used)
+        # Most masks are the same in all layers.
+        grid = None if self.grid is None else list(self.grid)
+        place = (self.num_layers, 0, grid, self.num_prefix_tokens, self.head_dim)
+        specs = [first.spec, *(config.spec(self.num_heads, layer, *place) for layer in layers[1:])]
+        of_spec = {spec: self._edges(spec) for spec in set(specs)}
+        edges, patches = (sum(of_spec[spec][which] for spec in specs) for which in (0, 1))
+        heads, num_patches = self.num_heads * len(layers), max(0, self.num_tokens - first.num_prefix_tokens_used)
         queries, patch_queries = heads * self.num_tokens, heads * num_patches
         return Count(edges, patches, queries * self.num_tokens, patch_queries * num_patches, queries, patch_queries)
-
-    def _masks(self, config: AttentionConfig) -> list[LayerMask]:
-        layers = [self.layer] if self.num_layers is None else range(self.num_layers)
-        rest = (self.num_layers, 0, self.grid, self.num_prefix_tokens, self.head_dim)
-        return [LayerMask(config, self.num_heads, layer, *rest) for layer in layers]
 
     def _edges(self, spec: str) -> tuple[float, float]:
         edges, patches = zip(*_core.count_edges(spec, self.num_tokens), strict=True)
