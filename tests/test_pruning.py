@@ -479,11 +479,19 @@ def test_padding_is_not_attended_to_and_padded_queries_do_not_count():
     np.testing.assert_allclose(first[:, 15:], 0.5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["candidates", "num_prefix_tokens"])
+@pytest.mark.parametrize("value", [2.5, True, "3"])
+def test_what_is_no_number_of_tokens_is_named(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected an integer, got {type(value).__name__}"):
+        sm.collect_scores(encoder(), batches(), **{name: value})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"method": "nearest"}, "method: expected attention or magnitude, got 'nearest'"),
         ({"candidates": 0}, "candidates: expected at least 1, got 0"),
+        ({"num_prefix_tokens": -1}, "num_prefix_tokens: expected at least 0, got -1"),
         ({"loader": []}, "loader: gave no batch"),
         ({"loader": lambda: iter(batches())}, "loader: gave 12 samples at first, and then 0"),
         ({"loader": [torch.randn(1, n, 24) for n in (5, 6)]}, "saw 5 and then 6"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import _core
 from .adapters import Site
+from .config import integer
 from .probe import Probe, Seen, probed, run_batch
 
 Kind: TypeAlias = Literal["attention", "magnitude"]
@@ -113,13 +114,15 @@ def collect_scores(
         The scores; `Scores.save` writes them for ``mask_kwargs: {scores: path}``.
 
     Raises:
+        TypeError: a count is no integer.
         ValueError: an argument is out of range, the layers are not one stack, the number of tokens changes, or the
             loader gives nothing or other samples the second time.
     """
     if method not in get_args(Kind):
         raise ValueError(f"method: expected {' or '.join(get_args(Kind))}, got {method!r}")
-    if candidates < 1:
-        raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    candidates = integer("candidates", candidates, 1)
+    if num_prefix_tokens is not None:
+        num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens)
     with probed(model, lambda site: _Layer(site, method, candidates, num_prefix_tokens), include, exclude) as layers:
         layers.sort(key=lambda layer: layer.site.layer)
         _check_stack(layers)
