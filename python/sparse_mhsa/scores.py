@@ -115,8 +115,8 @@ def collect_scores(
 
     Raises:
         TypeError: a count is no integer.
-        ValueError: an argument is out of range, the layers are not one stack, the number of tokens changes, or the
-            loader gives nothing or other samples the second time.
+        ValueError: an argument is out of range, the layers are not one stack, the number of tokens changes, attention
+            is not finite, or the loader gives nothing or other samples the second time.
     """
     if method not in get_args(Kind):
         raise ValueError(f"method: expected {' or '.join(get_args(Kind))}, got {method!r}")
@@ -253,12 +253,12 @@ class _Layer(Probe):
                 logits = logits + seen.bias.expand(-1, -1, num_tokens, -1)[:, :, tokens]
             valid = logits.new_ones(())
             if seen.key_mask is not None:
-                logits = logits.masked_fill(~seen.key_mask[:, None, None, :], -torch.inf)
-                valid = seen.key_mask[:, None, tokens, None].to(logits.dtype)
-            weights = logits.softmax(-1).nan_to_num(0.0) * valid
-            looked_at = torch.special.entr(weights).sum(-1).exp() * valid.squeeze(-1)
+                valid = seen.key_mask[:, None, tokens]
+                logits = logits.masked_fill(~(valid[..., None] & seen.key_mask[:, None, None, :]), -torch.inf)
+            weights = logits.softmax(-1).nan_to_num(0.0)  # NaN is a row without keys: others are finite, the probe saw
+            looked_at = torch.special.entr(weights).sum(-1).exp() * valid
             if self.kind == "magnitude":
-                weights = logits.abs().masked_fill(logits == -torch.inf, 0.0) * valid
+                weights = logits.abs().masked_fill(logits == -torch.inf, 0.0)
             rows = slice(tokens.start - self.prefix, tokens.stop - self.prefix)
             yield rows, weights[..., self.prefix :].sum(0).float(), looked_at.double().sum((0, -1))
 
