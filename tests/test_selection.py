@@ -112,6 +112,14 @@ def test_the_schedule_of_k_follows_the_epoch():
         assert (chosen(q, k, mask).sum(-1) == keep).all()
 
 
+def test_a_schedule_of_one_epoch_has_its_end_and_says_so():
+    q, k = whole_numbers(1, HEADS, 30, 3), whole_numbers(1, HEADS, 30, 3, seed=1)
+    schedule = {"kind": "linear", "k_start": 5, "k_end": 2, "epochs": 1}
+    mask = layer_mask("topk", k_schedule=schedule, keep_cls_dense=False)
+    assert (chosen(q, k, mask).sum(-1) == 2).all()
+    assert "a single epoch has `k_end`" in sm.masks.topk.__doc__
+
+
 def blocks_by_definition(q, k, keep, size, pool, causal):
     tokens = q.shape[2]
     blocks = [list(range(start, min(start + size, tokens))) for start in range(0, tokens, size)]
