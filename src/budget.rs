@@ -9,8 +9,9 @@ const MAX_TOTAL: u64 = 1 << 52;
 ///
 /// The quota of unit i is `clamp(level * weights[i], minimum[i], maximum[i])`, with the one level at which quotas sum to `total`;
 /// units of weight zero share equally what the others cannot take. Quotas are rounded by largest remainder: down, then up again
-/// by one for the largest fractions until the sum is exact, of equal fractions the larger weight and then the lower index first. Sums are exact, and with
-/// equal bounds a larger weight never gets less.
+/// by one for the largest fractions until the sum is exact, of equal fractions the larger weight and then the lower index first. Fractions that
+/// rounded weights cannot tell apart are equal, so that weights may be measured in any unit. Sums are exact, and with equal bounds a
+/// larger weight never gets less.
 ///
 /// # Errors
 /// [`Error::Value`] naming `total`, `weights`, `minimum` or `maximum`, its value and what is allowed.
@@ -18,10 +19,7 @@ pub fn allocate(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -
     check(total, weights, minimum, maximum)?;
     let quotas = quotas(total, weights, minimum, maximum);
     let mut shares: Vec<u64> = quotas.iter().map(|quota| quota.whole as u64).collect();
-    let mut order: Vec<usize> = (0..shares.len()).collect();
-    let fraction = |unit: usize| quotas[unit].fraction;
-    let by_weight = |a: usize, b: usize| weights[b].total_cmp(&weights[a]);
-    order.sort_by(|&a, &b| fraction(b).total_cmp(&fraction(a)).then(by_weight(a, b)).then(a.cmp(&b)));
+    let order = by_remainder(&quotas, weights);
     let mut missing = total as i128 - shares.iter().map(|&share| i128::from(share)).sum::<i128>();
     // Twice, because double precision may leave a quota that should be whole just below or above it.
     for &unit in order.iter().chain(&order) {
@@ -38,6 +36,25 @@ pub fn allocate(total: u64, weights: &[f64], minimum: &[u64], maximum: &[u64]) -
     }
     debug_assert_eq!(missing, 0);
     Ok(shares)
+}
+
+/// Units in the order in which what is left after rounding down goes to them.
+fn by_remainder(quotas: &[Quota], weights: &[f64]) -> Vec<usize> {
+    let units = quotas.len();
+    let fraction = |unit: usize| quotas[unit].fraction;
+    let mut order: Vec<usize> = (0..units).collect();
+    order.sort_by(|&a, &b| fraction(b).total_cmp(&fraction(a)));
+    // What rounding a weight, the sum of all, and the few steps from them to a quota can move that quota by, at most.
+    let slack = |unit: usize| quotas[unit].value() * 2.0 * units as f64 * f64::EPSILON;
+    let mut rank = vec![0_usize; units];
+    for pair in order.windows(2) {
+        let (unit, next) = (pair[0], pair[1]);
+        let is_less = fraction(unit) - fraction(next) > slack(unit) + slack(next);
+        rank[next] = rank[unit] + usize::from(is_less);
+    }
+    let by_weight = |a: usize, b: usize| weights[b].total_cmp(&weights[a]);
+    order.sort_by(|&a, &b| rank[a].cmp(&rank[b]).then(by_weight(a, b)).then(a.cmp(&b)));
+    order
 }
 
 /// `total` split equally among `units`; the first ones get what does not divide.
@@ -165,6 +182,17 @@ mod tests {
             bounded(70, &[77.0, 39.0, 57.0, 57.0, 56.0, 44.0], 0, 70).unwrap(),
             [17, 8, 12, 12, 12, 9]
         );
+    }
+
+    #[test]
+    fn fractions_that_are_equal_stay_so_in_weights_of_any_unit() {
+        // Quotas 11 3/7, 2 1/7, 6 3/7 and 10: of the equal fractions the larger weight's is first.
+        assert_eq!(bounded(30, &[16.0, 3.0, 9.0, 14.0], 0, 30).unwrap(), [12, 2, 6, 10]);
+        assert_eq!(bounded(30, &[1.6, 0.3, 0.9, 1.4], 0, 30).unwrap(), [12, 2, 6, 10]);
+        for unit in [0.1, 1e-3, 1e-200, 1e30, 1.0 / 42.0, 1.0 / 1024.0] {
+            let weights = [16.0, 3.0, 9.0, 14.0].map(|weight| weight * unit);
+            assert_eq!(bounded(30, &weights, 0, 30).unwrap(), [12, 2, 6, 10], "{unit}");
+        }
     }
 
     #[test]

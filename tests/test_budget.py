@@ -50,6 +50,21 @@ def test_without_bounds_it_is_the_method_of_largest_remainder(total, weights):
     assert allocate(total, weights).tolist() == hamilton(total, weights)
 
 
+def test_remainders_that_are_equal_stay_so_in_decimals_and_in_shares_of_the_sum():
+    assert allocate(30, [16, 3, 9, 14]).tolist() == [12, 2, 6, 10]
+    assert allocate(30, [1.6, 0.3, 0.9, 1.4]).tolist() == [12, 2, 6, 10]
+    assert allocate(30, np.array([16, 3, 9, 14]) / 42).tolist() == [12, 2, 6, 10]
+
+
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.integers(0, 100), min_size=2, max_size=30).filter(any),
+    st.sampled_from([2.0**-40, 2.0**40, 0.1, 1e-3, 1e-30, 1e30, 1 / 3]),
+)
+def test_weights_of_any_unit_are_shared_by_as_their_whole_numbers_are(total, weights, unit):
+    assert allocate(total, np.array(weights) * unit).tolist() == hamilton(total, weights)
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 40), st.integers(0, 500)), min_size=1, max_size=40),
     st.floats(0, 1),

@@ -334,6 +334,13 @@ def test_candidates_without_mass_are_named(configs, error, message):
     assert not any(isinstance(module, SparseLayer) for module in model.modules())
 
 
+def test_attention_that_is_not_finite_is_an_error_and_not_left_out_of_the_means():
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    x[1, 5, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"loader: a batch gave the layer `layers\.0\.self_attn` .*not finite"):
+        sm.calibrate(encoder(), [x], [LOCAL])
+
+
 def test_other_bad_input_is_named():
     model, x = encoder(), torch.randn(2, 12, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="loader: expected at least one batch"):

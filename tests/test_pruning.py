@@ -479,11 +479,63 @@ def test_padding_is_not_attended_to_and_padded_queries_do_not_count():
     np.testing.assert_allclose(first[:, 15:], 0.5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["attention", "magnitude"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_attention_that_is_not_finite_is_an_error_and_not_a_row_without_attention(kind, value):
+    first, second = batches(2)
+    second[1, 3, 5] = value
+    with pytest.raises(ValueError, match=r"loader: a batch gave the layer `layers\.0\.self_attn` .*not finite"):
+        sm.collect_scores(encoder(), [first, second], method=kind)
+
+
+@pytest.mark.parametrize("kind", ["attention", "magnitude"])
+def test_queries_that_may_attend_to_nothing_have_no_scores(kind):
+    nothing = torch.zeros(PATCHES, PATCHES, dtype=torch.bool)
+    nothing[4] = True
+    attention = torch.nn.MultiheadAttention(HEADS * HEAD_DIM, HEADS, batch_first=True)
+    found = sm.collect_scores(
+        attention,
+        batches(1),
+        method=kind,
+        candidates=PATCHES,
+        forward=lambda model, x: model(x, x, x, attn_mask=nothing, need_weights=False),
+    )
+    assert np.isfinite(found.scores).all()
+    assert not found.scores[:, :, 4].any()
+    assert found.scores[:, :, [3, 5]].all()
+
+
+@pytest.mark.parametrize("kind", ["attention", "magnitude"])
+def test_what_stands_in_padding_does_not_matter(kind):
+    model, (x,) = encoder(), batches(1)
+    padding = torch.zeros(len(x), PATCHES, dtype=torch.bool)
+    padding[1, 15:] = True
+
+    def found(value):
+        return sm.collect_scores(
+            model,
+            [x.masked_fill(padding[..., None], value)],
+            method=kind,
+            forward=lambda model, x: model(x, src_key_padding_mask=padding),
+        )
+
+    np.testing.assert_array_equal(found(math.nan).scores, found(0.0).scores)
+    np.testing.assert_array_equal(found(math.nan).importance, found(0.0).importance)
+
+
+@pytest.mark.parametrize("name", ["candidates", "num_prefix_tokens"])
+@pytest.mark.parametrize("value", [2.5, True, "3"])
+def test_what_is_no_number_of_tokens_is_named(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected an integer, got {type(value).__name__}"):
+        sm.collect_scores(encoder(), batches(), **{name: value})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"method": "nearest"}, "method: expected attention or magnitude, got 'nearest'"),
         ({"candidates": 0}, "candidates: expected at least 1, got 0"),
+        ({"num_prefix_tokens": -1}, "num_prefix_tokens: expected at least 0, got -1"),
         ({"loader": []}, "loader: gave no batch"),
         ({"loader": lambda: iter(batches())}, "loader: gave 12 samples at first, and then 0"),
         ({"loader": [torch.randn(1, n, 24) for n in (5, 6)]}, "saw 5 and then 6"),

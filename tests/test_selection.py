@@ -3,6 +3,7 @@
 Queries and keys are small whole numbers, so that scores are exact and ties are everywhere.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -109,6 +110,14 @@ def test_the_schedule_of_k_follows_the_epoch():
     for epoch, keep in enumerate([9, 7, 5, 3, 1, 1]):
         mask = layer_mask("topk", epoch=epoch, k_schedule=schedule, keep_cls_dense=False)
         assert (chosen(q, k, mask).sum(-1) == keep).all()
+
+
+def test_a_schedule_of_one_epoch_has_its_end_and_says_so():
+    q, k = whole_numbers(1, HEADS, 30, 3), whole_numbers(1, HEADS, 30, 3, seed=1)
+    schedule = {"kind": "linear", "k_start": 5, "k_end": 2, "epochs": 1}
+    mask = layer_mask("topk", k_schedule=schedule, keep_cls_dense=False)
+    assert (chosen(q, k, mask).sum(-1) == 2).all()
+    assert "a single epoch has `k_end`" in sm.masks.topk.__doc__
 
 
 def blocks_by_definition(q, k, keep, size, pool, causal):
@@ -319,10 +328,44 @@ def test_parameters_out_of_range_are_named(mask, mask_kwargs, message):
         sm.load_config({"mask": mask, "mask_kwargs": mask_kwargs})
 
 
-def test_embedding_norms_need_the_layer():
-    q = torch.randn(1, 2, 8, 4)
-    with pytest.raises(ValueError, match="embedding_norm"):
-        edges_of(q, q, layer_mask("importance", heads=2, score="embedding_norm", k=2))
+BY_EMBEDDINGS = {"mask": "importance", "mask_kwargs": {"score": "embedding_norm", "k": 2}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q: edges_of(q, q, layer_mask("importance", heads=2, score="embedding_norm", k=2)),
+        lambda q: sm.choose_masks(BY_EMBEDDINGS, q, q),
+        lambda q: sm.recall(BY_EMBEDDINGS, q, q, top=2),
+    ],
+)
+def test_embedding_norms_need_the_layer(call):
+    with pytest.raises(ValueError, match=r"embeddings: expected the layer's input .*`score: embedding_norm`, got None"):
+        call(torch.randn(1, 2, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ({"embeddings": torch.ones(1, 4, 3)}, ValueError, r"embeddings: expected shape \(1, 9, E\), got \(1, 4, 3\)"),
+        ({"embeddings": torch.ones(1, 9)}, ValueError, r"embeddings: expected shape \(1, 9, E\), got \(1, 9\)"),
+        ({"embeddings": torch.ones(1, 9, 3).int()}, TypeError, "embeddings: expected a floating dtype, got torch.int"),
+        ({"embeddings": [[1.0]]}, TypeError, "embeddings: expected a torch.Tensor, got list"),
+        (
+            {"key_padding_mask": torch.ones(1, 8).bool()},
+            ValueError,
+            r"key_padding_mask: expected shape \(B, S\) = \(1, 9\), got \(1, 8\)",
+        ),
+        ({"key_padding_mask": torch.ones(1, 9)}, TypeError, "key_padding_mask: expected dtype torch.bool"),
+        ({"k": torch.ones(1, 2, 9, 3)}, ValueError, "key: expected shape"),
+    ],
+)
+@pytest.mark.parametrize("config", ["mask: topk", BY_EMBEDDINGS], ids=["has no use for embeddings", "needs embeddings"])
+@pytest.mark.parametrize("look", [sm.choose_masks, functools.partial(sm.recall, top=2)], ids=["choose_masks", "recall"])
+def test_tensors_that_do_not_fit_are_named_as_the_caller_knows_them(look, config, tensors, error, message):
+    q = torch.randn(1, 2, 9, 4)
+    with pytest.raises(error, match=message):
+        look(config, **{"q": q, "k": q, "embeddings": torch.ones(1, 9, 3)} | tensors)
 
 
 def test_what_was_chosen_is_a_mask_to_look_at_and_to_reuse():

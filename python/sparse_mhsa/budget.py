@@ -23,10 +23,11 @@ def allocate(
 
     The quota of unit i is ``clip(level * weights[i], minimum[i], maximum[i])`` with the one ``level`` at which the
     quotas sum to ``total``; units of weight zero share equally what the others cannot take. Quotas are rounded by
-    largest remainder, of equal remainders the larger weight and then the lower index first. So sums are exact, every
-    unit gets at least its minimum, a larger weight never gets less (where bounds are equal), and the result is a pure
-    function of the arguments. Source: the uniform and adaptive budgets of sparse-attention taxonomies; largest
-    remainder is Hamilton's method of apportionment.
+    largest remainder, of equal remainders the larger weight and then the lower index first. Remainders that rounded
+    weights cannot tell apart are equal, so that weights may be in any unit, such as shares of their sum. So sums are
+    exact, every unit gets at least its minimum, a larger weight never gets less (where bounds are equal), and the
+    result is a pure function of the arguments. Source: the uniform and adaptive budgets of sparse-attention
+    taxonomies; largest remainder is Hamilton's method of apportionment.
 
     Args:
         total: what there is to share.

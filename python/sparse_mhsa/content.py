@@ -46,7 +46,12 @@ def edges_of(
     # Rounded to half precision, importances that differ would be equal, and the lower index would win.
     dtype = accumulation_dtype(q.dtype)
     importance = None
-    if layer_mask.needs_embeddings and embeddings is not None:
+    if layer_mask.needs_embeddings:
+        if embeddings is None:
+            raise ValueError(
+                "embeddings: expected the layer's input (B, N, E) for `score: embedding_norm`, got None; a module, "
+                "such as `sparsify` swaps in, passes its own"
+            )
         importance = embeddings.detach().to(dtype).norm(dim=-1)
     scale = layer_mask.scale if scale is None else scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -83,14 +88,14 @@ def choose_masks(
         One mask per sample.
 
     Raises:
-        TypeError: q or k has a wrong type or dtype.
+        TypeError: a tensor has a wrong type or dtype.
         ConfigError: the configuration cannot be honoured.
-        ValueError: q or k has a wrong shape, the mask does not choose by content (`Mask.from_config` makes it), or it
-            has ``masked_logits: zero``, which its edges alone cannot keep.
+        ValueError: a tensor has a wrong shape or is missing, the mask does not choose by content (`Mask.from_config`
+            makes it), or it has ``masked_logits: zero``, which its edges alone cannot keep.
     """
-    from .functional import autocast, check_qkv  # which needs this module
+    from .functional import autocast  # which needs this module
 
-    check_qkv(q, k, k)
+    _check_tensors(q, k, key_padding_mask, embeddings)
     q, k, _ = autocast(q, k, k)
     layer_mask = LayerMask(load_config(config), q.shape[1], layer, epoch=epoch, num_prefix_tokens=num_prefix_tokens)
     if not layer_mask.by_content:
@@ -146,10 +151,12 @@ def recall(
 
     Raises:
         ConfigError: the configuration cannot be honoured.
-        TypeError: ``top`` is no integer.
-        ValueError: ``top`` is less than 1, or the configuration names a backend without edges.
+        TypeError: ``top`` is no integer, or a tensor has a wrong type or dtype.
+        ValueError: ``top`` is less than 1, a tensor has a wrong shape or is missing, or the configuration names a
+            backend without edges.
     """
     top = integer("top", top, 1)
+    _check_tensors(q, k, key_padding_mask, embeddings)
     layer_mask: LayerMask | Mask
     if isinstance(config, Mask):
         layer_mask = config
@@ -175,6 +182,22 @@ def recall(
         count = row_ptr[:, -1] - row_ptr[:, 0]
         shares[sample] = torch.where(count > 0, total.double() / count, shares[sample])
     return shares
+
+
+def _check_tensors(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, embeddings: Tensor | None) -> None:
+    """Raise an error that names the argument unless they fit together, also what this mask has no use for."""
+    from .functional import check_beside, check_key_mask, check_qkv  # which needs this module
+
+    check_qkv(q, k, k)
+    check_key_mask(key_padding_mask, q, k)
+    if embeddings is None:
+        return
+    check_beside(embeddings, "embeddings", q)
+    if not embeddings.is_floating_point():
+        raise TypeError(f"embeddings: expected a floating dtype, got {embeddings.dtype}")
+    batch, num_tokens = q.shape[0], k.shape[2]
+    if embeddings.dim() != 3 or embeddings.shape[:2] != (batch, num_tokens):
+        raise ValueError(f"embeddings: expected shape ({batch}, {num_tokens}, E), got {tuple(embeddings.shape)}")
 
 
 def _is_causal(layer_mask: LayerMask | Mask) -> bool:

@@ -58,7 +58,8 @@ def calibrate(
     Raises:
         ConfigError: a candidate cannot be honoured, or has no mass to measure (a backend without edges,
             ``masked_logits: zero``, a ``scale`` of its own).
-        ValueError: there are no candidates, no layers or no batches, or a layer was never called.
+        ValueError: there are no candidates, no layers or no batches, a layer was never called, or its attention is
+            not finite.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches: expected at least 1, got {num_batches}")
@@ -170,10 +171,21 @@ class Probe(Backend, ABC):
             bias = None if bias is None else bias_as(q.dtype, bias)
             options: dict[str, Any] = {"key_mask": key_mask, "bias": bias, "scale": scale}
             dense, lse = attend(q, k, v, dense_mask(q.shape[1]), needs_lse=True, **options)
+            self._refuse_not_finite(lse, key_mask)
             self.observe(Seen(q, k, v, dense, lse, **options, embeddings=self.embeddings))
             weights = self._weights(q, k, lse, **options) if needs_weights else None
         self.called = True
         return dense.to(dtype), None if weights is None else weights.to(dtype)
+
+    def _refuse_not_finite(self, lse: Tensor, key_mask: Tensor | None) -> None:
+        """Raise where a query has scores, but no attention; -inf is that of a query without keys, which is allowed."""
+        if key_mask is not None:  # what padding attends to is never used
+            lse = lse.masked_fill(~key_mask[:, None, :], -math.inf)
+        if not (lse < math.inf).all():
+            raise ValueError(
+                f"loader: a batch gave the layer `{self.site.name or '(root)'}` attention that is not finite; expected "
+                "inputs, and weights of the model, without NaN and infinity"
+            )
 
     @staticmethod
     def _weights(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import _core
 from .adapters import Site
+from .config import integer
 from .probe import Probe, Seen, probed, run_batch
 
 Kind: TypeAlias = Literal["attention", "magnitude"]
@@ -113,13 +114,15 @@ def collect_scores(
         The scores; `Scores.save` writes them for ``mask_kwargs: {scores: path}``.
 
     Raises:
-        ValueError: an argument is out of range, the layers are not one stack, the number of tokens changes, or the
-            loader gives nothing or other samples the second time.
+        TypeError: a count is no integer.
+        ValueError: an argument is out of range, the layers are not one stack, the number of tokens changes, attention
+            is not finite, or the loader gives nothing or other samples the second time.
     """
     if method not in get_args(Kind):
         raise ValueError(f"method: expected {' or '.join(get_args(Kind))}, got {method!r}")
-    if candidates < 1:
-        raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    candidates = integer("candidates", candidates, 1)
+    if num_prefix_tokens is not None:
+        num_prefix_tokens = integer("num_prefix_tokens", num_prefix_tokens)
     with probed(model, lambda site: _Layer(site, method, candidates, num_prefix_tokens), include, exclude) as layers:
         layers.sort(key=lambda layer: layer.site.layer)
         _check_stack(layers)
@@ -250,12 +253,12 @@ class _Layer(Probe):
                 logits = logits + seen.bias.expand(-1, -1, num_tokens, -1)[:, :, tokens]
             valid = logits.new_ones(())
             if seen.key_mask is not None:
-                logits = logits.masked_fill(~seen.key_mask[:, None, None, :], -torch.inf)
-                valid = seen.key_mask[:, None, tokens, None].to(logits.dtype)
-            weights = logits.softmax(-1).nan_to_num(0.0) * valid
-            looked_at = torch.special.entr(weights).sum(-1).exp() * valid.squeeze(-1)
+                valid = seen.key_mask[:, None, tokens]
+                logits = logits.masked_fill(~(valid[..., None] & seen.key_mask[:, None, None, :]), -torch.inf)
+            weights = logits.softmax(-1).nan_to_num(0.0)  # NaN is a row without keys: others are finite, the probe saw
+            looked_at = torch.special.entr(weights).sum(-1).exp() * valid
             if self.kind == "magnitude":
-                weights = logits.abs().masked_fill(logits == -torch.inf, 0.0) * valid
+                weights = logits.abs().masked_fill(logits == -torch.inf, 0.0)
             rows = slice(tokens.start - self.prefix, tokens.stop - self.prefix)
             yield rows, weights[..., self.prefix :].sum(0).float(), looked_at.double().sum((0, -1))
 

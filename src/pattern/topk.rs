@@ -36,7 +36,7 @@ pub struct TopK {
     keep_cls_dense: bool,
     /// Prefix tokens keep every key, with `keep_cls_dense`.
     cls_row_dense: bool,
-    /// k by epoch: `{kind, k_start, k_end, epochs}`, kind `linear`, `cosine` or `step`.
+    /// k by epoch: `{kind, k_start, k_end, epochs}`, kind `linear`, `cosine` or `step`; a single epoch has `k_end`.
     k_schedule: Option<Schedule>,
 }
 
