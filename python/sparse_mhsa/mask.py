@@ -450,7 +450,9 @@ class Mask:
         return to_scipy(self._edges, head)
 
     def to_block_mask(self, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
-        """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`.
+        """The edges as a FlexAttention `BlockMask`; its memory is one bit per pair of the blocks that are kept in part.
+
+        See `converters.to_block_mask`.
 
         Raises:
             ValueError: as there, or the mask has ``masked_logits: zero``, which a `BlockMask` cannot say.
