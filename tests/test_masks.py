@@ -31,6 +31,24 @@ def local(n, window):
     return (i[:, None] - i).abs() <= window
 
 
+def windows_of_swin(side, window, shift):
+    """Which patches attend to which, as Swin does it: roll, cut into windows, mask what the roll brought together."""
+    regions = torch.zeros(side, side, dtype=torch.int64)
+    parts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+    for number, (rows, columns) in enumerate((rows, columns) for rows in parts for columns in parts):
+        regions[rows, columns] = number
+    patches = torch.arange(side**2).view(side, side).roll((-shift, -shift), (0, 1))
+
+    def partition(image):
+        cut = image.view(side // window, window, side // window, window)
+        return cut.transpose(1, 2).reshape(-1, window**2)
+
+    keeps = torch.zeros(side**2, side**2, dtype=torch.bool)
+    for inside, region in zip(partition(patches), partition(regions), strict=True):
+        keeps[inside[:, None], inside] = region[:, None] == region
+    return keeps
+
+
 class TestMask:
     def test_counts_of_a_mask_known_by_hand(self):
         mask = sm.Mask.from_config(LOCAL, num_tokens=6, num_heads=3)
@@ -147,6 +165,16 @@ class TestMask:
         assert (
             sm.Mask.from_config(LOCAL, np.int64(4), np.int32(2), grid=np.array([2, 2]), layer=np.uint8(1)) == expected
         )
+
+    @pytest.mark.parametrize(("side", "window", "shift"), [(14, 7, 3), (12, 4, 1), (8, 4, 2), (9, 3, 2)])
+    def test_shifted_windows_of_swin_have_the_shift_window_size_minus_its_own(self, side, window, shift):
+        kwargs = {"window_size": window, "shift": window - shift}
+        got = sm.masks.grid_window(num_tokens=side**2, num_heads=1, grid=[side, side], **kwargs)
+        assert torch.equal(got.to_dense()[0], windows_of_swin(side, window, shift))
+
+    def test_the_configuration_that_comes_with_the_package_is_swins(self):
+        got = sm.Mask.from_config(sm.configs()["grid_window"], num_tokens=197, num_heads=1)
+        assert torch.equal(got.to_dense()[0, 1:, 1:], windows_of_swin(14, 7, 3))
 
     def test_a_mask_of_a_million_tokens_takes_no_n_squared_memory(self):
         mask = sm.masks.local(num_tokens=1_000_000, num_heads=12, window=5)
