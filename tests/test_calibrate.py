@@ -315,6 +315,27 @@ def test_candidates_of_a_list_are_named_by_file_or_mask():
 # Bad input.
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_attention_that_is_not_finite_is_an_error_that_names_layer_batch_and_sample(value):
+    model, x = encoder(), torch.randn(3, 12, 16, dtype=torch.float64)
+    spoiled = x.clone()
+    spoiled[2, 5, 0] = value
+    message = r"layers\.0\.self_attn: expected finite attention, got NaN or infinity in batch 1 .*, samples 2$"
+    with pytest.raises(ValueError, match=message):
+        sm.calibrate(model, [x, spoiled], [LOCAL])
+    assert not isinstance(model.layers[0].self_attn, SparseLayer)  # it is as it was
+
+
+def test_attention_to_padding_need_not_be_finite():
+    model, x = encoder(), torch.randn(2, 12, 16, dtype=torch.float64)
+    padding = torch.arange(12) >= torch.tensor([[12], [0]])  # the second sample has no key at all
+    arguments = {"src": x, "src_key_padding_mask": padding}
+    expected = sm.calibrate(model, [x[:1]], [LOCAL]).rows
+    for got, alone in zip(sm.calibrate(model, [arguments], [LOCAL]).rows, expected, strict=True):
+        assert got.mass == pytest.approx(alone.mass)
+        assert got.error == pytest.approx(alone.error)
+
+
 @pytest.mark.parametrize(
     ("configs", "error", "message"),
     [

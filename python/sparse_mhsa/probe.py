@@ -58,7 +58,8 @@ def calibrate(
     Raises:
         ConfigError: a candidate cannot be honoured, or has no mass to measure (a backend without edges,
             ``masked_logits: zero``, a ``scale`` of its own).
-        ValueError: there are no candidates, no layers or no batches, or a layer was never called.
+        ValueError: there are no candidates, no layers or no batches, a layer was never called, or its attention is not
+            finite.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches: expected at least 1, got {num_batches}")
@@ -74,6 +75,8 @@ def calibrate(
     with probed(model, probe_of, include, exclude) as probes:
         seen = 0
         for batch in loader if num_batches is None else itertools.islice(loader, num_batches):
+            for probe in probes:
+                probe.batch = seen
             run_batch(model, batch, forward)
             seen += 1
     if seen == 0:
@@ -192,16 +195,19 @@ class _Candidates(Probe):
     def __init__(self, site: Site, candidates: Mapping[str, LayerMask]) -> None:
         super().__init__(site)
         self.candidates = dict(candidates)
+        self.batch = 0
         self.sums = {name: _Sums(*torch.zeros(5, site.num_heads, dtype=torch.float64)) for name in candidates}
 
     def observe(self, seen: Seen) -> None:
         """Attend by every candidate."""
+        real = _real(seen)
+        self._refuse_what_is_not_finite(seen, real)
         options: dict[str, Any] = {"key_mask": seen.key_mask, "bias": seen.bias, "scale": seen.scale}
         for name, layer_mask in self.candidates.items():
             edges = edges_of(seen.q, seen.k, layer_mask, embeddings=seen.embeddings, **options)
             out, kept_lse = attend(seen.q, seen.k, seen.v, layer_mask, edges, needs_lse=True, **options)
             count = _edge_counts(layer_mask, edges.row_ptr, seen.q)
-            self._add(self.sums[name], (out, kept_lse), (seen.out, seen.lse), count, seen.key_mask)
+            self._add(self.sums[name], (out, kept_lse), (seen.out, seen.lse), count, real)
 
     def _add(
         self,
@@ -209,13 +215,9 @@ class _Candidates(Probe):
         kept: tuple[Tensor, Tensor],
         dense: tuple[Tensor, Tensor],
         edges: Tensor,
-        key_mask: Tensor | None,
+        real: Tensor,
     ) -> None:
         (out, kept_lse), (dense_out, lse) = kept, dense
-        # A query that is padding, or that sees no key, has no attention to keep.
-        real = lse > -math.inf
-        if key_mask is not None:
-            real = real & key_mask[:, None, :]
         mass = torch.where(real, (kept_lse - lse).double().exp().clamp(max=1.0), 0.0)
         difference = torch.where(real[..., None], (out - dense_out).double(), 0.0)
         sums.mass += mass.sum((0, 2)).cpu()
@@ -225,6 +227,17 @@ class _Candidates(Probe):
         sums.edges += edges.cpu()
         sums.pairs += out.shape[0] * out.shape[2] ** 2
 
+    def _refuse_what_is_not_finite(self, seen: Seen, real: Tensor) -> None:
+        """Raise where shares of attention would mean nothing, instead of counting nothing."""
+        finite = seen.lse.isfinite() & seen.out.isfinite().all(-1)
+        spoiled = (real & ~finite).any(2).any(1)
+        if spoiled.any():
+            samples = ", ".join(map(str, spoiled.nonzero().flatten().tolist()))
+            raise ValueError(
+                f"{self.site.name}: expected finite attention, got NaN or infinity in batch {self.batch} of the loader "
+                f"(the first is 0), samples {samples}"
+            )
+
     def rows(self) -> Iterator[Kept]:
         """The means."""
         for name, sums in self.sums.items():
@@ -233,6 +246,12 @@ class _Candidates(Probe):
                 error = math.sqrt(float(sums.error[head]) / norm) if norm > 0 else 0.0
                 density = float(sums.edges[head]) / max(1, sums.pairs)
                 yield Kept(name, self.site.name, head, float(sums.mass[head]) / queries, error, density)
+
+
+def _real(seen: Seen) -> Tensor:
+    """(B, H, N) bool: queries that have attention to keep: neither padding nor without any key."""
+    real = seen.lse != -math.inf  # of NaN as well
+    return real if seen.key_mask is None else real & seen.key_mask[:, None, :]
 
 
 def _edge_counts(layer_mask: LayerMask, row_ptr: Tensor | None, q: Tensor) -> Tensor:
