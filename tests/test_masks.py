@@ -157,8 +157,21 @@ class TestMask:
         for grid in (4, "22", [2.0, 2]):
             with pytest.raises(TypeError, match="grid: expected"):
                 sm.Mask.from_config(LOCAL, 4, 1, grid=grid)
+        with pytest.raises(
+            ValueError, match=r"grid: expected .* together at most 4294967295 cells, got \[2147483648, "
+        ):
+            sm.Mask.from_config(LOCAL, 4, 1, grid=[2**31, 2**31])
         with pytest.raises(TypeError, match="num_heads"):
             sm.Mask.from_config(LOCAL, 4)
+
+    def test_more_prefix_tokens_than_tokens_are_an_error_of_the_configuration_that_asks_for_them(self):
+        message = "num_prefix_tokens: expected at most the 25 tokens there are, got 30"
+        with pytest.raises(sm.ConfigError, match=message) as raised:
+            sm.Mask.from_config({**LOCAL, "num_prefix_tokens": 30}, num_tokens=25, num_heads=1)
+        assert raised.value.key == "num_prefix_tokens"
+        with pytest.raises(ValueError, match=message) as raised:
+            sm.Mask.from_config(LOCAL, num_tokens=25, num_heads=1, num_prefix_tokens=30)
+        assert not isinstance(raised.value, sm.ConfigError)
 
     def test_integers_of_numpy_are_numbers(self):
         expected = sm.Mask.from_config(LOCAL, 4, 2, grid=[2, 2], layer=1)
@@ -205,9 +218,24 @@ class TestFactories:
         assert mask == sm.Mask.from_config(config, 9, 2, num_prefix_tokens=1)
         assert mask.head_dim == 8
 
+    def test_the_order_of_tokens_is_asked_for_where_the_grid_is(self):
+        sizes = {"num_tokens": 24, "num_heads": 1}
+        mask = sm.masks.space_time(**sizes, grid=[2, 3, 4], kind="space", token_order="t_fastest")
+        config = {"mask": "space_time", "mask_kwargs": {"kind": "space"}, "token_order": "t_fastest"}
+        assert mask == sm.Mask.from_config(config, **sizes, grid=[2, 3, 4])
+        assert mask != sm.masks.space_time(**sizes, grid=[2, 3, 4], kind="space")
+        with pytest.raises(sm.ConfigError, match="token_order: has no meaning for the mask `local`"):
+            sm.masks.local(**sizes, window=1, token_order="t_fastest")
+
     def test_unknown_keywords_and_names_get_a_suggestion(self):
         with pytest.raises(TypeError, match=r"masks.local: unknown keyword `windw`, did you mean `window`\?"):
             sm.masks.local(num_tokens=9, num_heads=2, windw=1)
+        with pytest.raises(
+            TypeError,
+            match=r"masks.axial: unknown keyword `colour`\. Allowed: grid, num_tokens, num_heads, layer, num_layers, "
+            r"epoch, head_dim, num_prefix_tokens, token_order$",
+        ):
+            sm.masks.axial(num_tokens=9, num_heads=2, colour=1)
         with pytest.raises(TypeError, match=r"did you mean `num_tokens`\?"):
             sm.masks.local(num_token=9, num_heads=2)
         with pytest.raises(AttributeError, match="did you mean `fibottention`"):

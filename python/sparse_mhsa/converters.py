@@ -56,7 +56,8 @@ def edges_from_csr(row_ptr: object, col: Array | None = None, num_heads: int | N
     Args:
         row_ptr: integers (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``.
             Or a sparse torch tensor of any layout, (N, N) or (H, N, N), or a scipy sparse matrix: then ``col`` is
-            left out.
+            left out. Of block formats (BSR, BSC) explicit zeros inside the stored blocks count as entries: convert with
+            ``.tocsr()`` and ``eliminate_zeros()`` first.
         col: (nnz,) key indices, ascending strictly within a row.
         num_heads: H; default is what ``row_ptr`` has.
 
