@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import numpy as np
@@ -340,6 +341,12 @@ def test_a_budget_is_shared_among_layers_and_heads():
         KVCache.with_budget(policy, 11, [[1, 1], [1, 1]])
 
 
+def test_a_budget_and_a_capacity_are_one_too_many():
+    policy = CachePolicy("score_based", capacity=3)
+    with pytest.raises(ValueError, match="capacity: the policy `score_based` has 3 and total is 10; give one of them"):
+        KVCache.with_budget(policy, 10, [[1, 1]])
+
+
 # For attention by other means.
 
 
@@ -513,7 +520,9 @@ def test_decoding_compiles_whole():
     q, k, v = tensors(tokens=6)
     lengths = torch.tensor([[6, 2], [0, 5]])
     compiled = torch.compile(sm.decode_attention, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert torch.equal(compiled(q[:, :, :2], k, v, lengths), sm.decode_attention(q[:, :, :2], k, v, lengths))
+    for options in ({}, {"scale": 0.3}, {"scale": 0.7}):
+        got, expected = (f(q[:, :, :2], k, v, lengths, **options) for f in (compiled, sm.decode_attention))
+        assert torch.equal(got, expected)
 
 
 def test_a_step_counts_as_a_change_of_what_it_writes():
@@ -622,6 +631,8 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing():
         ((q, k, v), {"token_mask": torch.ones(2, 3) > 0}, ValueError, r"token_mask: expected shape \(B, N\) = "),
         ((q, k, v), {"token_mask": torch.ones(2, 20)}, TypeError, "token_mask: expected torch.bool, got torch.float32"),
         ((q, k, v), {"window": -1}, ValueError, "window: expected at least 0, got -1"),
+        ((q, k, v), {"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
+        ((q, k, v), {"scale": "0.1"}, TypeError, "scale: expected a number, got str"),
         ((q, k, v), {"window": 0.5}, TypeError, "window: expected a whole number, got 0.5"),
         ((q, k, v.clone().requires_grad_()), {}, RuntimeError, "decoding has no gradient"),
     ]  # fmt: skip
@@ -631,6 +642,19 @@ def test_tokens_that_do_not_fit_are_refused_and_change_nothing():
     assert_equal(before.values(), cache.state_dict().values())
     with torch.no_grad():
         cache.attend(*wrong[-1][0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (math.inf, ValueError, "scale: expected a finite number, got inf"),
+        ("0.1", TypeError, "scale: expected a number, got str"),
+    ],
+)
+def test_decoding_refuses_a_scale_that_is_no_finite_number(scale, error, message):
+    q, k, v = tensors(tokens=6)
+    with pytest.raises(error, match=message):
+        sm.decode_attention(q[:, :, :1], k, v, torch.tensor([[6], [6]]), scale=scale)
 
 
 def test_orders_that_do_not_exist_are_refused():
@@ -657,6 +681,7 @@ SPOILED = {
     "dtype": (lambda s: s.update({"0.values": s["0.values"].float()}), TypeError, "values: expected torch.float64"),
     "floats": (lambda s: s.update({"0.lengths": s["0.lengths"].double()}), TypeError, "lengths: expected torch.int64"),
     "shape": (lambda s: s.update({"0.worths": s["0.worths"][:, 1:]}), ValueError, "worths: expected shape"),
+    "policy": (lambda s: s.update({"0.policy": s["0.keys"]}), ValueError, "got torch.float64 of shape"),
     "rank": (lambda s: s.update({"0.keys": s["0.keys"][0]}), ValueError, "keys: expected 3 dimensions"),
 }
 
@@ -671,9 +696,39 @@ def test_states_that_lie_are_refused(spoiled):
         cache.load_state_dict(state)
 
 
-def test_a_state_of_another_policy_is_refused():
-    with pytest.raises(ValueError, match="worths: expected shape"):
-        used("sliding_window", {}).load_state_dict(used("combined", {"recent": 2}).state_dict())
+@pytest.mark.parametrize(
+    ("name", "options", "rule"),
+    [
+        ("sliding_window", {}, r"sliding_window\(\)"),
+        ("norm_based", {}, r"norm_based\(recent=0, sinks=0, keep=low\)"),
+        ("combined", {"recent": 3}, r"combined\(recent=3, sinks=0\)"),
+    ],
+)
+def test_a_state_of_another_policy_is_refused(name, options, rule):
+    state = used("combined", {"recent": 2}).state_dict()
+    with pytest.raises(
+        ValueError, match=rf"policy: expected a state of `{rule}` .* got `combined\(recent=2, sinks=0\)`"
+    ):
+        used(name, options).load_state_dict(state)
+
+
+def test_a_capacity_of_the_policy_is_no_part_of_what_a_state_is_of():
+    state = used("combined", {"recent": 2}).state_dict()
+    cache = KVCache(CachePolicy("combined", recent=2, capacity=9), 2)
+    cache.load_state_dict(state)
+    assert_equal(cache.state_dict().values(), state.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "bound"),
+    [("score_based", {}, "least"), ("norm_based", {"keep": "high"}, "least"), ("norm_based", {}, "most")],
+)
+def test_worths_that_no_later_entry_could_have_are_refused(name, options, bound):
+    cache = used(name, options)
+    state = cache.state_dict()
+    state["1.worths"].neg_()
+    with pytest.raises(ValueError, match=rf"worths: the policy `{name}\(.*\)` expects at {bound} 0, got "):
+        cache.load_state_dict(state)
 
 
 def test_an_interrupted_cache_says_so_until_it_is_reset(monkeypatch):

@@ -315,6 +315,27 @@ def test_candidates_of_a_list_are_named_by_file_or_mask():
 # Bad input.
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_attention_that_is_not_finite_is_an_error_that_names_layer_batch_and_sample(value):
+    model, x = encoder(), torch.randn(3, 12, 16, dtype=torch.float64)
+    spoiled = x.clone()
+    spoiled[2, 5, 0] = value
+    message = r"loader: batch 1 .* the layer `layers\.0\.self_attn` attention that is not finite, samples 2;"
+    with pytest.raises(ValueError, match=message):
+        sm.calibrate(model, [x, spoiled], [LOCAL])
+    assert not isinstance(model.layers[0].self_attn, SparseLayer)  # it is as it was
+
+
+def test_attention_to_padding_need_not_be_finite():
+    model, x = encoder(), torch.randn(2, 12, 16, dtype=torch.float64)
+    padding = torch.arange(12) >= torch.tensor([[12], [0]])  # the second sample has no key at all
+    arguments = {"src": x, "src_key_padding_mask": padding}
+    expected = sm.calibrate(model, [x[:1]], [LOCAL]).rows
+    for got, alone in zip(sm.calibrate(model, [arguments], [LOCAL]).rows, expected, strict=True):
+        assert got.mass == pytest.approx(alone.mass)
+        assert got.error == pytest.approx(alone.error)
+
+
 @pytest.mark.parametrize(
     ("configs", "error", "message"),
     [
@@ -334,19 +355,14 @@ def test_candidates_without_mass_are_named(configs, error, message):
     assert not any(isinstance(module, SparseLayer) for module in model.modules())
 
 
-def test_attention_that_is_not_finite_is_an_error_and_not_left_out_of_the_means():
-    x = torch.randn(2, 12, 16, dtype=torch.float64)
-    x[1, 5, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"loader: a batch gave the layer `layers\.0\.self_attn` .*not finite"):
-        sm.calibrate(encoder(), [x], [LOCAL])
-
-
 def test_other_bad_input_is_named():
     model, x = encoder(), torch.randn(2, 12, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="loader: expected at least one batch"):
         sm.calibrate(model, [], [LOCAL])
     with pytest.raises(ValueError, match="num_batches: expected at least 1, got 0"):
         sm.calibrate(model, [x], [LOCAL], num_batches=0)
+    with pytest.raises(TypeError, match=r"num_batches: expected an integer, got float 2\.5"):
+        sm.calibrate(model, [x], [LOCAL], num_batches=2.5)
     with pytest.raises(TypeError, match=r"loader: expected tensors, .* got str"):
         sm.calibrate(model, ["text"], [LOCAL])
     with pytest.raises(ValueError, match="include: `nowhere` matches none"):

@@ -295,6 +295,47 @@ def test_config_check_goes_on_after_a_bad_file(run, local, tmp_path):
     assert "bad.yaml:1:" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "mask: grid_window\nmask_kwargs: {window_size: 7, shift: 9}\ngrid: [14, 14]",
+            "mask_kwargs.shift: expected 0 to 6, less than window_size, got 9",
+        ),
+        (
+            "mask: neighborhood\nmask_kwargs: {kernel_size: 3, stride: 5, grid: [14, 14]}",
+            "mask_kwargs.stride: expected 1 to 3, got 5",
+        ),
+        (
+            "mask: space_time\nmask_kwargs: {kind: space}\ngrid: [14, 13]\nnum_heads: 6",
+            "grid: space_time needs [T, H, W], got [14, 13]",
+        ),
+    ],
+)
+def test_config_check_tries_out_masks_whose_grid_it_knows(run, tmp_path, text, message):
+    never = tmp_path / "never.yaml"
+    never.write_text(text)
+    code, out, err = run("config check", never)
+    assert (code, out, err) == (2, "", f"error: {never}: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mask: grid_window\nmask_kwargs: {window_size: 7, shift: 9}",
+        "mask: grid_window\nmask_kwargs: {window_size: 7, shift: 9}\ngrid: [14, 14]\n"
+        "layers: {'.*': {mask_kwargs: {window_size: 7}}}",
+        "mask: per_head\nmask_kwargs: {masks: [{mask: axial, heads: 2}, {mask: none}]}\ngrid: [14, 14]",
+        "mask: random\nmask_kwargs: {k: [[1, 2, 3], [4, 5, 6]]}\ngrid: [14, 14]",
+    ],
+    ids=["no grid", "layers", "heads", "heads and layers"],
+)
+def test_config_check_takes_what_may_work_in_some_model(run, tmp_path, text):
+    some = tmp_path / "some.yaml"
+    some.write_text(text)
+    assert run("config check", some) == (0, f"{some}: ok\n", "")
+
+
 def test_the_shipped_configs_are_those_of_the_repository_and_all_valid(run):
     code, out, _ = run("config list")
     assert code == 0

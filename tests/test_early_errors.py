@@ -47,7 +47,7 @@ def test_only_the_number_of_tokens_that_is_used_is_warned_of(caplog):
     sm.SparseMHSA(16, 4, config=config)
     assert caplog.text == ""
     sm.Mask.from_config(config, 43, 4)
-    assert [record.message for record in caplog.records] == [f"random: k {k} acts as 43 for 43 tokens"]
+    assert [record.message for record in caplog.records] == [f"random: k {k} acts as 42 for 43 tokens"]
 
 
 def test_a_mask_by_content_is_no_part_of_another():

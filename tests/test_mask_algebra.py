@@ -292,6 +292,20 @@ class TestFromCsr:
             sm.Mask.from_csr(torch.ones(2, 3).to_sparse_csr())
 
 
+def few_keys(k, num_tokens, num_heads, seed=0):
+    return sm.masks.random(num_tokens=num_tokens, num_heads=num_heads, k=k, seed=seed)
+
+
+def captured(block_mask):
+    """The tensors that a `BlockMask` needs beside its lists of blocks."""
+    held = (cell.cell_contents for cell in block_mask.mask_mod.__closure__)
+    return [value for value in held if isinstance(value, torch.Tensor)]
+
+
+def held_by(block_mask):
+    return sum(tensor.untyped_storage().nbytes() for tensor in captured(block_mask))
+
+
 class TestBlockMask:
     @each_mask
     @pytest.mark.parametrize("block_size", [8, 16, 128])
@@ -323,6 +337,28 @@ class TestBlockMask:
     def test_many_tokens(self):
         mask = sm.masks.local(num_tokens=20_000, num_heads=1, window=64)
         assert mask.to_block_mask().kv_num_blocks.max() == 3
+
+    def test_scattered_edges_take_one_bit_per_pair(self):
+        tokens, heads = 2048, 3
+        block_mask = few_keys(64, tokens, heads).to_block_mask()
+        blocks = heads * (tokens // 128) ** 2
+        assert block_mask.kv_num_blocks.sum() == blocks
+        assert held_by(block_mask) <= tokens * tokens * heads / 8 + 4 * blocks + 2 * 128**2 / 8
+
+    def test_heads_that_share_edges_share_their_bits(self):
+        one, eight = (
+            held_by(sm.masks.local(num_tokens=2048, num_heads=heads, window=3).to_block_mask()) for heads in (1, 8)
+        )
+        assert eight == one + 7 * 4 * (2048 // 128) ** 2  # beside the bits, a number per pair of blocks
+
+    def test_full_blocks_take_no_bits(self):
+        assert held_by(sm.masks.none(num_tokens=2048, num_heads=1).to_block_mask()) <= 4 * 16**2 + 2 * 128**2 / 8
+
+    def test_masks_that_differ_a_little_are_compiled_once(self):
+        masks = [few_keys(1, 2048, 3, seed) for seed in range(6)]
+        lengths = [[x.shape for x in captured(mask.to_block_mask())] for mask in masks]
+        assert len({int(mask.to_block_mask().kv_num_blocks.sum()) for mask in masks}) > 1
+        assert lengths == lengths[:1] * 6
 
     def test_sizes(self):
         with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):

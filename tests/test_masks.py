@@ -31,6 +31,24 @@ def local(n, window):
     return (i[:, None] - i).abs() <= window
 
 
+def windows_of_swin(side, window, shift):
+    """Which patches attend to which, as Swin does it: roll, cut into windows, mask what the roll brought together."""
+    regions = torch.zeros(side, side, dtype=torch.int64)
+    parts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
+    for number, (rows, columns) in enumerate((rows, columns) for rows in parts for columns in parts):
+        regions[rows, columns] = number
+    patches = torch.arange(side**2).view(side, side).roll((-shift, -shift), (0, 1))
+
+    def partition(image):
+        cut = image.view(side // window, window, side // window, window)
+        return cut.transpose(1, 2).reshape(-1, window**2)
+
+    keeps = torch.zeros(side**2, side**2, dtype=torch.bool)
+    for inside, region in zip(partition(patches), partition(regions), strict=True):
+        keeps[inside[:, None], inside] = region[:, None] == region
+    return keeps
+
+
 class TestMask:
     def test_counts_of_a_mask_known_by_hand(self):
         mask = sm.Mask.from_config(LOCAL, num_tokens=6, num_heads=3)
@@ -139,14 +157,37 @@ class TestMask:
         for grid in (4, "22", [2.0, 2]):
             with pytest.raises(TypeError, match="grid: expected"):
                 sm.Mask.from_config(LOCAL, 4, 1, grid=grid)
+        with pytest.raises(
+            ValueError, match=r"grid: expected .* together at most 4294967295 cells, got \[2147483648, "
+        ):
+            sm.Mask.from_config(LOCAL, 4, 1, grid=[2**31, 2**31])
         with pytest.raises(TypeError, match="num_heads"):
             sm.Mask.from_config(LOCAL, 4)
+
+    def test_more_prefix_tokens_than_tokens_are_an_error_of_the_configuration_that_asks_for_them(self):
+        message = "num_prefix_tokens: expected at most the 25 tokens there are, got 30"
+        with pytest.raises(sm.ConfigError, match=message) as raised:
+            sm.Mask.from_config({**LOCAL, "num_prefix_tokens": 30}, num_tokens=25, num_heads=1)
+        assert raised.value.key == "num_prefix_tokens"
+        with pytest.raises(ValueError, match=message) as raised:
+            sm.Mask.from_config(LOCAL, num_tokens=25, num_heads=1, num_prefix_tokens=30)
+        assert not isinstance(raised.value, sm.ConfigError)
 
     def test_integers_of_numpy_are_numbers(self):
         expected = sm.Mask.from_config(LOCAL, 4, 2, grid=[2, 2], layer=1)
         assert (
             sm.Mask.from_config(LOCAL, np.int64(4), np.int32(2), grid=np.array([2, 2]), layer=np.uint8(1)) == expected
         )
+
+    @pytest.mark.parametrize(("side", "window", "shift"), [(14, 7, 3), (12, 4, 1), (8, 4, 2), (9, 3, 2)])
+    def test_shifted_windows_of_swin_have_the_shift_window_size_minus_its_own(self, side, window, shift):
+        kwargs = {"window_size": window, "shift": window - shift}
+        got = sm.masks.grid_window(num_tokens=side**2, num_heads=1, grid=[side, side], **kwargs)
+        assert torch.equal(got.to_dense()[0], windows_of_swin(side, window, shift))
+
+    def test_the_configuration_that_comes_with_the_package_is_swins(self):
+        got = sm.Mask.from_config(sm.configs()["grid_window"], num_tokens=197, num_heads=1)
+        assert torch.equal(got.to_dense()[0, 1:, 1:], windows_of_swin(14, 7, 3))
 
     def test_a_mask_of_a_million_tokens_takes_no_n_squared_memory(self):
         mask = sm.masks.local(num_tokens=1_000_000, num_heads=12, window=5)
@@ -177,9 +218,24 @@ class TestFactories:
         assert mask == sm.Mask.from_config(config, 9, 2, num_prefix_tokens=1)
         assert mask.head_dim == 8
 
+    def test_the_order_of_tokens_is_asked_for_where_the_grid_is(self):
+        sizes = {"num_tokens": 24, "num_heads": 1}
+        mask = sm.masks.space_time(**sizes, grid=[2, 3, 4], kind="space", token_order="t_fastest")
+        config = {"mask": "space_time", "mask_kwargs": {"kind": "space"}, "token_order": "t_fastest"}
+        assert mask == sm.Mask.from_config(config, **sizes, grid=[2, 3, 4])
+        assert mask != sm.masks.space_time(**sizes, grid=[2, 3, 4], kind="space")
+        with pytest.raises(sm.ConfigError, match="token_order: has no meaning for the mask `local`"):
+            sm.masks.local(**sizes, window=1, token_order="t_fastest")
+
     def test_unknown_keywords_and_names_get_a_suggestion(self):
         with pytest.raises(TypeError, match=r"masks.local: unknown keyword `windw`, did you mean `window`\?"):
             sm.masks.local(num_tokens=9, num_heads=2, windw=1)
+        with pytest.raises(
+            TypeError,
+            match=r"masks.axial: unknown keyword `colour`\. Allowed: grid, num_tokens, num_heads, layer, num_layers, "
+            r"epoch, head_dim, num_prefix_tokens, token_order$",
+        ):
+            sm.masks.axial(num_tokens=9, num_heads=2, colour=1)
         with pytest.raises(TypeError, match=r"did you mean `num_tokens`\?"):
             sm.masks.local(num_token=9, num_heads=2)
         with pytest.raises(AttributeError, match="did you mean `fibottention`"):

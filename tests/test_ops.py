@@ -844,6 +844,17 @@ class TestCompile:
             for mine, theirs in zip(got, torch.autograd.grad(loss(*inputs), inputs), strict=True):
                 assert_same(mine, theirs, atol=1e-12)
 
+    def test_dynamic_scale(self):
+        q, k, v = qkv()
+        mask = mask_of("fibottention", 6)
+
+        def attend(scale):
+            return sm.sparse_attention(q, k, v, mask, scale=scale)
+
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+        for scale in (0.3, 0.7, 2.0):
+            assert_same(compiled(scale), attend(scale), atol=1e-12)
+
     def test_nested_func_grad_is_refused_rather_than_wrong(self):
         q, k, v = qkv()
         loss = self.loss(mask_of("fibottention", 6))
@@ -954,6 +965,8 @@ class TestBadInput:
             ({"dropout_p": "a"}, TypeError, r"dropout_p: expected a number, got str"),
             ({"dropout_p": None}, TypeError, r"dropout_p: expected a number, got NoneType"),
             ({"scale": "1"}, TypeError, r"scale: expected a number, got str"),
+            ({"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
+            ({"scale": -math.inf}, ValueError, r"scale: expected a finite number, got -inf"),
         ],
     )
     def test_the_message_names_argument_expected_and_got(self, change, error, message):

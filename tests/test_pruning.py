@@ -484,7 +484,7 @@ def test_padding_is_not_attended_to_and_padded_queries_do_not_count():
 def test_attention_that_is_not_finite_is_an_error_and_not_a_row_without_attention(kind, value):
     first, second = batches(2)
     second[1, 3, 5] = value
-    with pytest.raises(ValueError, match=r"loader: a batch gave the layer `layers\.0\.self_attn` .*not finite"):
+    with pytest.raises(ValueError, match=r"loader: batch 1 .* layer `layers\.0\.self_attn` .*not finite, samples 1;"):
         sm.collect_scores(encoder(), [first, second], method=kind)
 
 

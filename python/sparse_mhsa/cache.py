@@ -49,7 +49,7 @@ class KVCache:
         """Share a number of entries among layers and heads: equally for equal weights, else in their proportion.
 
         Args:
-            policy: what is forgotten.
+            policy: what is forgotten; without a capacity, which is what the budget gives.
             total: entries of all layers and heads of one sample.
             weights: (num_layers, Hkv) importance of every head, at least 0.
             minimum: least entries of a head; never less than the policy needs.
@@ -58,8 +58,14 @@ class KVCache:
             A cache whose capacities sum to ``total``, by `budget.allocate`.
 
         Raises:
-            ValueError: the budget is less than the minimum of all heads together, or the weights have another shape.
+            ValueError: the budget is less than the minimum of all heads together, the weights have another shape, or
+                the policy has a capacity of its own.
         """
+        if policy.capacity is not None:
+            raise ValueError(
+                f"capacity: the policy `{policy.name}` has {policy.capacity} and total is {total}; give one of them, "
+                "because a budget sets the capacity of every head"
+            )
         wanted = numbers("weights", weights)
         if wanted.ndim != 2:
             raise ValueError(f"weights: expected shape (num_layers, Hkv), got {wanted.shape}")
@@ -114,7 +120,7 @@ class KVCache:
 
         Raises:
             TypeError: a tensor has a wrong dtype.
-            ValueError: a tensor is missing, unknown, or does not fit the others or the capacities.
+            ValueError: a tensor is missing, unknown, or does not fit the others, the policy or the capacities.
         """
         of_layers: list[dict[str, Tensor]] = [{} for _ in self.layers]
         for name, tensor in state.items():

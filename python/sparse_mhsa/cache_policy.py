@@ -100,6 +100,12 @@ class CachePolicy:
         return "attention" if self.name in ("score_based", "combined") else "recency"
 
     @property
+    def rule(self) -> str:
+        """The policy without its capacity, as text: caches of equal rules may go on from each other's states."""
+        keys = ", ".join(f"{key}={self._value(key)}" for key in POLICIES[self.name] if key != "capacity")
+        return f"{self.name}({keys})"
+
+    @property
     def safe_first(self) -> int:
         """The first tokens that are never forgotten."""
         return cast(int, self._value("sinks")) or 0

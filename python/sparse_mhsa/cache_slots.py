@@ -209,9 +209,10 @@ class Slots:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of all tensors but the capacities, which belong to the cache."""
-        return {name: tensor.clone() for name, tensor in self._tensors().items() if name != "capacities"}
+    def state(self, policy: CachePolicy) -> dict[str, Tensor]:
+        """Copies of all tensors but the capacities, which belong to the cache, and the rule of the policy."""
+        held = {name: tensor.clone() for name, tensor in self._tensors().items() if name != "capacities"}
+        return held | {"policy": _bytes(policy.rule)}
 
     @classmethod
     def from_state(
@@ -219,8 +220,13 @@ class Slots:
     ) -> "Slots":
         """What `state` gave, checked so that nothing in it can mislead a later step."""
         names = [item.name for item in fields(cls) if item.name not in ("capacities", "appended", "fits")]
-        if set(state) != set(names):
-            raise ValueError(f"state: expected {', '.join(names)}, got {', '.join(map(str, state)) or 'nothing'}")
+        if set(state) != {*names, "policy"}:
+            expected = ", ".join([*names, "policy"])
+            raise ValueError(f"state: expected {expected}, got {', '.join(map(str, state)) or 'nothing'}")
+        if not torch.equal(state["policy"].cpu(), _bytes(policy.rule)):
+            raise ValueError(
+                f"policy: expected a state of `{policy.rule}` as of the cache, got {_text(state['policy'])}"
+            )
         parts = {name: state[name].detach().to("cpu").contiguous().clone() for name in names}
         for name, ndim in (
             ("keys", 3),
@@ -260,6 +266,11 @@ class Slots:
             raise TypeError(f"values: expected {keys.dtype} like keys, got {parts['values'].dtype}")
         if parts["worths"].dtype != worth_dtype(keys.dtype):
             raise TypeError(f"worths: expected {worth_dtype(keys.dtype)}, got {parts['worths'].dtype}")
+        # One of the wrong sign would be worth more, or less, than whatever is still to come.
+        sign, bound = (-1, "at most 0") if policy.worth == "low_norm" else (1, "at least 0")
+        wrong = parts["worths"][parts["worths"] * sign < 0]
+        if len(wrong):
+            raise ValueError(f"worths: the policy `{policy.rule}` expects {bound}, got {float(wrong[0])}")
         rooms = starts.diff()
         if int(starts[0]) != 0 or int(starts[-1]) != size or bool((rooms < 0).any()):
             raise ValueError(f"starts: expected ascending offsets from 0 to {size}, got {starts.tolist()}")
@@ -277,6 +288,18 @@ class Slots:
 def _spare(policy: CachePolicy) -> int:
     """Entries beyond the capacity while a step lasts: a token must be attended to before it can be judged."""
     return 0 if policy.worth == "recency" else 1
+
+
+def _bytes(text: str) -> Tensor:
+    """Text in a tensor, because a state holds nothing else."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+
+def _text(encoded: Tensor) -> str:
+    """What `_bytes` was given, or what there is instead."""
+    if encoded.dtype != torch.uint8 or encoded.dim() != 1:
+        return f"{encoded.dtype} of shape {tuple(encoded.shape)}"
+    return f"`{bytes(encoded[:80].tolist()).decode(errors='replace')}`"
 
 
 def _gather(tensor: Tensor, slots: Tensor) -> Tensor:

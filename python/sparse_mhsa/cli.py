@@ -17,7 +17,7 @@ from ._core import ConfigError, __version__
 from .arguments import Parser, add_command, configuration, hyphenate, natural, positive
 from .bench import commands as bench_commands
 from .bench.measure import out_of_memory
-from .config import configs
+from .config import configs, load_config
 from .train import TrainingError, UsageError
 from .train import commands as train_commands
 
@@ -210,16 +210,24 @@ def save_plot(mask: "Mask", path: Path) -> None:
 
 
 def run_config_check(parsed: argparse.Namespace) -> int:
-    """``sparse-mhsa config check``: every file is checked, also after one that failed."""
-    from . import load_config
+    """``sparse-mhsa config check``: every file is checked, also after one that failed.
+
+    Where a file says what the grid is, its mask is tried out as well.
+    """
+    from .layer_mask import check_everywhere
 
     code = 0
     for path in parsed.files:
         try:
-            load_config(path)
-            print(f"{path}: ok")  # noqa: T201
-        except (ConfigError, OSError) as error:  # noqa: PERF203
+            config = load_config(path)
+        except (ConfigError, OSError) as error:
             code = fail(f"error: {error}", 2)
+            continue
+        try:
+            check_everywhere(config)
+            print(f"{path}: ok")  # noqa: T201
+        except ConfigError as error:
+            code = fail(f"error: {path}: {error}", 2)
     return code
 
 

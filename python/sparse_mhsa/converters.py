@@ -56,7 +56,8 @@ def edges_from_csr(row_ptr: object, col: Array | None = None, num_heads: int | N
     Args:
         row_ptr: integers (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``.
             Or a sparse torch tensor of any layout, (N, N) or (H, N, N), or a scipy sparse matrix: then ``col`` is
-            left out.
+            left out. Of block formats (BSR, BSC) explicit zeros inside the stored blocks count as entries: convert with
+            ``.tocsr()`` and ``eliminate_zeros()`` first.
         col: (nnz,) key indices, ascending strictly within a row.
         num_heads: H; default is what ``row_ptr`` has.
 
@@ -154,9 +155,10 @@ def to_scipy(edges: Edges, head: int) -> "scipy.sparse.csr_array":
 def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
     """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
 
-    Blocks that keep every pair are full; for the others the pairs are stored, ``block_size`` squared bools each. Beside
-    those, memory is one number per pair of blocks, as in any `BlockMask`, and never N x N. A query without a key gives
-    zero in FlexAttention too.
+    Blocks that keep every pair are full, and of those that keep none nothing is stored; each of the others takes one
+    bit per pair of it, once for all heads that share their edges. Blocks of a scattered mask are nearly all of this
+    kind, so that it takes up to N * N / 8 bytes per head. Beside those, memory is one number per pair of blocks, as in
+    any `BlockMask`. A query without a key gives zero in FlexAttention too.
 
     Args:
         edges: of H heads.
@@ -175,39 +177,63 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
     n, heads = edges.num_tokens, edges.num_heads
     if n == 0:
         raise ValueError("to_block_mask: expected at least one token, got 0")
-    side = -(-n // block_size)
-    pointers, columns = (torch.from_numpy(array) for array in edges.to_csr())
-    rows = torch.repeat_interleave(torch.arange(heads * n), (pointers[:, 1:] - pointers[:, :-1]).flatten())
-    head, row = rows // n, rows % n
-    # Blocks are numbered through (head, block row, block column); pairs are numbered within their block.
-    block = (head * side + row // block_size) * side + columns // block_size
-    pair = row % block_size * block_size + columns % block_size
-    kept, place, count = torch.unique(block, return_inverse=True, return_counts=True)
-    is_full = count == block_size**2
-    # Few different lengths, because FlexAttention is compiled for each of them.
-    tiles = torch.zeros(1 << len(kept).bit_length(), block_size**2, dtype=torch.bool)
-    tiles[place, pair] = True
-    tile_of = torch.full((heads * side * side,), len(kept), dtype=torch.int32)
-    tile_of[kept] = torch.arange(len(kept), dtype=torch.int32)
-
-    tiles, tile_of = tiles.to(device), tile_of.to(device)
+    side, tile_bytes = -(-n // block_size), -(-(block_size**2) // 8)
+    # Tile 0 is of blocks that keep nothing, tile 1 of full ones; bit p % 8 of byte p // 8 is pair p of the block.
+    tiles = [torch.tensor([[0], [255]], dtype=torch.uint8).expand(2, tile_bytes)]
+    tile_of = torch.zeros(heads, side * side, dtype=torch.int32)
+    num_tiles = 2
+    for head in range(heads):
+        same = edges.describe(head)["shared_with"]
+        if same is None:
+            tile_of[head], partial = _tiles(_one_head(edges, head), block_size, tile_bytes, num_tiles)
+            tiles.append(partial)
+            num_tiles += len(partial)
+        else:
+            tile_of[head] = tile_of[same]
+    # FlexAttention is compiled for each length. So that layers whose masks differ a little share a kernel, lengths are
+    # multiples of a power of two that is at most an eighth of them: eight lengths from one power to the next.
+    step = 1 << max(0, num_tiles.bit_length() - 4)
+    room = min(-(-num_tiles // step) * step, 2 + heads * side * side)
+    tiles.append(torch.zeros(1, tile_bytes, dtype=torch.uint8).expand(room - num_tiles, tile_bytes))
+    bits, tile_at = torch.cat(tiles).to(device), tile_of.to(device)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        at = (head * side + query // block_size) * side + key // block_size
-        return tiles[tile_of[at], query % block_size * block_size + key % block_size]
+        tile = tile_at[head, query // block_size * side + key // block_size]
+        pair = query % block_size * block_size + key % block_size
+        return (bits[tile, pair // 8].to(torch.int32) >> (pair % 8)) & 1 != 0
 
     def blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Number of chosen blocks in each row of blocks, and their columns, padded with the others."""
-        present = torch.zeros(heads * side * side, dtype=torch.bool)
-        present[kept[chosen]] = True
-        present = present.view(1, heads, side, side)
+        present = chosen.view(1, heads, side, side)
         indices = torch.argsort(present.to(torch.int8), dim=-1, descending=True, stable=True)
         return present.sum(-1, dtype=torch.int32).to(device), indices.to(device, torch.int32)
 
-    partial_blocks, full_blocks = blocks(~is_full), blocks(is_full)
+    partial_blocks, full_blocks = blocks(tile_of > 1), blocks(tile_of == 1)
     return BlockMask.from_kv_blocks(
         *partial_blocks, *full_blocks, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(n, n)
     )
+
+
+def _tiles(edges: Edges, block_size: int, tile_bytes: int, first: int) -> tuple[Tensor, Tensor]:
+    """Of one head: the tile of each pair of blocks, and the tiles that are its own, numbered from ``first``."""
+    n = edges.num_tokens
+    side = -(-n // block_size)
+    row_ptr, columns = (torch.from_numpy(array) for array in edges.to_csr())
+    rows = torch.repeat_interleave(torch.arange(n), row_ptr[0].diff())
+    touched, place, count = torch.unique(
+        rows // block_size * side + columns // block_size, return_inverse=True, return_counts=True
+    )
+    partial = count < block_size**2
+    own = partial.cumsum(0) - 1
+    tile_of = torch.zeros(side * side, dtype=torch.int32)
+    tile_of[touched] = torch.where(partial, first + own, 1).to(torch.int32)
+    pair = rows % block_size * block_size + columns % block_size
+    stored = partial[place]
+    byte, bit = own[place] * tile_bytes + pair // 8, (1 << pair % 8).to(torch.uint8)
+    tiles = torch.zeros(int(partial.sum()) * tile_bytes, dtype=torch.uint8)
+    # Every pair comes once, so that the sum of its bits is their union.
+    tiles.index_add_(0, byte[stored], bit[stored])
+    return tile_of, tiles.view(-1, tile_bytes)
 
 
 def _one_head(edges: Edges, head: int) -> Edges:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .functional import autocast, check_qkv
+from .functional import autocast, check_qkv, check_scale
 from .ops import needs_autograd
 
 _LIBRARY = torch.library.Library("sparse_mhsa", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -58,6 +58,7 @@ def decode_attention(
         raise ValueError(f"lengths: expected shape (B, Hkv) = {expected} or (B, 1), got {tuple(lengths.shape)}")
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
+    check_scale(scale)
     q, k, v = autocast(q, k, v)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     counts = lengths.to(torch.int64).expand(expected).contiguous()

@@ -1,8 +1,10 @@
 """Softmax over the edges of a mask, computed by PyTorch's FlexAttention instead of by our kernels.
 
-The edges become a `BlockMask`, without any N x N array, and `torch.compile` makes the kernel: a call with another
-number of tokens, head dimension, dtype or device compiles another. It is there to compare with, and for devices that
-have kernels of FlexAttention and none of ours. What it cannot do is refused by name, never left to other code.
+The edges become a `BlockMask`, with one bit per pair of those blocks of 128 x 128 that keep some pairs and not all:
+next to nothing for bands, N * N / 8 bytes per head for edges scattered everywhere. `torch.compile` makes the kernel: a
+call with another number of tokens, head dimension, dtype or device compiles another, and so may a mask that touches
+another number of blocks. It is there to compare with, and for devices that have kernels of FlexAttention and none of
+ours. What it cannot do is refused by name, never left to other code.
 
 Source: FlexAttention, Dong et al., 2024 (arXiv 2412.05496).
 """

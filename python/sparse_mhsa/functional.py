@@ -114,9 +114,8 @@ def sparse_attention(
     if mask is not None:
         _check_mask(mask, q, token_positions)
     check_key_mask(key_padding_mask, q, k)
-    for name, value in (("dropout_p", dropout_p), ("scale", 1.0 if scale is None else scale)):
-        if not isinstance(value, _NUMBERS):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    _check_number("dropout_p", dropout_p)
+    check_scale(scale)
     layer_mask = dense_mask(q.shape[1]) if mask is None else mask
     edges = None
     if token_positions is not None:
@@ -433,6 +432,20 @@ def bias_as(dtype: torch.dtype, bias: Tensor) -> Tensor:
 def causal_bias(q: Tensor, k: Tensor) -> Tensor:
     """(1, 1, N, S) additive mask that leaves query i the keys 0 to i, as `scaled_dot_product_attention` means it."""
     return torch.full((1, 1, q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise a TypeError or ValueError unless ``scale`` is None or a finite number."""
+    if scale is None:
+        return
+    _check_number("scale", scale)
+    if not -math.inf < scale < math.inf:  # comparisons, which a number that is traced as a symbol has too
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def check_beside(tensor: Tensor, name: str, q: Tensor) -> None:

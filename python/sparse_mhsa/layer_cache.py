@@ -15,7 +15,7 @@ from .cache_policy import CachePolicy, whole_number
 from .cache_slots import Entries, Slots
 from .config import load_config
 from .decoding import check_on_cpu, refuse_gradients
-from .functional import autocast, check_qkv
+from .functional import autocast, check_qkv, check_scale
 from .layer_mask import LayerMask
 
 MOST_COLUMNS = 256
@@ -144,6 +144,7 @@ class LayerCache:
             raise ValueError(f"query and key: expected as many tokens, got {q.shape[2]} and {k.shape[2]}")
         self._check(k, v, token_mask, q)
         window = None if window is None else whole_number(window, "window", 0)
+        check_scale(scale)
         q, k, v = autocast(q, k, v)
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         slots = self._slots_for(k, v)
@@ -330,14 +331,14 @@ class LayerCache:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything held, as copies; empty before the first token. Only tensors, as `torch.load` likes best."""
-        return {} if self._slots is None else self._slots.state()
+        return {} if self._slots is None else self._slots.state(self.policy)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave a cache of the same policy and capacities.
 
         Raises:
             TypeError: a tensor has a wrong dtype.
-            ValueError: a tensor is missing, unknown, or does not fit the others or the capacities.
+            ValueError: a tensor is missing, unknown, or does not fit the others, the policy or the capacities.
         """
         self._slots = Slots.from_state(self.policy, self._capacity, state) if state else None
         self._interrupted = False

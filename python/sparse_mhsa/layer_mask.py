@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._core import AttentionConfig, Edges, registered_masks, selection_room
+from ._core import AttentionConfig, ConfigError, Edges, registered_masks, selection_room
 from .config import config_error, integer, integers
 from .edges import EdgeSource
 
 if TYPE_CHECKING:
     from .mask import Mask
+
+
+MAX_CELLS = 2**32 - 1
+"""The most cells that a patch grid may have."""
+_MOST_TRIED = 2**16
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ class LayerMask:
             number = getattr(self, name)
             if number is not None or name in ("num_heads", "layer", "epoch"):
                 object.__setattr__(self, name, integer(name, number, least=int(name in ("num_layers", "head_dim"))))
-        if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1):
-            raise ValueError(f"grid: expected [H, W] or [T, H, W], each at least 1, got {grid}")
+        if grid is not None and (len(grid) not in (2, 3) or not 1 <= min(grid) <= math.prod(grid) <= MAX_CELLS):
+            expected = f"[H, W] or [T, H, W], each at least 1 and together at most {MAX_CELLS} cells"
+            raise ValueError(f"grid: expected {expected}, got {grid}")
         if self.num_layers is not None and self.layer >= self.num_layers:
             raise ValueError(
                 f"layer: expected at most {self.num_layers - 1} of {self.num_layers} layers, got {self.layer}"
@@ -163,6 +169,29 @@ class LayerMask:
     def at_epoch(self, epoch: int) -> "LayerMask":
         """The same layer in another training epoch."""
         return self if epoch == self.epoch else replace(self, epoch=epoch)
+
+
+def check_everywhere(config: AttentionConfig) -> None:
+    """Raise where a configuration that names its grid works in no layer of any model.
+
+    With ``layers`` it depends on the model what applies, and large grids would take long: these are not tried out.
+
+    Raises:
+        ConfigError: no mask can be made of it.
+    """
+    grid = config.grid or json.loads(config.to_json())["mask_kwargs"].get("grid")
+    if config.layers or grid is None or math.prod(grid) > _MOST_TRIED:
+        return
+    errors: dict[str, ConfigError] = {}
+    for number in (1, 2):
+        try:
+            LayerMask(config, config.num_heads or number, num_layers=number, head_dim=64)
+            return
+        except ConfigError as error:  # noqa: PERF203
+            errors[str(error)] = error
+    # An error that speaks of the number of heads or layers differs from one to the other.
+    if len(errors) == 1:
+        raise errors.popitem()[1]
 
 
 def check_sizes(config: AttentionConfig | None, num_heads: int, embed_dim: int | None = None) -> None:

@@ -89,6 +89,10 @@ class Mask:
         head_dim = None if head_dim is None else integer("head_dim", head_dim, 1)
         if not layer_mask.config.uses_edges:
             raise config_error(f"backend: `{layer_mask.name}` has no edges, and so no mask", key="backend")
+        prefix = layer_mask.num_prefix_tokens_used
+        if prefix > num_tokens and layer_mask.config.num_prefix_tokens is not None:
+            message = f"num_prefix_tokens: expected at most the {num_tokens} tokens there are, got {prefix}"
+            raise config_error(message, key="num_prefix_tokens")
         options = MaskOptions(head_dim, layer_mask.scale, layer_mask.on_empty_row)
         self._set(Edges.from_spec(layer_mask.spec, num_tokens), layer_mask.name, options, layer_mask)
 
@@ -184,7 +188,9 @@ class Mask:
 
         Args:
             row_ptr: (N + 1,), shared by all heads, or (H, N + 1) with absolute offsets into ``col``; or a sparse
-                torch tensor or scipy sparse matrix, whose stored entries are the edges, and no ``col``.
+                torch tensor or scipy sparse matrix, whose stored entries are the edges, and no ``col``. Of block
+                formats (BSR, BSC) explicit zeros inside the stored blocks count as entries: convert with ``.tocsr()``
+                and ``eliminate_zeros()`` first.
             col: (nnz,) key indices, ascending strictly within a row.
             num_heads: H; default is what ``row_ptr`` has.
             num_prefix_tokens: leading tokens that `pruning_ratio` leaves out.
@@ -450,7 +456,9 @@ class Mask:
         return to_scipy(self._edges, head)
 
     def to_block_mask(self, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
-        """The edges as a FlexAttention `BlockMask`, built without N x N; see `converters.to_block_mask`.
+        """The edges as a FlexAttention `BlockMask`; its memory is one bit per pair of the blocks that are kept in part.
+
+        See `converters.to_block_mask`.
 
         Raises:
             ValueError: as there, or the mask has ``masked_logits: zero``, which a `BlockMask` cannot say.

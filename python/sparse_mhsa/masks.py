@@ -1,6 +1,6 @@
 """Masks by name: one function per registered mask.
 
-Its keywords are those of the mask and those of `Mask.from_config`, which takes any configuration:
+Its keywords are those of the mask, ``token_order``, and those of `Mask.from_config`, which takes any configuration:
 ``masks.fibottention(num_tokens=197, num_heads=12, layer=3, shuffled=True)``.
 """
 
@@ -16,6 +16,9 @@ from .register import user_masks
 
 __all__ = ["LayerMask", "Mask"]
 
+_OF_DOCUMENT = ("token_order",)
+"""Keywords that are keys of a configuration beside ``mask_kwargs``: how to read a grid belongs to the grid."""
+
 
 def _factories() -> dict[str, Callable[..., Mask]]:
     return {
@@ -29,15 +32,20 @@ def _factory(entry: dict[str, object]) -> Callable[..., Mask]:
     name, keys = str(entry["name"]), list(entry["keys"])  # type: ignore[call-overload]
     sizes = [key for key in inspect.signature(Mask.from_config).parameters if key != "config"]
 
+    # The grid is a parameter of some masks too, where it means the same.
+    allowed = list(dict.fromkeys([*keys, *sizes, *_OF_DOCUMENT]))
+
     def make(**kwargs: object) -> Mask:
         for key in kwargs:
-            if key not in sizes and key not in keys:
-                close = difflib.get_close_matches(key, [*sizes, *keys], n=1)
-                hint = f", did you mean `{close[0]}`?" if close else ""
-                raise TypeError(f"masks.{name}: unknown keyword `{key}`{hint} Allowed: {', '.join([*keys, *sizes])}")
-        mask_kwargs = {key: value for key, value in kwargs.items() if key not in sizes}
+            if key not in allowed:
+                close = difflib.get_close_matches(key, allowed, n=1)
+                hint = f", did you mean `{close[0]}`?" if close else "."
+                raise TypeError(f"masks.{name}: unknown keyword `{key}`{hint} Allowed: {', '.join(allowed)}")
+        mask_kwargs = {key: value for key, value in kwargs.items() if key not in (*sizes, *_OF_DOCUMENT)}
+        document = {key: value for key, value in kwargs.items() if key in _OF_DOCUMENT}
         shape = {key: value for key, value in kwargs.items() if key in sizes}
-        return Mask.from_config({"mask": name, "mask_kwargs": mask_kwargs}, **shape)  # type: ignore[arg-type]
+        config = {"mask": name, "mask_kwargs": mask_kwargs, **document}
+        return Mask.from_config(config, **shape)  # type: ignore[arg-type]
 
     make.__name__ = make.__qualname__ = name
     make.__doc__ = _docstring(entry, keys, sizes)
@@ -58,6 +66,7 @@ def _docstring(entry: dict[str, object], keys: list[str], sizes: list[str]) -> s
             f"{about[:1].upper()}{about[1:]}.\n\n{definition}Args:",
             *arguments,
             f"    {', '.join(sizes)}: as `Mask.from_config` takes them.",
+            "    token_order: ``row_major`` or ``t_fastest``, as in a configuration; for masks that look at the grid.",
             "\nReturns:\n    The mask.",
             "\nRaises:",
             "    ConfigError: a value is out of range, or cannot be applied to so many tokens or heads.",

@@ -17,7 +17,7 @@ from .adapters import Site, adapters, find_attention, sparsify
 from .adapters.selection import matches_none
 from .backends import Backend, Place
 from .calibration import Calibration, Kept
-from .config import ConfigLike, config_error, load_config
+from .config import ConfigLike, config_error, integer, load_config
 from .content import edges_of
 from .functional import attend, bias_as, dense_mask
 from .layer import SparseLayer
@@ -61,8 +61,8 @@ def calibrate(
         ValueError: there are no candidates, no layers or no batches, a layer was never called, or its attention is
             not finite.
     """
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches: expected at least 1, got {num_batches}")
+    if num_batches is not None:
+        num_batches = integer("num_batches", num_batches, 1)
     candidates = _candidates(configs)
     names = [site.name for site in find_attention(model)]
     for name, config in candidates.items():
@@ -75,6 +75,8 @@ def calibrate(
     with probed(model, probe_of, include, exclude) as probes:
         seen = 0
         for batch in loader if num_batches is None else itertools.islice(loader, num_batches):
+            for probe in probes:
+                probe.batch = seen
             run_batch(model, batch, forward)
             seen += 1
     if seen == 0:
@@ -135,6 +137,8 @@ class Probe(Backend, ABC):
         super().__init__(Place(num_heads, head_dim))
         self.name, self.site = "probe", site
         self.called = False
+        self.batch = 0
+        """Which of the loader's batches the model sees."""
         self.embeddings: Tensor | None = None
 
     @abstractmethod
@@ -171,20 +175,22 @@ class Probe(Backend, ABC):
             bias = None if bias is None else bias_as(q.dtype, bias)
             options: dict[str, Any] = {"key_mask": key_mask, "bias": bias, "scale": scale}
             dense, lse = attend(q, k, v, dense_mask(q.shape[1]), needs_lse=True, **options)
-            self._refuse_not_finite(lse, key_mask)
-            self.observe(Seen(q, k, v, dense, lse, **options, embeddings=self.embeddings))
+            seen = Seen(q, k, v, dense, lse, **options, embeddings=self.embeddings)
+            self._refuse_what_is_not_finite(seen)
+            self.observe(seen)
             weights = self._weights(q, k, lse, **options) if needs_weights else None
         self.called = True
         return dense.to(dtype), None if weights is None else weights.to(dtype)
 
-    def _refuse_not_finite(self, lse: Tensor, key_mask: Tensor | None) -> None:
-        """Raise where a query has scores, but no attention; -inf is that of a query without keys, which is allowed."""
-        if key_mask is not None:  # what padding attends to is never used
-            lse = lse.masked_fill(~key_mask[:, None, :], -math.inf)
-        if not (lse < math.inf).all():
+    def _refuse_what_is_not_finite(self, seen: Seen) -> None:
+        """Raise where shares of attention would mean nothing, instead of counting nothing."""
+        finite = seen.lse.isfinite() & seen.out.isfinite().all(-1)
+        spoiled = (_real(seen) & ~finite).any(2).any(1)
+        if spoiled.any():
+            samples = ", ".join(map(str, spoiled.nonzero().flatten().tolist()))
             raise ValueError(
-                f"loader: a batch gave the layer `{self.site.name or '(root)'}` attention that is not finite; expected "
-                "inputs, and weights of the model, without NaN and infinity"
+                f"loader: batch {self.batch} (the first is 0) gave the layer `{self.site.name or '(root)'}` attention "
+                f"that is not finite, samples {samples}; expected data and weights without NaN and infinity"
             )
 
     @staticmethod
@@ -208,12 +214,13 @@ class _Candidates(Probe):
 
     def observe(self, seen: Seen) -> None:
         """Attend by every candidate."""
+        real = _real(seen)
         options: dict[str, Any] = {"key_mask": seen.key_mask, "bias": seen.bias, "scale": seen.scale}
         for name, layer_mask in self.candidates.items():
             edges = edges_of(seen.q, seen.k, layer_mask, embeddings=seen.embeddings, **options)
             out, kept_lse = attend(seen.q, seen.k, seen.v, layer_mask, edges, needs_lse=True, **options)
             count = _edge_counts(layer_mask, edges.row_ptr, seen.q)
-            self._add(self.sums[name], (out, kept_lse), (seen.out, seen.lse), count, seen.key_mask)
+            self._add(self.sums[name], (out, kept_lse), (seen.out, seen.lse), count, real)
 
     def _add(
         self,
@@ -221,13 +228,9 @@ class _Candidates(Probe):
         kept: tuple[Tensor, Tensor],
         dense: tuple[Tensor, Tensor],
         edges: Tensor,
-        key_mask: Tensor | None,
+        real: Tensor,
     ) -> None:
         (out, kept_lse), (dense_out, lse) = kept, dense
-        # A query that is padding, or that sees no key, has no attention to keep.
-        real = lse > -math.inf
-        if key_mask is not None:
-            real = real & key_mask[:, None, :]
         mass = torch.where(real, (kept_lse - lse).double().exp().clamp(max=1.0), 0.0)
         difference = torch.where(real[..., None], (out - dense_out).double(), 0.0)
         sums.mass += mass.sum((0, 2)).cpu()
@@ -245,6 +248,12 @@ class _Candidates(Probe):
                 error = math.sqrt(float(sums.error[head]) / norm) if norm > 0 else 0.0
                 density = float(sums.edges[head]) / max(1, sums.pairs)
                 yield Kept(name, self.site.name, head, float(sums.mass[head]) / queries, error, density)
+
+
+def _real(seen: Seen) -> Tensor:
+    """(B, H, N) bool: queries that have attention to keep: neither padding nor without any key."""
+    real = seen.lse != -math.inf  # of NaN as well
+    return real if seen.key_mask is None else real & seen.key_mask[:, None, :]
 
 
 def _edge_counts(layer_mask: LayerMask, row_ptr: Tensor | None, q: Tensor) -> Tensor:

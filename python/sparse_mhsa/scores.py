@@ -129,7 +129,9 @@ def collect_scores(
         for reading in ("find", "measure"):
             for layer in layers:
                 layer.reading = reading
-            for batch in loader:
+            for place, batch in enumerate(loader):
+                for layer in layers:
+                    layer.batch = place
                 run_batch(model, batch, forward)
             for layer in layers:
                 layer.check()

@@ -149,7 +149,11 @@ pub(super) fn check_shape(grid: &[u64]) -> std::result::Result<(), Broken> {
     if (2..=3).contains(&grid.len()) && cells.is_some_and(|cells| cells != 0 && cells <= u32::MAX as u64) {
         return Ok(());
     }
-    Err(Broken::at(["grid"], format!("expected [H, W] or [T, H, W], each at least 1, got {grid:?}")))
+    let message = format!(
+        "expected [H, W] or [T, H, W], each at least 1 and together at most {} cells, got {grid:?}",
+        u32::MAX
+    );
+    Err(Broken::at(["grid"], message))
 }
 
 /// What computes the attention of a document, and over which edges.

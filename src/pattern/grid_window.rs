@@ -12,7 +12,8 @@ use super::registry::check_range;
 use super::{Context, HeadEdges, Pattern};
 use crate::error::{Error, Result};
 
-/// Query and key have the same (coordinate + `shift`) // `window_size` on every axis.
+/// Query and key have the same (coordinate + `shift`) // `window_size` on every axis. Swin's shift s, which rolls the image
+/// the other way, is `window_size` - s here.
 ///
 /// Shifted windows that are cut by a border stay cut: opposite borders are not joined, just as shifted-window attention masks
 /// them apart after its cyclic shift.

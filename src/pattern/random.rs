@@ -93,11 +93,17 @@ impl Random {
         if self.causal { query + 1 } else { num_tokens }
     }
 
+    /// Leading tokens that are kept without being drawn.
+    fn never_drawn(&self, context: &Context) -> usize {
+        if self.keep_cls_dense { context.dense_prefix() } else { 0 }
+    }
+
     /// k of each head that has its own draw, if it is a number.
     fn keys(&self, context: &Context) -> Result<Vec<Option<i64>>> {
         let keys = self.k.as_ref().map(|k| k.of_layer("k", context)).transpose()?;
-        if let Some(k) = keys.iter().flatten().max().filter(|&&k| k > context.num_tokens as i64) {
-            warn_clamped(format!("random: k {k} acts as {n} for {n} tokens", n = context.num_tokens));
+        let (n, drawn_from) = (context.num_tokens, context.num_tokens - self.never_drawn(context));
+        if let Some(k) = keys.iter().flatten().max().filter(|&&k| k > drawn_from as i64) {
+            warn_clamped(format!("random: k {k} acts as {drawn_from} for {n} tokens"));
         }
         let heads = if self.per_head_same { 1 } else { context.num_heads };
         Ok((0..heads)
@@ -107,7 +113,7 @@ impl Random {
 
     fn head(&self, k: Option<i64>, draws: HeadDraws, context: &Context) -> Result<Arc<EdgeSet>> {
         let n = context.num_tokens;
-        let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
+        let first = self.never_drawn(context);
         let (mut sampler, mut chosen) = (Sampler::new(n)?, Vec::new());
         let drawn = EdgeSet::builder(n, n)?.by_row(|query, out| {
             if query < first {
@@ -191,7 +197,7 @@ impl Pattern for Random {
     /// drawn at all.
     fn count(&self, context: &Context) -> Result<Option<Vec<EdgeCount>>> {
         let (n, prefix) = (context.num_tokens, context.prefix);
-        let first = if self.keep_cls_dense { context.dense_prefix() } else { 0 };
+        let first = self.never_drawn(context);
         if self.symmetric || first != prefix {
             return Ok(None);
         }
