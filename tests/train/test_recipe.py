@@ -324,8 +324,41 @@ def test_weights_that_do_not_fit_are_named(quick, checkpoint, tmp_path):
     with pytest.raises(UsageError, match=r"odd\.pth.*it has no blocks\.0\.attn\.qkv\.weight; it also has extra"):
         load_initial_weights(model, tmp_path / "odd.pth")
     (tmp_path / "text.pth").write_text("nothing")
-    with pytest.raises(UsageError, match=r"--finetune: .*text\.pth' is not a readable checkpoint"):
+    with pytest.raises(UsageError, match=r"--finetune: .*text\.pth' is not a readable checkpoint: it is cut, damaged"):
         load_initial_weights(model, tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weight: weight * torch.nan, "expected finite numbers, got NaN or infinity"),
+        (lambda weight: weight.long(), "expected floating-point numbers, got int64"),
+    ],
+    ids=["nan", "integers"],
+)
+def test_weights_that_are_no_numbers_to_compute_with_are_named(quick, checkpoint, tmp_path, damage, message):
+    weights = dict(read_checkpoint(checkpoint)["model"])
+    name = "blocks.0.mlp.fc1.weight"
+    torch.save({"model": {**weights, name: damage(weights[name])}}, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=rf"^--finetune: '.*odd\.pth' is damaged: {name}: {message}$"):
+        finetune(replace(quick, patch_size=2, finetune=tmp_path / "odd.pth"))
+
+
+def test_the_head_of_a_probe_starts_a_probe_and_no_other_classifier(quick, checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    probe = replace(quick, patch_size=2, linear_probe=True, batch_size=256)
+    finetune(replace(probe, finetune=checkpoint))
+    assert "new: head.0.num_batches_tracked, head.0.running_mean, head.0.running_var, head.1.bias" in caplog.text
+    assert "; left out: head\n" in caplog.text
+    path = (quick.output_dir / LAST).rename(tmp_path / "probe.pth")
+    given = read_checkpoint(path)["model"]
+    again = build_model(replace(probe, finetune=path), load_data(probe)).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in given.items())
+
+    caplog.clear()
+    whole = build_model(replace(quick, patch_size=2, finetune=path), load_data(quick)).state_dict()
+    assert "new: head.bias, head.weight; left out: head\n" in caplog.text
+    assert torch.equal(whole["patch_embed.proj.weight"], given["patch_embed.proj.weight"])
 
 
 # A plan instead of a run.
