@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import UsageError, require_packages
 from .checkpoint import read_tensors
 from .datasets import ImageData
+from .distributed import GatheredBatchNorm
 from .recipes import ImageOptions, TrainOptions
 
 require_packages("timm", "torchvision")
@@ -241,7 +242,7 @@ def freeze_all_but_head(model: nn.Module) -> None:
     fresh = nn.Linear(head.in_features, head.out_features)
     nn.init.trunc_normal_(fresh.weight, std=0.01)
     nn.init.zeros_(fresh.bias)
-    model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6), fresh)
+    model.head = nn.Sequential(GatheredBatchNorm(head.in_features, eps=1e-6), fresh)
 
 
 def num_tokens(model: nn.Module) -> int:
