@@ -111,6 +111,18 @@ def test_flex_attention_computes_attention_over_the_edges():
     Gate(one, masked=True).check(Flex().prepare(one), backward=False)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+def test_flex_attention_is_compiled_for_every_mask_however_many_came_before():
+    """Beyond torch's limit of kernels it would go on as plain Python, which makes all scores, and be timed so."""
+    flex = Flex()
+    flex.block_sizes = (64,)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("local", "fibottention"):
+            one = problem(name)
+            Gate(one, masked=True).check(flex.prepare(one), backward=False)
+
+
 class Wrong(Method):
     """Our attention, spoiled."""
 
