@@ -111,6 +111,18 @@ def test_flex_attention_computes_attention_over_the_edges():
     Gate(one, masked=True).check(Flex().prepare(one), backward=False)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+def test_flex_attention_is_compiled_for_every_mask_however_many_came_before():
+    """Beyond torch's limit of kernels it would go on as plain Python, which makes all scores, and be timed so."""
+    flex = Flex()
+    flex.block_sizes = (64,)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("local", "fibottention"):
+            one = problem(name)
+            Gate(one, masked=True).check(flex.prepare(one), backward=False)
+
+
 class Wrong(Method):
     """Our attention, spoiled."""
 
@@ -343,11 +355,12 @@ def test_rows_are_selected_by_pattern_and_a_pattern_without_rows_is_an_error():
 
 
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs /proc")
+@pytest.mark.parametrize("whole_layer", [False, True], ids=["alone", "layer"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_extra_memory_is_seen_and_belongs_to_one_method(backward):
+def test_extra_memory_is_seen_and_belongs_to_one_method(backward, whole_layer):
     """Dense scores of 2 x 1024 x 1024 floats are 8 MiB; the edges of a narrow window are next to nothing."""
     case = Case("local-1024", {"mask": "local", "mask_kwargs": {"window": 2}}, 1024, num_heads=2, head_dim=8)
-    ask = {"dtype": torch.float32, "backward": backward, "threads": 1}
+    ask = {"dtype": torch.float32, "backward": backward, "threads": 1, "whole_layer": whole_layer}
     dense = footprint(case, "reference_masked", **ask)
     assert dense.extra_bytes >= 3 * 2 * 1024 * 1024 * 4
     ours = footprint(case, OURS, **ask)

@@ -155,6 +155,24 @@ def test_what_is_finished_is_not_done_again(finished, capsys):
     assert (finished / "dense" / "seed-0" / "log.txt").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("stage", ["finished", "under way"])
+def test_a_run_whose_checkpoint_was_cut_is_to_be_removed_and_made_again(finished, tmp_path, capsys, stage):
+    folder = shutil.copytree(finished, tmp_path / "table")
+    run = folder / "dense" / ("seed-0" if stage == "finished" else "seed-1")
+    path = run / "checkpoint-last.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    if stage == "under way":
+        (run / "log.txt").unlink()
+    assert table(folder) == 2
+    assert capsys.readouterr().err == (
+        f"error: '{path}' is not a readable checkpoint: it is cut, damaged or of another kind; "
+        f"remove the folder '{run}', and the same command makes its run again\n"
+    )
+    shutil.rmtree(run)
+    assert table(folder) == 0
+    assert "4 runs, 3 of them finished before" in capsys.readouterr().out
+
+
 def test_a_folder_keeps_to_one_recipe_and_budget(finished, capsys):
     assert table(finished, recipe=[*RECIPE, "--lr", "0.1"]) == 2
     assert "holds runs of another recipe" in capsys.readouterr().err

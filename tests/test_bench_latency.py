@@ -10,9 +10,11 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from sparse_mhsa.bench import latency
-from sparse_mhsa.bench.latency import bench_latency, crossover
-from sparse_mhsa.bench.methods import METHODS, OURS
+from sparse_mhsa.bench import latency, run
+from sparse_mhsa.bench.cases import Case
+from sparse_mhsa.bench.latency import COMPARED, bench_latency, crossover
+from sparse_mhsa.bench.layer import Layer, layer_inputs
+from sparse_mhsa.bench.methods import METHODS, OURS, MaskedSdpa, Problem
 from sparse_mhsa.bench.options import LatencyOptions
 from sparse_mhsa.cli import main
 
@@ -49,6 +51,56 @@ def test_what_would_take_too_long_is_left_out_and_says_so(report):
     assert "B 1, N 50, SDPA: left out: a call would take about" in text
 
 
+def test_a_layer_has_the_projections_of_torchs_own_whatever_attends_in_it():
+    case = Case("local", {"mask": "local", "mask_kwargs": {"window": 5}}, 30, batch=2, num_heads=3, head_dim=8)
+    x, *weights = layer_inputs(case, torch.float64)
+    module = torch.nn.MultiheadAttention(24, 3, batch_first=True, dtype=torch.float64)
+    own = (module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias)
+    assert [tensor.shape for tensor in own] == [tensor.shape for tensor in weights]
+    expected = {
+        False: module(x, x, x, need_weights=False)[0],
+        True: module(x, x, x, need_weights=False, attn_mask=~case.layer_mask.at(30).to_dense().repeat(2, 1, 1))[0],
+    }
+    for method in METHODS:
+        if method.name in COMPARED and method.name != "flex":
+            out = Layer(method.prepare(Problem(case, torch.float64)), 3)(x, *own)
+            torch.testing.assert_close(out, expected[method.masked], atol=1e-12, rtol=0)
+
+
+def test_layers_are_timed_around_every_method_that_was_timed_alone(tmp_path, monkeypatch):
+    def extra_memory(*_, whole_layer=False, **__):
+        return {"extra_bytes": 5 << 20 if whole_layer else 2 << 20}
+
+    for module in (run, latency):
+        monkeypatch.setattr(module, "extra_memory", extra_memory)
+    methods = [method for method in METHODS if method.name in COMPARED]
+    methods[methods.index(next(method for method in methods if method.name == "flex"))] = ForwardAlone()
+    options = LatencyOptions(
+        tokens=(30,), batches=(1,), repeat=2, budget=0.1, memory=True, threads=1, output_dir=tmp_path
+    )
+    bench_latency(options, "sparse-mhsa bench latency", methods)
+    rows = {
+        (row["kind"], row["direction"]): row["methods"]
+        for row in json.loads((tmp_path / "latency.json").read_text())["rows"]
+    }
+    for direction in ("forward", "step"):
+        alone, layer = rows["attention", direction], rows["layer", direction]
+        status = {name: one["status"] for name, one in layer.items()}
+        assert status == {name: one["status"] for name, one in alone.items()}
+        assert set(status) == set(COMPARED)
+        assert status.pop("flex") == ("ok" if direction == "forward" else "unsupported")
+        assert set(status.values()) == {"ok"}
+        assert {layer[name]["extra_bytes"] for name in status} == {5 << 20}
+    text = (tmp_path / "latency.md").read_text()
+    assert "- layer, forward and backward, B 1, N 30, FlexAttention: has no backward pass on this device" in text
+
+
+class ForwardAlone(MaskedSdpa):
+    """Under the name of FlexAttention, which has no backward pass, what needs no compiler."""
+
+    name, title, backward = "flex", "FlexAttention", False
+
+
 def failing(name, error):
     """A method of this name whose every call needs more memory than there is, but for the gate's."""
     method = copy.copy(next(method for method in METHODS if method.name == name))
@@ -73,10 +125,10 @@ def test_what_runs_out_of_memory_while_it_is_timed_is_a_row_that_says_so(tmp_pat
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     methods = [failing("sdpa", error), *(method for method in METHODS if method.name in (OURS, "sdpa_masked"))]
 
-    def forward(module, x):
+    def forward(layer, inputs):
         raise MemoryError
 
-    monkeypatch.setattr(latency, "_layer_forward", forward)
+    monkeypatch.setattr(latency, "forward", forward)
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     options = LatencyOptions(tokens=(30,), batches=(1,), repeat=2, budget=0.1, threads=1, output_dir=tmp_path)
@@ -89,13 +141,15 @@ def test_what_runs_out_of_memory_while_it_is_timed_is_a_row_that_says_so(tmp_pat
     assert "can't allocate memory" in rows["attention", "forward"]["sdpa"]["reason"]
     assert rows["attention", "forward"][OURS]["status"] == rows["attention", "forward"]["sdpa_masked"]["status"] == "ok"
     assert {one["status"] for one in rows["layer", "forward"].values()} == {"oom"}
-    assert {one["status"] for one in rows["layer", "step"].values()} == {"ok"}
+    # What could not be timed alone is not tried with projections around it.
+    step = {name: one["status"] for name, one in rows["layer", "step"].items()}
+    assert step == {"sdpa": "oom", OURS: "ok", "sdpa_masked": "ok"}
     table = (tmp_path / "latency.md").read_text()
-    assert "| layer | forward | 1 | 30 | out of memory | out of memory |" in table
+    assert "| layer | forward | 1 | 30 | out of memory | out of memory | out of memory |" in table
     assert "- layer, forward, B 1, N 30, sparse_mhsa: out of memory" in table
     alone, _, layer, _ = drawn[0].axes
     assert [text.get_text() for text in alone.texts] == ["out of memory"]
-    assert [text.get_text() for text in layer.texts] == ["out of memory"] * 2
+    assert [text.get_text() for text in layer.texts] == ["out of memory"] * 3
 
 
 def test_inputs_that_do_not_fit_are_rows_that_say_so(tmp_path, monkeypatch):

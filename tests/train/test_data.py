@@ -1,6 +1,7 @@
 """Data: what a run sees, in which order, and what cannot be used."""
 
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -258,6 +259,17 @@ def test_any_folder_of_images_pretrains_and_holds_out_a_tenth(image_root, tmp_pa
     # A classifier needs classes, and says so.
     assert main(["finetune", *words, "--overwrite"]) == 2
     assert "--data-path: no such folder" in capsys.readouterr().err
+
+
+def test_images_of_one_class_pretrain_and_are_no_task_for_a_classifier(image_root, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.rmtree(image_root / part / "light")
+    folder = ["--dataset", "imagefolder", "--data-path", str(image_root), "--output-dir", str(tmp_path / "p")]
+    words = [*folder, "--patch-size", "7", "--epochs", "1", "--batch-size", "4", "--progress", "off"]
+    assert main(["pretrain", *words]) == 0
+    assert "12 training and 4 test images, one class" in capsys.readouterr().out
+    assert main(["finetune", *words, "--overwrite"]) == 2
+    assert f"--data-path '{image_root}': expected two classes or more, got dark" in capsys.readouterr().err
 
 
 def test_a_folder_without_images_is_named(tmp_path):

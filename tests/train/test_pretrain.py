@@ -1,6 +1,8 @@
 """Masked autoencoding: the model against its definition, public key names, and what a run leaves behind."""
 
+import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from sparse_mhsa.train.datasets import digits, photos
 from sparse_mhsa.train.engine import BEST, LAST
 from sparse_mhsa.train.finetune import finetune
 from sparse_mhsa.train.mae import masked_autoencoder, sincos_embedding
+from sparse_mhsa.train.models import build_model, load_initial_weights
 from sparse_mhsa.train.pretrain import pretrain
 from sparse_mhsa.train.recipes import FinetuneOptions, PretrainOptions
 
@@ -211,13 +214,29 @@ def test_a_checkpoint_of_another_command_is_refused(recipe, checkpoint):
         run_quietly(replace(recipe, resume=checkpoint))
 
 
-def test_a_public_checkpoint_with_its_arguments_beside_the_weights_is_read(recipe, tmp_path):
-    import argparse
-
+def test_every_tensor_of_a_public_checkpoint_with_its_arguments_beside_the_weights_arrives(recipe, tmp_path, caplog):
     model = autoencoder(recipe).float()
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "public.pth")
+    caplog.set_level("INFO", "sparse_mhsa")
     done = run_quietly(replace(recipe, epochs=1, lr=1e-12, seed=5, weight_decay=0.0, finetune=tmp_path / "public.pth"))
-    torch.testing.assert_close(done.model.decoder_pred.weight, model.decoder_pred.weight, atol=1e-6, rtol=0)
+    assert re.search(r"public\.pth: (\d+) of \1 tensors taken over, new: none\n", caplog.text)
+    for name, value in done.model.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=0)
+
+
+def test_a_decoder_goes_between_pretraining_and_two_branches(recipe, tmp_path):
+    whole = FinetuneOptions(dataset="digits", two_branch=True, output_dir=tmp_path)
+    torch.manual_seed(0)
+    first = build_model(whole, digits())
+    torch.save({"model": first.state_dict()}, tmp_path / "two.pth")
+    dim, depth = first.decoder_embed.out_features, len(first.decoder_blocks)
+    pretrained = autoencoder(recipe, decoder_dim=dim, decoder_depth=depth, decoder_heads=4).float()
+    load_initial_weights(pretrained, tmp_path / "two.pth")
+    torch.save({"model": pretrained.state_dict()}, tmp_path / "mae.pth")
+    second = build_model(replace(whole, finetune=tmp_path / "mae.pth"), digits())
+    for name in ("mask_token", "decoder_embed.weight", "decoder_pos_embed", "cls_token"):
+        assert torch.equal(pretrained.state_dict()[name], first.state_dict()[name]), name
+        assert torch.equal(second.state_dict()[name], first.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

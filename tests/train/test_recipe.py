@@ -19,6 +19,7 @@ from sparse_mhsa.cli import main
 from sparse_mhsa.train import UsageError
 from sparse_mhsa.train.checkpoint import read_checkpoint
 from sparse_mhsa.train.datasets import load_data
+from sparse_mhsa.train.distributed import GatheredBatchNorm
 from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.finetune import finetune
 from sparse_mhsa.train.loading import EpochOrder
@@ -324,8 +325,41 @@ def test_weights_that_do_not_fit_are_named(quick, checkpoint, tmp_path):
     with pytest.raises(UsageError, match=r"odd\.pth.*it has no blocks\.0\.attn\.qkv\.weight; it also has extra"):
         load_initial_weights(model, tmp_path / "odd.pth")
     (tmp_path / "text.pth").write_text("nothing")
-    with pytest.raises(UsageError, match=r"--finetune: .*text\.pth' is not a readable checkpoint"):
+    with pytest.raises(UsageError, match=r"--finetune: .*text\.pth' is not a readable checkpoint: it is cut, damaged"):
         load_initial_weights(model, tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weight: weight * torch.nan, "expected finite numbers, got NaN or infinity"),
+        (lambda weight: weight.long(), "expected floating-point numbers, got int64"),
+    ],
+    ids=["nan", "integers"],
+)
+def test_weights_that_are_no_numbers_to_compute_with_are_named(quick, checkpoint, tmp_path, damage, message):
+    weights = dict(read_checkpoint(checkpoint)["model"])
+    name = "blocks.0.mlp.fc1.weight"
+    torch.save({"model": {**weights, name: damage(weights[name])}}, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=rf"^--finetune: '.*odd\.pth' is damaged: {name}: {message}$"):
+        finetune(replace(quick, patch_size=2, finetune=tmp_path / "odd.pth"))
+
+
+def test_the_head_of_a_probe_starts_a_probe_and_no_other_classifier(quick, checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO", "sparse_mhsa")
+    probe = replace(quick, patch_size=2, linear_probe=True, batch_size=256)
+    finetune(replace(probe, finetune=checkpoint))
+    assert "new: head.0.num_batches_tracked, head.0.running_mean, head.0.running_var, head.1.bias" in caplog.text
+    assert "; left out: head\n" in caplog.text
+    path = (quick.output_dir / LAST).rename(tmp_path / "probe.pth")
+    given = read_checkpoint(path)["model"]
+    again = build_model(replace(probe, finetune=path), load_data(probe)).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in given.items())
+
+    caplog.clear()
+    whole = build_model(replace(quick, patch_size=2, finetune=path), load_data(quick)).state_dict()
+    assert "new: head.bias, head.weight; left out: head\n" in caplog.text
+    assert torch.equal(whole["patch_embed.proj.weight"], given["patch_embed.proj.weight"])
 
 
 # A plan instead of a run.
@@ -419,6 +453,46 @@ def test_two_processes_compute_what_one_does_with_the_same_global_batch(options,
         finetune(
             replace(recipe, batch_size=32, accum_iter=2, dist_url="env://", resume=tmp_path / LAST, output_dir=tmp_path)
         )
+
+
+def test_two_processes_probe_as_one_does_and_test_what_they_save(options, tmp_path, log_of):
+    recipe = replace(options, patch_size=4, linear_probe=True, lr=0.05)
+    alone = finetune(recipe)
+    words = ["--dataset", "digits", "--batch-size", "64", "--linear-probe", "--lr", "0.05", "--dist-eval"]
+    done = launch(tmp_path, 2, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = log_of(tmp_path)
+    for one, other in zip(log, alone.trainer.history, strict=True):
+        for key in ("train_loss", "test_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5)
+    saved = finetune(replace(recipe, batch_size=64, eval=True, resume=tmp_path / LAST, output_dir=tmp_path))
+    assert saved.results["test_loss"] == pytest.approx(log[-1]["test_loss"], rel=1e-6)
+
+
+def normalised_by_all(rank: int, meeting: str, images: torch.Tensor, grad: torch.Tensor, results: Path) -> None:
+    """What one of two processes with four and three of seven images makes of them."""
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    norm = GatheredBatchNorm(images.shape[1], eps=1e-6).double()
+    own = slice(0, 4) if rank == 0 else slice(4, 7)
+    x = images[own].clone().requires_grad_()
+    out = norm(x)
+    out.backward(grad[own])
+    torch.save({"out": out.detach(), "grad": x.grad, "state": norm.state_dict()}, results / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_norm_of_uneven_batches_is_that_of_all_images_with_its_gradient_and_names(tmp_path):
+    images = 100 + 3 * torch.randn(7, 5, dtype=torch.float64)
+    grad = torch.randn_like(images)
+    norm, x = nn.BatchNorm1d(5, eps=1e-6, affine=False).double(), images.clone().requires_grad_()
+    out = norm(x)
+    out.backward(grad)
+    torch.multiprocessing.spawn(normalised_by_all, (f"file://{tmp_path / 'meeting'}", images, grad, tmp_path), 2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([part["out"] for part in parts]), out.detach(), atol=1e-10, rtol=0)
+    torch.testing.assert_close(torch.cat([part["grad"] for part in parts]), x.grad, atol=1e-10, rtol=0)
+    for part in parts:
+        torch.testing.assert_close(part["state"], dict(norm.state_dict()))
 
 
 @pytest.mark.parametrize("part", ["train", pytest.param("val", marks=pytest.mark.slow)])

@@ -34,7 +34,7 @@ from ..train.models import build_model, num_tokens  # noqa: E402
 from ..train.recipes import FinetuneOptions  # noqa: E402
 from .accuracy_methods import METHODS, Solved, solve_methods  # noqa: E402
 from .accuracy_report import write_report  # noqa: E402
-from .accuracy_timing import measure  # noqa: E402
+from .accuracy_timing import measure, read_run  # noqa: E402
 from .options import AccuracyOptions  # noqa: E402
 
 logger = logging.getLogger("sparse_mhsa")
@@ -114,6 +114,7 @@ def bench_accuracy(
         logger.info("files: %.1f MiB per checkpoint in %s, %s", size / 2**20, options.output_dir, kept)
         return None
     _prepare(options, solved, words)
+    _check_checkpoints(recipe, tasks)
     failed = _run_all(options, recipe, tasks)
     if failed:
         lines = (failed[0].folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -161,6 +162,20 @@ def _prepare(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence
         if path.is_file() and path.read_text() != method.config:
             raise UsageError(f"--output-dir: '{path}' holds another configuration; was --budget another?")
         write_text(path, method.config)
+
+
+def _timed(tasks: Sequence[Task]) -> dict[str, Path]:
+    """By method, the checkpoint that is timed: that of the first seed."""
+    return {task.method.name: task.folder / LAST for task in reversed(tasks)}
+
+
+def _check_checkpoints(recipe: FinetuneOptions, tasks: Sequence[Task]) -> None:
+    """Refuse a checkpoint that a run would go on from, or that will be timed, before anything is trained."""
+    timed = set(_timed(tasks).values())
+    for task in tasks:
+        path = task.folder / LAST
+        if path.is_file() and (path in timed or not is_finished(task, recipe)):
+            read_run(path)
 
 
 def _run_all(options: AccuracyOptions, recipe: FinetuneOptions, tasks: Sequence[Task]) -> list[Task]:
@@ -245,8 +260,7 @@ def _assemble(
     command: str,
 ) -> dict[str, Any]:
     """The data of the report."""
-    checkpoints = {task.method.name: task.folder / LAST for task in reversed(tasks)}
-    timing = measure(replace(recipe, output_dir=options.output_dir), data, solved, checkpoints)
+    timing = measure(replace(recipe, output_dir=options.output_dir), data, solved, _timed(tasks))
     rows = []
     for method in solved:
         runs = [task for task in tasks if task.method.name == method.name]

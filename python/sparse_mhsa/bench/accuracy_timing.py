@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import sparsify
 from ..config import load_config
 from ..layer import set_epoch
+from ..train import UsageError
 from ..train.checkpoint import read_checkpoint, trained_epoch
 from ..train.datasets import ImageData
 from ..train.engine import autocast
@@ -19,6 +20,20 @@ from ..train.models import build_model
 from ..train.recipes import FinetuneOptions
 from ..train.timing import compare
 from .accuracy_methods import Solved
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The checkpoint of a run of the table.
+
+    Raises:
+        UsageError: it cannot be used; the message says how the run is made again.
+    """
+    try:
+        return read_checkpoint(path)
+    except UsageError as error:
+        reason = str(error).removeprefix("--resume: ")
+        again = f"remove the folder '{path.parent}', and the same command makes its run again"
+        raise UsageError(f"{reason}; {again}") from error
 
 
 def measure(
@@ -35,6 +50,9 @@ def measure(
     Returns:
         By method, in the precision of the recipe: ``train_ms``, forward and backward of a batch, and
         ``inference_ms``, forward without gradients; each with ``median``, ``lower_quartile`` and ``upper_quartile``.
+
+    Raises:
+        UsageError: a checkpoint cannot be used.
     """
     device = torch.device(recipe.device)
     models: dict[str, nn.Module] = {}
@@ -42,7 +60,7 @@ def measure(
         model = build_model(recipe, data)
         if method.config is not None:
             sparsify(model, load_config(method.config))
-        state = read_checkpoint(checkpoints[method.name])
+        state = read_run(checkpoints[method.name])
         model.load_state_dict(state["model"])
         set_epoch(model, trained_epoch(state))
         models[method.name] = model

@@ -4,26 +4,25 @@ import datetime
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..arguments import read_attention
 from ..machine import environment
-from ..module import SparseMHSA
 from ..train import require_packages
 from ..train.checkpoint import make_folder, replacing, write_text
 from .cases import Case
+from .layer import Layer, layer_inputs
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, spread
 from .methods import METHODS, OURS, Attention, Method, Problem, UnaffordableError
 from .options import BenchOptions, LatencyOptions
-from .run import measure_case, refused, short_of_memory, torch_threads
+from .run import extra_memory, failure, forward, measure_case, refused, short_of_memory, step, torch_threads
 from .table import MARKS
 
 logger = logging.getLogger("sparse_mhsa")
@@ -36,7 +35,13 @@ PANELS = tuple(itertools.product(KINDS, DIRECTIONS))
 
 
 class _Affordable(Method):
-    """A method that is left out where the sizes measured before say that a call would take too long."""
+    """A method that is left out where the sizes measured before say that a call would take too long.
+
+    Attributes:
+        attend: what was prepared last, for the layers around it.
+    """
+
+    attend: Attention | None = None
 
     def __init__(self, method: Method, seconds: float) -> None:
         self.method, self.seconds, self.known = method, seconds, dict[int, float]()
@@ -55,7 +60,8 @@ class _Affordable(Method):
                 raise UnaffordableError(
                     f"left out: a call would take about {expected:.0f} s, --limit is {self.seconds:g}"
                 )
-        return self.method.prepare(problem)
+        self.attend = self.method.prepare(problem)
+        return self.attend
 
 
 def bench_latency(options: LatencyOptions, command: str, methods: Sequence[Method] = METHODS) -> Path:
@@ -96,15 +102,19 @@ def bench_latency(options: LatencyOptions, command: str, methods: Sequence[Metho
             compared = [_Affordable(method, options.limit) for method in methods if method.name in COMPARED]
             for tokens in sorted(options.tokens):
                 case = Case(f"{config.mask}-{tokens}x{batch}", config, tokens, batch)
+                alone: dict[str, dict[str, Any]] = {}
                 for row in measure_case(case, dtype, compared, kernels, peak, bandwidth):
                     rows.append({"kind": "attention", **row})
                     logger.info("%s", _line(rows[-1], report))
                     _remember(compared, row)
+                    alone[row["direction"]] = row["methods"]
                     _write(report, options.output_dir)  # what is measured survives a Ctrl-C
-                for row in _layers(case, dtype, options, rows[-1]["methods"].get("sdpa")):
+                for row in _layers(case, dtype, options, compared, alone):
                     rows.append(row)
                     logger.info("%s", _line(row, report))
                     _write(report, options.output_dir)
+                for method in compared:
+                    method.attend = None  # a dense mask takes the memory of the next size
     _plot(report, options.output_dir / "latency.png")
     return options.output_dir / "latency.md"
 
@@ -118,57 +128,68 @@ def _remember(compared: Sequence[_Affordable], row: dict[str, Any]) -> None:
 
 
 def _layers(
-    case: Case, dtype: torch.dtype, options: LatencyOptions, alone: dict[str, Any] | None
+    case: Case,
+    dtype: torch.dtype,
+    options: LatencyOptions,
+    compared: Sequence[_Affordable],
+    alone: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """The whole layer, projections included: torch's `MultiheadAttention` and ours with the same weights.
+    """Whole layers: the same projections around every method that passed the gate and could be timed alone.
 
-    Where ``alone``, the result of dense attention, was left out or took too long, the dense layer is left out.
+    Args:
+        case: the size.
+        dtype: of the inputs.
+        options: turns, budget and limit.
+        compared: the methods, prepared for this size.
+        alone: their results by pass, without projections.
     """
-    left_out = alone if alone is not None and alone["status"] == "left_out" else None
-    if alone is not None and alone["status"] == "ok" and (seconds := alone["seconds"]["median"]) > options.limit:
-        left_out = refused("left_out", f"left out: attention alone takes {seconds:.0f} s, --limit is {options.limit:g}")
     for direction in DIRECTIONS:
-        try:
-            results = _layer_times(case, dtype, options, direction, dense=left_out is None)
-        except (MemoryError, RuntimeError, ValueError) as error:  # not even room for what goes into the layers
-            results = {name: short_of_memory(error) for name in (OURS, "sdpa")}
-        if left_out is not None:
-            results["sdpa"] = left_out
+        results: dict[str, dict[str, Any]] = {}
+        layers: dict[str, Layer] = {}
+        for method in compared:
+            result = alone[direction][method.name]
+            if result["status"] != "ok" or method.attend is None:
+                results[method.name] = result
+            elif (seconds := result["seconds"]["median"]) > options.limit and method.name != OURS:
+                reason = f"left out: attention alone takes {seconds:.0f} s, --limit is {options.limit:g}"
+                results[method.name] = refused("left_out", reason)
+            else:
+                layers[method.name] = Layer(method.attend, case.num_heads)
+        results |= _layer_times(case, dtype, options, direction, layers)
         yield {
             "kind": "layer",
             "direction": direction,
             "batch": case.batch,
             "tokens": case.num_tokens,
-            "methods": results,
+            "methods": {method.name: results[method.name] for method in compared},
         }
 
 
 def _layer_times(
-    case: Case, dtype: torch.dtype, options: LatencyOptions, direction: str, *, dense: bool
+    case: Case, dtype: torch.dtype, options: LatencyOptions, direction: str, layers: dict[str, Layer]
 ) -> dict[str, dict[str, Any]]:
-    width = case.num_heads * case.head_dim
-    module = nn.MultiheadAttention(width, case.num_heads, batch_first=True, dtype=dtype)
-    layers: dict[str, nn.Module] = {OURS: SparseMHSA.from_dense(module, case.config, layer=0)}
-    if dense:
-        layers["sdpa"] = module
-    x = torch.randn(case.batch, case.num_tokens, width, dtype=dtype, requires_grad=True)
-    call = _layer_forward if direction == "forward" else _layer_step
-    calls: dict[str, Call] = {name: partial(call, layer, x) for name, layer in layers.items()}
+    backward = direction == "step"
+    try:
+        inputs = layer_inputs(case, dtype)
+        grad = torch.ones_like(inputs[0])
+    except (MemoryError, RuntimeError) as error:  # not even room for what goes into the layers
+        return {name: short_of_memory(error) for name in layers}
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Call] = {}
+    for name, layer in layers.items():
+        call = partial(step, layer, inputs, grad) if backward else partial(forward, layer, inputs)
+        try:
+            call()  # not timed: what is compiled for other strides than alone would use up the budget
+            calls[name] = call
+        except (MemoryError, RuntimeError, ValueError) as error:
+            results[name] = failure(name, error)
     turns = interleave(calls, repeat=options.repeat, budget=options.budget)
-    return {
-        **{name: {"status": "ok", "seconds": asdict(spread(times))} for name, times in turns.seconds.items()},
-        **{name: refused("oom", message) for name, message in turns.short.items()},
-    }
-
-
-@torch.no_grad()
-def _layer_forward(module: Callable[..., tuple[Tensor, Tensor | None]], x: Tensor) -> object:
-    return module(x, x, x, need_weights=False)[0]
-
-
-def _layer_step(module: nn.Module, x: Tensor) -> object:
-    out = module(x, x, x, need_weights=False)[0]
-    return torch.autograd.grad(out, [x, *module.parameters()], torch.ones_like(out))
+    results |= {name: refused("oom", message) for name, message in turns.short.items()}
+    for name, times in turns.seconds.items():
+        results[name] = {"status": "ok", "seconds": asdict(spread(times))}
+        if options.memory and name != "flex":
+            results[name] |= extra_memory(case, name, dtype, backward=backward, whole_layer=True)
+    return results
 
 
 def crossover(report: dict[str, Any], kind: str, direction: str, batch: int) -> int | None:
@@ -204,7 +225,7 @@ def _markdown(report: dict[str, Any]) -> str:
         f"load {machine['load_average']:.1f} at the start, torch {machine['torch']}, {report['dtype']}. Milliseconds, "
         "medians; all methods of a row were compared with dense masked attention first and then took turns. "
         "In brackets: peak "
-        "memory beyond inputs and outputs, in MiB. Whole layers: projections included.\n",
+        "memory beyond inputs and outputs, in MiB. Whole layers: the same projections around each method.\n",
         "| what | pass | B | N | " + " | ".join(names.values()) + " |",
         "|" + "---|" * (4 + len(names)),
     ]

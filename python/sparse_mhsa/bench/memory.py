@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .cases import Case
+from .layer import Layer, layer_inputs
 from .measure import out_of_memory
-from .methods import METHODS, Attention, Problem
+from .methods import METHODS, Problem
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -45,8 +46,10 @@ class FootprintError(Exception):
     """No measurement; the message says why."""
 
 
-def footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool, threads: int) -> Footprint:
-    """Measure one method of one case in a fresh process.
+def footprint(
+    case: Case, method: str, dtype: torch.dtype, *, backward: bool, threads: int, whole_layer: bool = False
+) -> Footprint:
+    """Measure one method of one case in a fresh process, alone or with the projections of a layer around it.
 
     Raises:
         FootprintError: the system has no /proc, or the process ended.
@@ -57,7 +60,7 @@ def footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool, th
     context.set_forkserver_preload([__name__])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_measure, case, method, dtype, backward, threads).result()
+            return pool.submit(_measure, case, method, dtype, backward, threads, whole_layer).result()
     except BrokenProcessPool as error:
         raise FootprintError("the process ended: out of memory?") from error
     except (MemoryError, RuntimeError, ValueError) as error:
@@ -81,33 +84,42 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _measure(case: Case, name: str, dtype: torch.dtype, backward: bool, threads: int) -> Footprint:
+def _measure(case: Case, name: str, dtype: torch.dtype, backward: bool, threads: int, whole_layer: bool) -> Footprint:
     torch.set_num_threads(threads)
     method = next(method for method in METHODS if method.name == name)
+
+    def given(case: Case) -> tuple[Tensor, ...]:
+        return layer_inputs(case, dtype) if whole_layer else case.inputs(dtype)
+
+    def prepare(case: Case) -> Callable[..., Tensor]:
+        attend = method.prepare(Problem(case, dtype))
+        return Layer(attend, case.num_heads) if whole_layer else attend
+
     # Pools and libraries come up once per process, whatever they compute first.
     tiny = Case("tiny", {"mask": "local", "mask_kwargs": {"window": 1}}, 8, num_heads=1, head_dim=8)
-    inputs = tiny.inputs(dtype)
-    _call(method.prepare(Problem(tiny, dtype)), inputs, torch.ones_like(inputs[0]) if backward else None)
+    inputs = given(tiny)
+    _call(prepare(tiny), inputs, torch.ones_like(inputs[0]) if backward else None)
     warm_up = torch.ones(1 << 16)
     warm_up.add_(1)
 
-    inputs = case.inputs(dtype)
+    inputs = given(case)
     grad = torch.ones_like(inputs[0]) if backward else None
     before = _resident("VmRSS")
     CLEAR.write_text("5", encoding="ascii")  # lowers the high-water mark to what is resident now
     start = time.perf_counter()
-    attend = method.prepare(Problem(case, dtype))
+    attend = prepare(case)
     prepared = time.perf_counter()
     _call(attend, inputs, grad)
     first = time.perf_counter()
     peak = _resident("VmHWM")
     _call(attend, inputs, grad)
     second = time.perf_counter()
-    results = inputs[0].nbytes * (4 if backward else 1)
+    # The output is as large as the first input.
+    results = inputs[0].nbytes + (sum(x.nbytes for x in inputs) if backward else 0)
     return Footprint(max(0, peak - before - results), prepared - start, first - prepared, second - first)
 
 
-def _call(attend: Attention, inputs: Sequence[Tensor], grad: Tensor | None) -> object:
+def _call(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor | None) -> object:
     if grad is None:
         with torch.no_grad():
             return attend(*(x.detach() for x in inputs))

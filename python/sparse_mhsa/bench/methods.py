@@ -271,6 +271,8 @@ class Flex(Method):
         shape = (problem.case.batch, problem.case.num_heads, problem.case.num_tokens, problem.case.head_dim)
         inputs = tuple(torch.randn(shape).to(problem.dtype) for _ in range(3))
         keep = problem.mask.to_dense()
+        # Kernels of other masks count towards a limit beyond which nothing more is compiled.
+        torch.compiler.reset()
         try:
             with torch.no_grad():
                 attends = [self._compile(keep, size) for size in self.block_sizes]
@@ -290,7 +292,8 @@ class Flex(Method):
             return keep[h, i, j]
 
         block_mask = create_block_mask(kept, None, heads, tokens, tokens, device="cpu", BLOCK_SIZE=block_size)
-        compiled = torch.compile(partial(flex_attention, block_mask=block_mask), dynamic=False)
+        # What cannot be compiled is an error with fullgraph; as plain Python it would make all N x N scores.
+        compiled = torch.compile(partial(flex_attention, block_mask=block_mask), dynamic=False, fullgraph=True)
         return lambda q, k, v: compiled(q, k, v)
 
 

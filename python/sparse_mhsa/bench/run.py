@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -127,7 +127,7 @@ def measure_case(
                 results[method.name] = refusal
                 continue
             attend: Any = prepared[method.name]
-            calls[method.name] = partial(_step, attend, inputs, grad) if backward else partial(_forward, attend, inputs)
+            calls[method.name] = partial(step, attend, inputs, grad) if backward else partial(forward, attend, inputs)
         if problem.by_content and OURS in calls:
             q, k, _ = (x.detach() for x in inputs)
             calls[CHOICE] = partial(edges_of, q, k, case.layer_mask)
@@ -158,7 +158,7 @@ def measure_case(
         if options.memory:
             for name in seconds:
                 if name == OURS or (not options.quick and name != "flex"):
-                    results[name].update(_footprint(case, name, dtype, backward=backward))
+                    results[name].update(extra_memory(case, name, dtype, backward=backward))
         yield _row(problem, direction, {method.name: results[method.name] for method in methods})
 
 
@@ -220,13 +220,18 @@ def admit(
     except WrongResultError as error:
         return refused("failed", str(error))
     except (MemoryError, RuntimeError, ValueError) as error:
-        if (message := out_of_memory(error)) is not None:
-            return refused("oom", message)
-        if isinstance(error, ValueError):
-            raise
-        # Ours has no excuse: an error of it is a wrong result.
-        return refused("failed" if method.name == OURS else "unsupported", " ".join(str(error).split())[:200])
+        return failure(method.name, error)
     return None
+
+
+def failure(method: str, error: MemoryError | RuntimeError | ValueError) -> dict[str, Any]:
+    """The result of a method whose call raised ``error``; one about values that it was given is raised again."""
+    if (message := out_of_memory(error)) is not None:
+        return refused("oom", message)
+    if isinstance(error, ValueError):
+        raise error
+    # Ours has no excuse: an error of it is a wrong result.
+    return refused("failed" if method == OURS else "unsupported", " ".join(str(error).split())[:200])
 
 
 def _gate(method: Method, problem: Problem) -> Gate:
@@ -256,18 +261,24 @@ def traffic(problem: Problem, direction: str, seconds: float, bandwidth: Bandwid
     return shares
 
 
-def _forward(attend: Attention, inputs: Sequence[Tensor]) -> object:
+def forward(attend: Callable[..., Tensor], inputs: Sequence[Tensor]) -> object:
+    """What the rows call forward."""
     with torch.no_grad():
         return attend(*(x.detach() for x in inputs))
 
 
-def _step(attend: Attention, inputs: Sequence[Tensor], grad: Tensor) -> object:
+def step(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> object:
+    """Forward and backward to every input."""
     return torch.autograd.grad(attend(*inputs), inputs, grad)
 
 
-def _footprint(case: Case, method: str, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
+def extra_memory(
+    case: Case, method: str, dtype: torch.dtype, *, backward: bool, whole_layer: bool = False
+) -> dict[str, Any]:
+    """The fields of a `Footprint`, or ``footprint_missing``, which says why there are none."""
+    threads = torch.get_num_threads()
     try:
-        return asdict(footprint(case, method, dtype, backward=backward, threads=torch.get_num_threads()))
+        return asdict(footprint(case, method, dtype, backward=backward, threads=threads, whole_layer=whole_layer))
     except FootprintError as error:
         return {"footprint_missing": str(error)}
 

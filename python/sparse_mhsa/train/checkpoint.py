@@ -19,9 +19,12 @@ Keys of the file:
 What a file claims is checked here as far as one field allows; the module `resume` holds it against a run.
 """
 
+import argparse
+import errno
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -207,6 +210,35 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, **state}, file)
 
 
+def read_tensors(path: Path, flag: str) -> Any:  # noqa: ANN401
+    """What torch saved in a file, onto the CPU; no code of the file is run.
+
+    Raises:
+        UsageError: the file is missing, damaged, or holds other than tensors and plain values; the message names
+            ``flag``.
+    """
+    if not path.is_file():
+        raise UsageError(f"{flag}: no such file: '{path}'")
+    try:
+        # Public MAE checkpoints keep the arguments of the run beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load raises whatever the damaged part of the file leads to
+        raise UsageError(f"{flag}: '{path}' is not a readable checkpoint: {_unreadable(error)}") from error
+
+
+def _unreadable(error: Exception) -> str:
+    """Why a file cannot be loaded, in our words: torch's are about its reader, and advise to run code of the file."""
+    # Of a file that was cut, torch may seek a place before its beginning.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return str(error.strerror)
+    if (foreign := re.search(r"Unsupported global: GLOBAL (\S+)", str(error))) is not None:
+        return f"it holds code or objects ({foreign[1]}), and only tensors and plain values are read"
+    return "it is cut, damaged or of another kind"
+
+
 def read_checkpoint(path: Path, task: str = "finetune") -> dict[str, Any]:
     """Read a checkpoint of `write_checkpoint` onto the CPU.
 
@@ -220,12 +252,7 @@ def read_checkpoint(path: Path, task: str = "finetune") -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, damaged, or not a checkpoint of a training run; the message names the field.
     """
-    if not path.is_file():
-        raise UsageError(f"--resume: no such file: '{path}'")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged part of the file leads to
-        raise UsageError(f"--resume: '{path}' is not a readable checkpoint: {first_line(error)}") from error
+    state = read_tensors(path, "--resume")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         command = TASKS[task].command
         raise UsageError(

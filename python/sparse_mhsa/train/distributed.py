@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
 from . import TrainingError, UsageError
@@ -118,3 +119,50 @@ def averaged(model: nn.Module, world: World) -> Iterator[nn.Module]:
         # Before the processes part: the last owner of their connection joins its threads, and this one would hold the
         # GIL while a thread waits for it.
         del parallel.reducer, parallel.logger
+
+
+class _SumOfAll(Function):
+    """The sum over all processes; what any of them makes of it flows back to each of its parts."""
+
+    @staticmethod
+    def forward(_ctx: Any, part: Tensor) -> Tensor:  # noqa: ANN401
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:  # noqa: ANN401
+        return _SumOfAll.forward(None, grad)
+
+
+class GatheredBatchNorm(nn.BatchNorm1d):
+    """Normalisation over the batches of all processes, as one process with the same global batch would do it.
+
+    It has no weights of its own. torch's `SyncBatchNorm` does the same on GPUs alone.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, features: int, eps: float) -> None:
+        super().__init__(features, eps=eps, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, features) of any B, normalised by mean and variance of all processes, or in evaluation by the tracked."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return super().forward(x)
+        # In float64, where the variance may be taken as the difference of two sums; one exchange is enough for both.
+        wide = x.double()
+        own = torch.cat([wide.new_tensor([len(x)]), wide.sum(dim=0), wide.square().sum(dim=0)])
+        everything: Tensor = _SumOfAll.apply(own)  # type: ignore[no-untyped-call]
+        count, total, squares = torch.split(everything, [1, self.num_features, self.num_features])
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = variance * count / (count - 1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return ((wide - mean) / (variance + self.eps).sqrt()).to(x.dtype)

@@ -93,7 +93,7 @@ def _write_page(run: Run, command: str | None) -> Path:
 
 
 def _finetune(options: FinetuneOptions, world: World) -> Run:
-    if options.linear_probe and options.batch_size == 1 and not options.eval:
+    if options.linear_probe and options.batch_size * world.size == 1 and not options.eval:
         raise UsageError("--batch-size must be at least 2 for --linear-probe, which normalises over the batch, got 1")
     seed_everything(options.seed)
     # Read first: a bad checkpoint or configuration should not cost the time that data and model take.

@@ -186,7 +186,8 @@ def _image_folder(root: Path, transforms: Transforms, options: ImageOptions) -> 
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise UsageError(f"--data-path '{root}': classes that are not in both train/ and val/: {', '.join(odd)}")
-    if len(train.classes) < 2:
+    # Pretraining looks at no labels.
+    if len(train.classes) < 2 and not isinstance(options, PretrainOptions):
         raise UsageError(f"--data-path '{root}': expected two classes or more, got {', '.join(train.classes)}")
     return transforms.data(train, test, tuple(train.classes))
 

@@ -1,8 +1,8 @@
 """Models by name: any of timm's, and a small Vision Transformer of our own, registered with timm; initial weights."""
 
-import argparse
 import difflib
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import UsageError, require_packages
-from .checkpoint import first_line
+from .checkpoint import read_tensors
 from .datasets import ImageData
+from .distributed import GatheredBatchNorm
 from .recipes import ImageOptions, TrainOptions
 
 require_packages("timm", "torchvision")
@@ -86,10 +87,10 @@ def build_model(options: TrainOptions, data: ImageData) -> nn.Module:
             drop_path_rate=0.0 if options.linear_probe else options.drop_path,
             **({} if pool is None else {"global_pool": pool}),
         )
-    if options.finetune is not None:
-        load_initial_weights(model, options.finetune)
     if options.linear_probe:
         freeze_all_but_head(model)
+    if options.finetune is not None:
+        load_initial_weights(model, options.finetune)
     return model.to(torch.device(options.device))
 
 
@@ -124,9 +125,9 @@ def create(options: ImageOptions, data: ImageData, **kwargs: Any) -> VisionTrans
 def load_initial_weights(model: nn.Module, path: Path) -> None:
     """Take over what fits from a checkpoint of ours, of timm, or of a public MAE.
 
-    Position embeddings and patch projections of other sizes are resized. A head for other classes is left out, and so
-    are a decoder that the model has not and the final norm of a model that pools otherwise: normalised are either all
-    tokens or the mean of the patches.
+    Position embeddings and patch projections of other sizes are resized. A head that does not fit (for other classes,
+    or a linear probe's) is left out as a whole, and so are a decoder that the model has not and the final norm of a
+    model that pools otherwise: normalised are either all tokens or the mean of the patches.
 
     Args:
         model: a Vision Transformer.
@@ -136,14 +137,17 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
         UsageError: the file is missing or damaged, or a weight is missing, superfluous or of another shape.
     """
     assert isinstance(model, VisionTransformer)
-    given = checkpoint_filter_fn(dict(read_weights(path)), model)
+    file = read_weights(path)
+    given = checkpoint_filter_fn(dict(file), model)
+    if "decoder_embed.weight" in file and "mask_token" in file:
+        # That of a decoder; timm takes every one for DINOv2's, which its models have no use for.
+        given["mask_token"] = file["mask_token"]
     own = model.state_dict()
     decoder = ("decoder", "mask_token")
     weights = {name: tensor for name, tensor in given.items() if name in own or not name.startswith(decoder)}
     fresh = set()
-    for name in ("head.weight", "head.bias", "head.1.weight", "head.1.bias"):
-        if name in weights and (name not in own or own[name].shape != weights[name].shape):
-            del weights[name]
+    if _shapes(weights, "head.") != _shapes(own, "head."):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
     mine, other = ("fc_norm.", "norm.") if "fc_norm.weight" in own else ("norm.", "fc_norm.")
     if f"{mine}weight" not in weights and f"{other}weight" in weights:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(other)}
@@ -151,7 +155,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
     for name in own.keys() - weights.keys():
         if name.startswith(("head.", "fc_norm.", *decoder)):
             fresh.add(name)
-    _take_over(model, weights, fresh, path)
+    _take_over(model, weights, fresh, path, given.keys() - weights.keys())
     if "head.weight" in fresh:
         nn.init.trunc_normal_(model.get_parameter("head.weight"), std=2e-5)
 
@@ -168,15 +172,20 @@ def load_state(model: nn.Module, path: Path, prefix: str = "") -> None:
         UsageError: the file is missing or damaged, or a weight is missing, superfluous or of another shape.
     """
     own = model.state_dict()
-    weights = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
-    fresh = {
-        name for name in ("head.weight", "head.bias") if name not in weights or weights[name].shape != own[name].shape
-    }
-    _take_over(model, {name: tensor for name, tensor in weights.items() if name not in fresh}, fresh, path)
+    given = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
+    fresh = {name for name in ("head.weight", "head.bias") if name not in given or given[name].shape != own[name].shape}
+    weights = {name: tensor for name, tensor in given.items() if name not in fresh}
+    _take_over(model, weights, fresh, path, given.keys() - weights.keys())
 
 
-def _take_over(model: nn.Module, weights: dict[str, Tensor], fresh: set[str], path: Path) -> None:
-    """Load ``weights``, which must be all that the model has but ``fresh``."""
+def _shapes(weights: Mapping[str, Tensor], prefix: str) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _take_over(
+    model: nn.Module, weights: dict[str, Tensor], fresh: set[str], path: Path, left_out: Iterable[str]
+) -> None:
+    """Load ``weights``, which must be all that the model has but ``fresh``; ``left_out`` is what else the file has."""
     own = model.state_dict()
     problems = [f"it has no {name}" for name in sorted(own.keys() - weights.keys() - fresh)]
     problems += [f"it also has {name}" for name in sorted(weights.keys() - own.keys())]
@@ -187,9 +196,23 @@ def _take_over(model: nn.Module, weights: dict[str, Tensor], fresh: set[str], pa
     ]
     if problems:
         raise UsageError(f"--finetune: '{path}' does not fit the model: {'; '.join(problems[:3])}")
+    for name, tensor in weights.items():
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(f"--finetune: '{path}' is damaged: {name}: expected floating-point numbers, got {kind}")
+        if not torch.isfinite(tensor).all():
+            raise UsageError(f"--finetune: '{path}' is damaged: {name}: expected finite numbers, got NaN or infinity")
     model.load_state_dict(weights, strict=False)
     kept = len(own) - len(fresh)
-    _LOGGER.info("%s: %d of %d tensors taken over, new: %s", path, kept, len(own), ", ".join(sorted(fresh)) or "none")
+    unused = sorted({name.partition(".")[0] for name in left_out})
+    _LOGGER.info(
+        "%s: %d of %d tensors taken over, new: %s%s",
+        path,
+        kept,
+        len(own),
+        ", ".join(sorted(fresh)) or "none",
+        f"; left out: {', '.join(unused)}" if unused else "",
+    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -198,14 +221,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: the file is missing, damaged, or holds something else.
     """
-    if not path.is_file():
-        raise UsageError(f"--finetune: no such file: '{path}'")
-    try:
-        # Public MAE checkpoints keep the arguments of the run beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damaged part of the file leads to
-        raise UsageError(f"--finetune: '{path}' is not a readable checkpoint: {first_line(error)}") from error
+    state = read_tensors(path, "--finetune")
     if isinstance(state, dict):
         if isinstance(state.get("attention"), str):
             _LOGGER.info(
@@ -226,7 +242,7 @@ def freeze_all_but_head(model: nn.Module) -> None:
     fresh = nn.Linear(head.in_features, head.out_features)
     nn.init.trunc_normal_(fresh.weight, std=0.01)
     nn.init.zeros_(fresh.bias)
-    model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=1e-6), fresh)
+    model.head = nn.Sequential(GatheredBatchNorm(head.in_features, eps=1e-6), fresh)
 
 
 def num_tokens(model: nn.Module) -> int:
