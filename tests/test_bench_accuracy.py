@@ -73,7 +73,7 @@ def test_a_method_meets_the_budget_as_closely_as_its_parameter_allows(model, sol
     else:
         kwargs, key = document["mask_kwargs"], METHODS[name].parameter
         step = {"keep_ratio": 0.05, "kernel_size": 2}.get(key, 1)
-    for value in (method.value - step, method.value + step):
+    for value in neighbours(method.value, step):
         kwargs[key] = value
         try:
             sm.sparsify(model, document)
@@ -82,6 +82,16 @@ def test_a_method_meets_the_budget_as_closely_as_its_parameter_allows(model, sol
         other = attention_cost(model, TOKENS).sparse()
         assert abs(other - BUDGET) >= abs(method.cost.sparse() - BUDGET) - 1e-12
     sm.densify(model)
+
+
+def neighbours(value, step):
+    """A step up and down, of a list by axis along each of its axes."""
+    if not isinstance(value, list):
+        return [value - step, value + step]
+    changes = [
+        [step * sign * (axis == along) for axis in range(len(value))] for along in range(len(value)) for sign in (-1, 1)
+    ]
+    return [[number + change for number, change in zip(value, one, strict=True)] for one in changes]
 
 
 def test_the_default_budget_is_that_of_the_published_method(model):
