@@ -9,9 +9,9 @@ const MAX_TOTAL: u64 = 1 << 52;
 ///
 /// The quota of unit i is `clamp(level * weights[i], minimum[i], maximum[i])`, with the one level at which quotas sum to `total`;
 /// units of weight zero share equally what the others cannot take. Quotas are rounded by largest remainder: down, then up again
-/// by one for the largest fractions until the sum is exact, of equal fractions the larger weight and then the lower index first. Fractions that
-/// rounded weights cannot tell apart are equal, so that weights may be measured in any unit. Sums are exact, and with equal bounds a
-/// larger weight never gets less.
+/// by one for the largest fractions until the sum is exact, of equal fractions the larger weight and then the lower index first.
+/// Fractions that rounded weights cannot tell apart are equal, so that weights may be measured in any unit. Sums are exact, and with
+/// equal bounds a larger weight never gets less.
 ///
 /// # Errors
 /// [`Error::Value`] naming `total`, `weights`, `minimum` or `maximum`, its value and what is allowed.
