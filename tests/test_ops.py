@@ -965,8 +965,6 @@ class TestBadInput:
             ({"dropout_p": "a"}, TypeError, r"dropout_p: expected a number, got str"),
             ({"dropout_p": None}, TypeError, r"dropout_p: expected a number, got NoneType"),
             ({"scale": "1"}, TypeError, r"scale: expected a number, got str"),
-            ({"scale": math.nan}, ValueError, r"scale: expected a finite number, got nan"),
-            ({"scale": -math.inf}, ValueError, r"scale: expected a finite number, got -inf"),
         ],
     )
     def test_the_message_names_argument_expected_and_got(self, change, error, message):

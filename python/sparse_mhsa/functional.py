@@ -115,7 +115,8 @@ def sparse_attention(
         _check_mask(mask, q, token_positions)
     check_key_mask(key_padding_mask, q, k)
     _check_number("dropout_p", dropout_p)
-    check_scale(scale)
+    if scale is not None:  # NaN and infinity give what dense attention makes of them
+        _check_number("scale", scale)
     layer_mask = dense_mask(q.shape[1]) if mask is None else mask
     edges = None
     if token_positions is not None:
@@ -435,7 +436,7 @@ def causal_bias(q: Tensor, k: Tensor) -> Tensor:
 
 
 def check_scale(scale: float | None) -> None:
-    """Raise a TypeError or ValueError unless ``scale`` is None or a finite number."""
+    """Raise a TypeError or ValueError unless ``scale`` is None or a finite number: others spoil a cache for good."""
     if scale is None:
         return
     _check_number("scale", scale)
