@@ -35,7 +35,7 @@ class patch_sdpa(TorchFunctionMode):  # noqa: N801  (used as a function)
 
         with sparse_mhsa.patch_sdpa("configs/attention/vit_fibottention.yaml") as patched:
             model(x)
-        print(patched.calls)
+        patched.calls  # how many were replaced
 
     It needs to know nothing of the model and changes nothing in it, which is good for a first look. `sparsify` knows
     which layer is which, and the grid and the prefix tokens of the model; here they are those of the configuration.
