@@ -51,6 +51,19 @@ def test_what_would_take_too_long_is_left_out_and_says_so(report):
     assert "B 1, N 50, SDPA: left out: a call would take about" in text
 
 
+def test_a_size_that_does_not_fit_in_memory_is_shown_as_such_before_anything_is_allocated(tmp_path, monkeypatch):
+    """Where the system promises more memory than there is, the process would be killed."""
+    monkeypatch.setattr(run, "available_memory", lambda: 16 << 20)
+    options = LatencyOptions(tokens=(30, 300), batches=(1,), repeat=1, budget=0.1, threads=1, output_dir=tmp_path)
+    bench_latency(options, "sparse-mhsa bench latency", [method for method in METHODS if method.name in (OURS, "sdpa")])
+    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 2
+    for row in rows:
+        results = row["methods"].values()
+        assert {result["status"] for result in results} == {"ok" if row["tokens"] == 30 else "oom"}
+        assert row["tokens"] == 30 or all("for inputs, results and what" in result["reason"] for result in results)
+
+
 def test_a_layer_has_the_projections_of_torchs_own_whatever_attends_in_it():
     case = Case("local", {"mask": "local", "mask_kwargs": {"window": 5}}, 30, batch=2, num_heads=3, head_dim=8)
     x, *weights = layer_inputs(case, torch.float64)

@@ -115,6 +115,9 @@ def measure_case(
         backward = direction == "step"
         results: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
+        if (refusal := _no_room(problem)) is not None:
+            yield _row(problem, direction, {method.name: refusal for method in methods})
+            continue
         try:
             inputs = case.inputs(dtype)
             grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -160,6 +163,21 @@ def measure_case(
                 if name == OURS or (not options.quick and name != "flex"):
                     results[name].update(extra_memory(case, name, dtype, backward=backward))
         yield _row(problem, direction, {method.name: results[method.name] for method in methods})
+
+
+def _no_room(problem: Problem) -> dict[str, Any] | None:
+    """The result of all methods where the row does not fit: what promises more memory than there is kills."""
+    case = problem.case
+    numbers = case.batch * case.num_heads * case.num_tokens * case.head_dim
+    # q, k, v and their gradients, the output and its gradient, once for timing and once for the gate, which holds
+    # torch's own gradients and, in float64, inputs and gradients as well.
+    need, free = numbers * (2 * 8 * problem.item + 3 * problem.item + 6 * 8), available_memory()
+    if need <= free:
+        return None
+    sizes = (
+        f"{need / 2**30:.1f} GiB for inputs, results and what they are compared with, {free / 2**30:.1f} GiB are free"
+    )
+    return refused("oom", f"out of memory: needs {sizes}")
 
 
 def _row(problem: Problem, direction: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
