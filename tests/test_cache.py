@@ -731,6 +731,18 @@ def test_worths_that_no_later_entry_could_have_are_refused(name, options, bound)
         cache.load_state_dict(state)
 
 
+def test_a_refused_state_leaves_every_layer_as_it_was():
+    cache = used("combined", {"recent": 2})
+    before = {name: tensor.clone() for name, tensor in cache.state_dict().items()}
+    state = used("combined", {"recent": 2}, tokens=9).state_dict()
+    del state["1.keys"]
+    with pytest.raises(ValueError, match="keys"):
+        cache.load_state_dict(state)
+    after = cache.state_dict()
+    assert before.keys() == after.keys()
+    assert_equal(before.values(), after.values())
+
+
 def test_an_interrupted_cache_says_so_until_it_is_reset(monkeypatch):
     cache = layer("full", None)
     tokens = tensors(tokens=4)

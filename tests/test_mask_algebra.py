@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import sparse_mhsa as sm
 from comparison import assert_same, oracle_with_grads
+from sparse_mhsa import block_mask
 from sparse_mhsa.reference import dense_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -296,34 +297,35 @@ def few_keys(k, num_tokens, num_heads, seed=0):
     return sm.masks.random(num_tokens=num_tokens, num_heads=num_heads, k=k, seed=seed)
 
 
-def captured(block_mask):
+def captured(made):
     """The tensors that a `BlockMask` needs beside its lists of blocks."""
-    held = (cell.cell_contents for cell in block_mask.mask_mod.__closure__)
+    held = (cell.cell_contents for cell in made.mask_mod.__closure__)
     return [value for value in held if isinstance(value, torch.Tensor)]
 
 
-def held_by(block_mask):
-    return sum(tensor.untyped_storage().nbytes() for tensor in captured(block_mask))
+def held_by(made):
+    return sum(tensor.untyped_storage().nbytes() for tensor in captured(made))
 
 
 class TestBlockMask:
     @each_mask
     @pytest.mark.parametrize("block_size", [8, 16, 128])
     def test_it_keeps_the_same_pairs_and_no_block_too_many(self, mask, block_size):
-        block_mask = mask.to_block_mask(block_size)
+        made = mask.to_block_mask(block_size)
+        heads = mask.num_heads
         dense = mask.to_dense()
-        at = [torch.arange(side) for side in (HEADS, N, N)]
+        at = [torch.arange(side) for side in (heads, N, N)]
         head, query, key = torch.meshgrid(*at, indexing="ij")
-        kept = block_mask.mask_mod(torch.zeros_like(head), head, query, key)
+        kept = made.mask_mod(torch.zeros_like(head), head, query, key)
         assert torch.equal(kept, dense)
         side = -(-N // block_size)
         padded = torch.nn.functional.pad(dense, (0, side * block_size - N) * 2)
         blocks = padded.unflatten(2, (side, block_size)).unflatten(1, (side, block_size)).sum((2, 4))
-        assert torch.equal(block_mask.to_dense()[0].bool(), blocks > 0)
-        full = torch.zeros(HEADS, side, side + 1, dtype=torch.bool)
+        assert torch.equal(made.to_dense()[0].bool(), blocks > 0)
+        full = torch.zeros(heads, side, side + 1, dtype=torch.bool)
         for row in (blocks == block_size**2).nonzero():
             full[tuple(row)] = True
-        assert torch.equal(block_mask.full_kv_num_blocks[0], full.sum(-1, dtype=torch.int32))
+        assert torch.equal(made.full_kv_num_blocks[0], full.sum(-1, dtype=torch.int32))
 
     @pytest.mark.filterwarnings("ignore")
     def test_flex_attention_over_it_is_ours(self):
@@ -338,12 +340,20 @@ class TestBlockMask:
         mask = sm.masks.local(num_tokens=20_000, num_heads=1, window=64)
         assert mask.to_block_mask().kv_num_blocks.max() == 3
 
-    def test_scattered_edges_take_one_bit_per_pair(self):
-        tokens, heads = 2048, 3
-        block_mask = few_keys(64, tokens, heads).to_block_mask()
-        blocks = heads * (tokens // 128) ** 2
-        assert block_mask.kv_num_blocks.sum() == blocks
-        assert held_by(block_mask) <= tokens * tokens * heads / 8 + 4 * blocks + 2 * 128**2 / 8
+    @pytest.mark.parametrize("tokens", [2048, 16_384])
+    @pytest.mark.parametrize(
+        ("name", "options", "bytes_per_edge"), [("fibottention", {}, 10), ("random", {"k": 2}, 288)]
+    )
+    def test_memory_grows_with_the_edges_and_not_with_all_pairs(self, name, options, bytes_per_edge, tokens):
+        mask = getattr(sm.masks, name)(num_tokens=tokens, num_heads=3, **options)
+        blocks = 4 * 3 * (tokens // 128) ** 2  # a number for each
+        room = 9 / 8  # so that masks that differ a little are compiled once
+        assert held_by(mask.to_block_mask()) <= room * bytes_per_edge * mask.nnz + blocks
+
+    def test_it_is_never_more_than_the_bits_of_all_pairs_and_an_eighth(self):
+        mask = few_keys(256, 2048, 3)
+        assert mask.to_block_mask().kv_num_blocks.sum() == 3 * 16**2
+        assert held_by(mask.to_block_mask()) <= 9 / 8 * 9 / 8 * 3 * 2048**2 / 8
 
     def test_heads_that_share_edges_share_their_bits(self):
         one, eight = (
@@ -351,8 +361,34 @@ class TestBlockMask:
         )
         assert eight == one + 7 * 4 * (2048 // 128) ** 2  # beside the bits, a number per pair of blocks
 
-    def test_full_blocks_take_no_bits(self):
-        assert held_by(sm.masks.none(num_tokens=2048, num_heads=1).to_block_mask()) <= 4 * 16**2 + 2 * 128**2 / 8
+    def test_full_blocks_and_squares_take_no_bits(self):
+        nothing_and_everything = 2 * (64 * 4 + 32)
+        none = sm.masks.none(num_tokens=2048, num_heads=1).to_block_mask()
+        assert held_by(none) == 4 * 16**2 + nothing_and_everything
+        # Every second block of 128 is of full squares and empty ones.
+        halves = sm.masks.block(num_tokens=2048, num_heads=1, block_size=64).to_block_mask()
+        assert held_by(halves) == 4 * 16**2 + nothing_and_everything + 16 * 64 * 4
+
+        # Nor do blocks that are smaller than a square.
+        small = sm.masks.none(num_tokens=64, num_heads=1).to_block_mask(8)
+        assert held_by(small) == 4 * 8**2 + 2 * (4 + 32)
+
+    def test_many_edges_are_looked_at_a_strip_at_a_time(self, monkeypatch):
+        looked_at = []
+
+        def seen(rows, *others, of=block_mask._blocks_and_squares):
+            looked_at.append(rows)
+            return of(rows, *others)
+
+        monkeypatch.setattr(block_mask, "_blocks_and_squares", seen)
+        monkeypatch.setattr(block_mask, "_MOST_EDGES", 200)
+        mask = sm.masks.local(num_tokens=N, num_heads=1, window=2)
+        self.test_it_keeps_the_same_pairs_and_no_block_too_many(mask, 8)
+        assert [len(rows) for rows in looked_at] == [mask.nnz]
+        looked_at.clear()
+        monkeypatch.setattr(block_mask, "_MOST_EDGES", 80)  # of at most 40 per row of blocks
+        self.test_it_keeps_the_same_pairs_and_no_block_too_many(mask, 8)
+        assert [rows.unique().tolist() for rows in looked_at] == [[*range(16)], [*range(16, 32)], [32]]
 
     def test_masks_that_differ_a_little_are_compiled_once(self):
         masks = [few_keys(1, 2048, 3, seed) for seed in range(6)]

@@ -130,8 +130,10 @@ class KVCache:
                     f"state: unknown name {name!r}; expected '<layer>.<tensor>' of {len(self.layers)} layers"
                 )
             of_layers[int(index)][rest] = tensor
-        for layer, of_layer in zip(self.layers, of_layers, strict=True):
-            layer.load_state_dict(of_layer)
+        # All are read before one is changed: a state that is refused leaves every layer as it was.
+        slots = [layer.slots_of(of_layer) for layer, of_layer in zip(self.layers, of_layers, strict=True)]
+        for layer, of_layer in zip(self.layers, slots, strict=True):
+            layer.go_on_from(of_layer)
 
     def __len__(self) -> int:
         """Number of layers."""

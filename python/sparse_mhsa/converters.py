@@ -17,7 +17,6 @@ from .config import MAX_HEADS, MAX_TOKENS, index, integer
 
 if TYPE_CHECKING:
     import scipy.sparse  # type: ignore[import-untyped]
-    from torch.nn.attention.flex_attention import BlockMask
 
 Array: TypeAlias = Tensor | NDArray[np.generic] | Sequence[object]
 _SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -150,90 +149,6 @@ def to_scipy(edges: Edges, head: int) -> "scipy.sparse.csr_array":
     row_ptr, col = _one_head(edges, head).to_csr()
     size = (edges.num_tokens, edges.num_tokens)
     return scipy.sparse.csr_array((np.ones(len(col), dtype=np.bool_), col, row_ptr[0]), shape=size)
-
-
-def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
-    """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
-
-    Blocks that keep every pair are full, and of those that keep none nothing is stored; each of the others takes one
-    bit per pair of it, once for all heads that share their edges. Blocks of a scattered mask are nearly all of this
-    kind, so that it takes up to N * N / 8 bytes per head. Beside those, memory is one number per pair of blocks, as in
-    any `BlockMask`. A query without a key gives zero in FlexAttention too.
-
-    Args:
-        edges: of H heads.
-        block_size: side of a block in tokens.
-        device: where the block mask is used; default is the CPU.
-
-    Returns:
-        The block mask for (1, H, N, N), which broadcasts over the batch.
-
-    Raises:
-        ValueError: ``block_size`` is not positive, or there are no tokens.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    block_size = integer("block_size", block_size, 1)
-    n, heads = edges.num_tokens, edges.num_heads
-    if n == 0:
-        raise ValueError("to_block_mask: expected at least one token, got 0")
-    side, tile_bytes = -(-n // block_size), -(-(block_size**2) // 8)
-    # Tile 0 is of blocks that keep nothing, tile 1 of full ones; bit p % 8 of byte p // 8 is pair p of the block.
-    tiles = [torch.tensor([[0], [255]], dtype=torch.uint8).expand(2, tile_bytes)]
-    tile_of = torch.zeros(heads, side * side, dtype=torch.int32)
-    num_tiles = 2
-    for head in range(heads):
-        same = edges.describe(head)["shared_with"]
-        if same is None:
-            tile_of[head], partial = _tiles(_one_head(edges, head), block_size, tile_bytes, num_tiles)
-            tiles.append(partial)
-            num_tiles += len(partial)
-        else:
-            tile_of[head] = tile_of[same]
-    # FlexAttention is compiled for each length. So that layers whose masks differ a little share a kernel, lengths are
-    # multiples of a power of two that is at most an eighth of them: eight lengths from one power to the next.
-    step = 1 << max(0, num_tiles.bit_length() - 4)
-    room = min(-(-num_tiles // step) * step, 2 + heads * side * side)
-    tiles.append(torch.zeros(1, tile_bytes, dtype=torch.uint8).expand(room - num_tiles, tile_bytes))
-    bits, tile_at = torch.cat(tiles).to(device), tile_of.to(device)
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        tile = tile_at[head, query // block_size * side + key // block_size]
-        pair = query % block_size * block_size + key % block_size
-        return (bits[tile, pair // 8].to(torch.int32) >> (pair % 8)) & 1 != 0
-
-    def blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of chosen blocks in each row of blocks, and their columns, padded with the others."""
-        present = chosen.view(1, heads, side, side)
-        indices = torch.argsort(present.to(torch.int8), dim=-1, descending=True, stable=True)
-        return present.sum(-1, dtype=torch.int32).to(device), indices.to(device, torch.int32)
-
-    partial_blocks, full_blocks = blocks(tile_of > 1), blocks(tile_of == 1)
-    return BlockMask.from_kv_blocks(
-        *partial_blocks, *full_blocks, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(n, n)
-    )
-
-
-def _tiles(edges: Edges, block_size: int, tile_bytes: int, first: int) -> tuple[Tensor, Tensor]:
-    """Of one head: the tile of each pair of blocks, and the tiles that are its own, numbered from ``first``."""
-    n = edges.num_tokens
-    side = -(-n // block_size)
-    row_ptr, columns = (torch.from_numpy(array) for array in edges.to_csr())
-    rows = torch.repeat_interleave(torch.arange(n), row_ptr[0].diff())
-    touched, place, count = torch.unique(
-        rows // block_size * side + columns // block_size, return_inverse=True, return_counts=True
-    )
-    partial = count < block_size**2
-    own = partial.cumsum(0) - 1
-    tile_of = torch.zeros(side * side, dtype=torch.int32)
-    tile_of[touched] = torch.where(partial, first + own, 1).to(torch.int32)
-    pair = rows % block_size * block_size + columns % block_size
-    stored = partial[place]
-    byte, bit = own[place] * tile_bytes + pair // 8, (1 << pair % 8).to(torch.uint8)
-    tiles = torch.zeros(int(partial.sum()) * tile_bytes, dtype=torch.uint8)
-    # Every pair comes once, so that the sum of its bits is their union.
-    tiles.index_add_(0, byte[stored], bit[stored])
-    return tile_of, tiles.view(-1, tile_bytes)
 
 
 def _one_head(edges: Edges, head: int) -> Edges:

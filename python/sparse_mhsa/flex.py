@@ -1,7 +1,6 @@
 """Softmax over the edges of a mask, computed by PyTorch's FlexAttention instead of by our kernels.
 
-The edges become a `BlockMask`, with one bit per pair of those blocks of 128 x 128 that keep some pairs and not all:
-next to nothing for bands, N * N / 8 bytes per head for edges scattered everywhere. `torch.compile` makes the kernel: a
+The edges become a `BlockMask`, made without N x N: its memory grows with the edges. `torch.compile` makes the kernel: a
 call with another number of tokens, head dimension, dtype or device compiles another, and so may a mask that touches
 another number of blocks. It is there to compare with, and for devices that have kernels of FlexAttention and none of
 ours. What it cannot do is refused by name, never left to other code.
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._core import Edges
-from .converters import to_block_mask
+from .block_mask import to_block_mask
 from .edges import EdgeSource
 from .layer_mask import LayerMask
 

@@ -340,7 +340,20 @@ class LayerCache:
             TypeError: a tensor has a wrong dtype.
             ValueError: a tensor is missing, unknown, or does not fit the others, the policy or the capacities.
         """
-        self._slots = Slots.from_state(self.policy, self._capacity, state) if state else None
+        self.go_on_from(self.slots_of(state))
+
+    def slots_of(self, state: dict[str, Tensor]) -> Slots | None:
+        """What `load_state_dict` would hold afterwards; this cache stays as it is.
+
+        Raises:
+            TypeError: a tensor has a wrong dtype.
+            ValueError: a tensor is missing, unknown, or does not fit the others, the policy or the capacities.
+        """
+        return Slots.from_state(self.policy, self._capacity, state) if state else None
+
+    def go_on_from(self, slots: Slots | None) -> None:
+        """Hold what `slots_of` gave, in place of what is held."""
+        self._slots = slots
         self._interrupted = False
 
     def __repr__(self) -> str:

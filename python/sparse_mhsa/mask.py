@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import explore, viz
 from ._core import AttentionConfig, Edges
+from .block_mask import to_block_mask
 from .config import MAX_TOKENS, ConfigLike, config_error, index, integer, integers, load_config
 from .converters import (
     Array,
@@ -20,7 +21,6 @@ from .converters import (
     edges_from_csr,
     edges_from_dense,
     edges_from_function,
-    to_block_mask,
     to_scipy,
     to_torch_sparse,
 )
@@ -456,9 +456,9 @@ class Mask:
         return to_scipy(self._edges, head)
 
     def to_block_mask(self, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
-        """The edges as a FlexAttention `BlockMask`; its memory is one bit per pair of the blocks that are kept in part.
+        """The edges as a FlexAttention `BlockMask`, made without N x N.
 
-        See `converters.to_block_mask`.
+        See `block_mask.to_block_mask`.
 
         Raises:
             ValueError: as there, or the mask has ``masked_logits: zero``, which a `BlockMask` cannot say.

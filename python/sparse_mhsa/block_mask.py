@@ -1,0 +1,176 @@
+"""Edges as a FlexAttention `BlockMask`, in memory that grows with the edges.
+
+FlexAttention asks a function, pair by pair, whether a block that keeps some pairs and not all keeps this one. The
+answer is a bit, found in three steps: the block, the square of 16 x 16 pairs in it, the pair in that. Blocks and
+squares that keep nothing or everything have no bits of their own.
+
+Source: FlexAttention, Dong et al., 2024 (arXiv 2412.05496).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._core import Edges
+from .config import integer
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_SQUARE = 16
+_WORD = 32  # bits of the integers that hold the pairs of a square
+_WORDS = _SQUARE**2 // _WORD
+# The numbers of blocks and squares that keep nothing and everything, before those that have bits of their own.
+_NOTHING, _EVERYTHING, _FIRST = 0, 1, 2
+# Looked at together; each takes about a hundred bytes meanwhile.
+_MOST_EDGES = 1 << 20
+
+
+class _Strip(NamedTuple):
+    blocks: Tensor
+    """(touched blocks,) int64: where in the B x B blocks each is."""
+
+    numbers: Tensor
+    """(touched blocks,) int32: the number of each."""
+
+    square_at: Tensor
+    """(blocks kept in part, squares of a block) int32: the number of each square."""
+
+    words: Tensor
+    """(squares kept in part, 8) int32: bit p % 32 of word p // 32 is pair p of the square."""
+
+
+def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
+    """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
+
+    Blocks that keep every pair are full, and of those that keep none nothing is stored. Each of the others takes 4
+    bytes per square of 16 x 16 pairs in it, and 32 bytes for each of these squares that is kept in part, once for all
+    heads that share their edges. With blocks of 128 that is about 8 bytes per edge along diagonals and at most 288 per
+    edge of any mask, whatever N. Beside those, memory is one number per pair of blocks, as in any `BlockMask`. A query
+    without a key gives zero in FlexAttention too.
+
+    Args:
+        edges: of H heads.
+        block_size: side of a block in tokens.
+        device: where the block mask is used; default is the CPU.
+
+    Returns:
+        The block mask for (1, H, N, N), which broadcasts over the batch.
+
+    Raises:
+        ValueError: ``block_size`` is not positive, or there are no tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    block_size = integer("block_size", block_size, 1)
+    n, num_heads = edges.num_tokens, edges.num_heads
+    if n == 0:
+        raise ValueError("to_block_mask: expected at least one token, got 0")
+    side, squares_across = -(-n // block_size), -(-block_size // _SQUARE)
+    blocks_of_head = torch.full((num_heads, side * side), _NOTHING, dtype=torch.int32)
+    # What keeps nothing, and what keeps everything.
+    square_at = [torch.tensor([[_NOTHING], [_EVERYTHING]], dtype=torch.int32).expand(_FIRST, squares_across**2)]
+    words = [torch.tensor([[0], [-1]], dtype=torch.int32).expand(_FIRST, _WORDS)]
+    num_blocks = num_squares = _FIRST
+    for number in range(num_heads):
+        same = edges.describe(number)["shared_with"]
+        if same is not None:
+            blocks_of_head[number] = blocks_of_head[same]
+            continue
+        (row_ptr,), columns = map(torch.from_numpy, Edges.from_heads([(edges, number)]).to_csr())
+        for start, stop in _strips(row_ptr, block_size):
+            rows = torch.repeat_interleave(torch.arange(start, stop), row_ptr[start : stop + 1].diff())
+            in_strip = columns[row_ptr[start] : row_ptr[stop]]
+            strip = _blocks_and_squares(rows, in_strip, n, block_size, num_blocks, num_squares)
+            blocks_of_head[number, strip.blocks] = strip.numbers
+            square_at.append(strip.square_at)
+            words.append(strip.words)
+            num_blocks += len(strip.square_at)
+            num_squares += len(strip.words)
+    most_blocks = _FIRST + num_heads * side**2
+    square_of = _with_room(square_at, most_blocks).flatten().to(device)
+    word_of = _with_room(words, _FIRST + (most_blocks - _FIRST) * squares_across**2).flatten().to(device)
+    block_of = blocks_of_head.to(device)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = block_of[head, query // block_size * side + key // block_size]
+        row, column = query % block_size, key % block_size
+        square = square_of[block * squares_across**2 + row // _SQUARE * squares_across + column // _SQUARE]
+        pair = row % _SQUARE * _SQUARE + column % _SQUARE
+        return (word_of[square * _WORDS + pair // _WORD] >> (pair % _WORD)) & 1 != 0
+
+    def blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of chosen blocks in each row of blocks, and their columns, padded with the others."""
+        present = chosen.view(1, num_heads, side, side)
+        indices = torch.argsort(present.to(torch.int8), dim=-1, descending=True, stable=True)
+        return present.sum(-1, dtype=torch.int32).to(device), indices.to(device, torch.int32)
+
+    in_part, full = blocks(blocks_of_head >= _FIRST), blocks(blocks_of_head == _EVERYTHING)
+    return BlockMask.from_kv_blocks(*in_part, *full, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(n, n))
+
+
+def _strips(row_ptr: Tensor, block_size: int) -> Iterator[tuple[int, int]]:
+    """First and last query (exclusive) of whole rows of blocks that have few enough edges to look at together."""
+    first_edge = row_ptr[torch.arange(0, len(row_ptr) - 1 + block_size, block_size).clamp(max=len(row_ptr) - 1)]
+    start, num_rows = 0, len(first_edge) - 1
+    while start < num_rows:
+        within = int(torch.searchsorted(first_edge, first_edge[start] + _MOST_EDGES, right=True)) - 1
+        stop = min(max(start + 1, within), num_rows)
+        yield start * block_size, min(stop * block_size, len(row_ptr) - 1)
+        start = stop
+
+
+def _blocks_and_squares(
+    rows: Tensor, columns: Tensor, num_tokens: int, block_size: int, first_block: int, first_square: int
+) -> _Strip:
+    """Of edges in whole rows of blocks.
+
+    Args:
+        rows: (edges,) int64, the query of each edge.
+        columns: (edges,) int64, its key.
+        num_tokens: N.
+        block_size: side of a block in tokens.
+        first_block: number of the first block that is kept in part.
+        first_square: likewise of squares.
+
+    Returns:
+        The blocks and squares that have edges.
+    """
+    side, squares_across = -(-num_tokens // block_size), -(-block_size // _SQUARE)
+    row, column = rows % block_size, columns % block_size
+    block = rows // block_size * side + columns // block_size
+    square = (block * squares_across + row // _SQUARE) * squares_across + column // _SQUARE
+    squares, square_of_edge, edges_in_square = torch.unique(square, return_inverse=True, return_counts=True)
+    blocks, block_of_square = torch.unique_consecutive(squares // squares_across**2, return_inverse=True)
+    edges_in_block = torch.zeros(len(blocks), dtype=torch.int64).index_add_(0, block_of_square, edges_in_square)
+
+    block_in_part = edges_in_block < block_size**2
+    listed = block_in_part[block_of_square]
+    square_in_part = listed & (edges_in_square < _SQUARE**2)
+    own_block, own_square = block_in_part.cumsum(0) - 1, square_in_part.cumsum(0) - 1
+    numbers = torch.where(block_in_part, first_block + own_block, _EVERYTHING).to(torch.int32)
+    square_at = torch.full((int(block_in_part.sum()), squares_across**2), _NOTHING, dtype=torch.int32)
+    square_numbers = torch.where(square_in_part, first_square + own_square, _EVERYTHING).to(torch.int32)
+    square_at[own_block[block_of_square[listed]], squares[listed] % squares_across**2] = square_numbers[listed]
+
+    stored = square_in_part[square_of_edge]
+    pair = (row % _SQUARE * _SQUARE + column % _SQUARE)[stored]
+    word = own_square[square_of_edge[stored]] * _WORDS + pair // _WORD
+    words = torch.zeros(int(square_in_part.sum()) * _WORDS, dtype=torch.int32)
+    # Every pair comes once, so that the sum of its bits is their union.
+    words.index_add_(0, word, (1 << pair % _WORD).to(torch.int32))
+    return _Strip(blocks, numbers, square_at, words.view(-1, _WORDS))
+
+
+def _with_room(parts: list[Tensor], most: int) -> Tensor:
+    """The parts one after another, and zeros behind them, but not more than ``most`` rows.
+
+    FlexAttention is compiled for each length. So that layers whose masks differ a little share a kernel, lengths are
+    multiples of a power of two that is at most an eighth of them: eight lengths from one power to the next.
+    """
+    length = sum(map(len, parts))
+    step = 1 << max(0, length.bit_length() - 4)
+    room = min(-(-length // step) * step, most)
+    return torch.cat([*parts, parts[0].new_zeros(room - length, parts[0].shape[1])])
