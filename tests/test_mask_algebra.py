@@ -309,7 +309,7 @@ def held_by(made):
 
 class TestBlockMask:
     @each_mask
-    @pytest.mark.parametrize("block_size", [8, 16, 128])
+    @pytest.mark.parametrize("block_size", [8, 20, 128])
     def test_it_keeps_the_same_pairs_and_no_block_too_many(self, mask, block_size):
         made = mask.to_block_mask(block_size)
         heads = mask.num_heads
@@ -361,26 +361,26 @@ class TestBlockMask:
         )
         assert eight == one + 7 * 4 * (2048 // 128) ** 2  # beside the bits, a number per pair of blocks
 
-    def test_full_blocks_and_squares_take_no_bits(self):
+    def test_full_blocks_and_tiles_take_no_bits(self):
         nothing_and_everything = 2 * (64 * 4 + 32)
         none = sm.masks.none(num_tokens=2048, num_heads=1).to_block_mask()
         assert held_by(none) == 4 * 16**2 + nothing_and_everything
-        # Every second block of 128 is of full squares and empty ones.
+        # All that is left of the blocks of 128 is full tiles and empty ones.
         halves = sm.masks.block(num_tokens=2048, num_heads=1, block_size=64).to_block_mask()
         assert held_by(halves) == 4 * 16**2 + nothing_and_everything + 16 * 64 * 4
 
-        # Nor do blocks that are smaller than a square.
+        # Nor do blocks that are smaller than a tile.
         small = sm.masks.none(num_tokens=64, num_heads=1).to_block_mask(8)
         assert held_by(small) == 4 * 8**2 + 2 * (4 + 32)
 
     def test_many_edges_are_looked_at_a_strip_at_a_time(self, monkeypatch):
         looked_at = []
 
-        def seen(rows, *others, of=block_mask._blocks_and_squares):
+        def seen(rows, *others, of=block_mask._blocks_and_tiles):
             looked_at.append(rows)
             return of(rows, *others)
 
-        monkeypatch.setattr(block_mask, "_blocks_and_squares", seen)
+        monkeypatch.setattr(block_mask, "_blocks_and_tiles", seen)
         monkeypatch.setattr(block_mask, "_MOST_EDGES", 200)
         mask = sm.masks.local(num_tokens=N, num_heads=1, window=2)
         self.test_it_keeps_the_same_pairs_and_no_block_too_many(mask, 8)
@@ -390,11 +390,12 @@ class TestBlockMask:
         self.test_it_keeps_the_same_pairs_and_no_block_too_many(mask, 8)
         assert [rows.unique().tolist() for rows in looked_at] == [[*range(16)], [*range(16, 32)], [32]]
 
-    def test_masks_that_differ_a_little_are_compiled_once(self):
+    def test_masks_that_differ_a_little_share_kernels(self):
         masks = [few_keys(1, 2048, 3, seed) for seed in range(6)]
-        lengths = [[x.shape for x in captured(mask.to_block_mask())] for mask in masks]
-        assert len({int(mask.to_block_mask().kv_num_blocks.sum()) for mask in masks}) > 1
-        assert lengths == lengths[:1] * 6
+        made = [mask.to_block_mask() for mask in masks]
+        assert len({int(each.kv_num_blocks.sum()) for each in made}) > 1
+        # Two kernels where the masks are to both sides of a length.
+        assert len({tuple(x.shape for x in captured(each)) for each in made}) <= 2
 
     def test_sizes(self):
         with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):

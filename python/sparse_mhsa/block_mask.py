@@ -1,13 +1,13 @@
 """Edges as a FlexAttention `BlockMask`, in memory that grows with the edges.
 
 FlexAttention asks a function, pair by pair, whether a block that keeps some pairs and not all keeps this one. The
-answer is a bit, found in three steps: the block, the square of 16 x 16 pairs in it, the pair in that. Blocks and
-squares that keep nothing or everything have no bits of their own.
+answer is a bit, found in three steps: the block, the tile of 8 queries and 32 keys in it, the pair in that. Blocks and
+tiles that keep nothing or everything have no bits of their own.
 
 Source: FlexAttention, Dong et al., 2024 (arXiv 2412.05496).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,10 +19,9 @@ from .config import integer
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_SQUARE = 16
-_WORD = 32  # bits of the integers that hold the pairs of a square
-_WORDS = _SQUARE**2 // _WORD
-# The numbers of blocks and squares that keep nothing and everything, before those that have bits of their own.
+# Of a tile: one integer of 32 bits per query.
+_QUERIES, _KEYS = 8, 32
+# The numbers of blocks and tiles that keep nothing and everything, before those that have bits of their own.
 _NOTHING, _EVERYTHING, _FIRST = 0, 1, 2
 # Looked at together; each takes about a hundred bytes meanwhile.
 _MOST_EDGES = 1 << 20
@@ -35,21 +34,21 @@ class _Strip(NamedTuple):
     numbers: Tensor
     """(touched blocks,) int32: the number of each."""
 
-    square_at: Tensor
-    """(blocks kept in part, squares of a block) int32: the number of each square."""
+    tile_at: Tensor
+    """(blocks kept in part, tiles of a block) int32: the number of each tile, row by row."""
 
-    words: Tensor
-    """(squares kept in part, 8) int32: bit p % 32 of word p // 32 is pair p of the square."""
+    bits: Tensor
+    """(tiles kept in part, 8) int32: bit k of integer q says whether query q of the tile keeps key k of it."""
 
 
 def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | str | None = None) -> "BlockMask":
     """The edges as a FlexAttention `BlockMask`, for `torch.nn.attention.flex_attention.flex_attention`.
 
     Blocks that keep every pair are full, and of those that keep none nothing is stored. Each of the others takes 4
-    bytes per square of 16 x 16 pairs in it, and 32 bytes for each of these squares that is kept in part, once for all
-    heads that share their edges. With blocks of 128 that is about 8 bytes per edge along diagonals and at most 288 per
-    edge of any mask, whatever N. Beside those, memory is one number per pair of blocks, as in any `BlockMask`. A query
-    without a key gives zero in FlexAttention too.
+    bytes per tile of 8 queries and 32 keys in it, and 32 bytes for each of these tiles that is kept in part, once for
+    all heads that share their edges. With blocks of 128 that is about 8 bytes per edge along diagonals and at most 288
+    per edge of any mask, whatever N. Beside those, memory is one number per pair of blocks, as in any `BlockMask`. A
+    query without a key gives zero in FlexAttention too.
 
     Args:
         edges: of H heads.
@@ -68,12 +67,13 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
     n, num_heads = edges.num_tokens, edges.num_heads
     if n == 0:
         raise ValueError("to_block_mask: expected at least one token, got 0")
-    side, squares_across = -(-n // block_size), -(-block_size // _SQUARE)
+    side = -(-n // block_size)
+    down, across = -(-block_size // _QUERIES), -(-block_size // _KEYS)
     blocks_of_head = torch.full((num_heads, side * side), _NOTHING, dtype=torch.int32)
     # What keeps nothing, and what keeps everything.
-    square_at = [torch.tensor([[_NOTHING], [_EVERYTHING]], dtype=torch.int32).expand(_FIRST, squares_across**2)]
-    words = [torch.tensor([[0], [-1]], dtype=torch.int32).expand(_FIRST, _WORDS)]
-    num_blocks = num_squares = _FIRST
+    tile_at = [torch.tensor([[_NOTHING], [_EVERYTHING]], dtype=torch.int32).expand(_FIRST, down * across)]
+    bits = [torch.tensor([[0], [-1]], dtype=torch.int32).expand(_FIRST, _QUERIES)]
+    num_blocks = num_tiles = _FIRST
     for number in range(num_heads):
         same = edges.describe(number)["shared_with"]
         if same is not None:
@@ -83,23 +83,23 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
         for start, stop in _strips(row_ptr, block_size):
             rows = torch.repeat_interleave(torch.arange(start, stop), row_ptr[start : stop + 1].diff())
             in_strip = columns[row_ptr[start] : row_ptr[stop]]
-            strip = _blocks_and_squares(rows, in_strip, n, block_size, num_blocks, num_squares)
+            strip = _blocks_and_tiles(rows, in_strip, n, block_size, num_blocks, num_tiles)
             blocks_of_head[number, strip.blocks] = strip.numbers
-            square_at.append(strip.square_at)
-            words.append(strip.words)
-            num_blocks += len(strip.square_at)
-            num_squares += len(strip.words)
-    most_blocks = _FIRST + num_heads * side**2
-    square_of = _with_room(square_at, most_blocks).flatten().to(device)
-    word_of = _with_room(words, _FIRST + (most_blocks - _FIRST) * squares_across**2).flatten().to(device)
-    block_of = blocks_of_head.to(device)
+            tile_at.append(strip.tile_at)
+            bits.append(strip.bits)
+            num_blocks += len(strip.tile_at)
+            num_tiles += len(strip.bits)
+    most_blocks = num_heads * side**2
+    block_of = blocks_of_head.view(num_heads, side, side).to(device)
+    tile_of = _with_room(tile_at, _FIRST + most_blocks).view(-1, down, across).to(device)
+    bits_of = _with_room(bits, _FIRST + most_blocks * down * across).to(device)
+    by_block, by_queries, by_keys = map(_divided_by, (block_size, _QUERIES, _KEYS))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = block_of[head, query // block_size * side + key // block_size]
-        row, column = query % block_size, key % block_size
-        square = square_of[block * squares_across**2 + row // _SQUARE * squares_across + column // _SQUARE]
-        pair = row % _SQUARE * _SQUARE + column % _SQUARE
-        return (word_of[square * _WORDS + pair // _WORD] >> (pair % _WORD)) & 1 != 0
+        (block_row, query), (block_column, key) = by_block(query), by_block(key)
+        (tile_row, query), (tile_column, key) = by_queries(query), by_keys(key)
+        tile = tile_of[block_of[head, block_row, block_column], tile_row, tile_column]
+        return (bits_of[tile, query] >> key) & 1 != 0
 
     def blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Number of chosen blocks in each row of blocks, and their columns, padded with the others."""
@@ -122,8 +122,8 @@ def _strips(row_ptr: Tensor, block_size: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _blocks_and_squares(
-    rows: Tensor, columns: Tensor, num_tokens: int, block_size: int, first_block: int, first_square: int
+def _blocks_and_tiles(
+    rows: Tensor, columns: Tensor, num_tokens: int, block_size: int, first_block: int, first_tile: int
 ) -> _Strip:
     """Of edges in whole rows of blocks.
 
@@ -133,35 +133,43 @@ def _blocks_and_squares(
         num_tokens: N.
         block_size: side of a block in tokens.
         first_block: number of the first block that is kept in part.
-        first_square: likewise of squares.
+        first_tile: likewise of tiles.
 
     Returns:
-        The blocks and squares that have edges.
+        The blocks and tiles that have edges.
     """
-    side, squares_across = -(-num_tokens // block_size), -(-block_size // _SQUARE)
+    side = -(-num_tokens // block_size)
+    down, across = -(-block_size // _QUERIES), -(-block_size // _KEYS)
     row, column = rows % block_size, columns % block_size
     block = rows // block_size * side + columns // block_size
-    square = (block * squares_across + row // _SQUARE) * squares_across + column // _SQUARE
-    squares, square_of_edge, edges_in_square = torch.unique(square, return_inverse=True, return_counts=True)
-    blocks, block_of_square = torch.unique_consecutive(squares // squares_across**2, return_inverse=True)
-    edges_in_block = torch.zeros(len(blocks), dtype=torch.int64).index_add_(0, block_of_square, edges_in_square)
+    tile = (block * down + row // _QUERIES) * across + column // _KEYS
+    tiles, tile_of_edge, edges_in_tile = torch.unique(tile, return_inverse=True, return_counts=True)
+    blocks, block_of_tile = torch.unique_consecutive(tiles // (down * across), return_inverse=True)
+    edges_in_block = torch.zeros(len(blocks), dtype=torch.int64).index_add_(0, block_of_tile, edges_in_tile)
 
     block_in_part = edges_in_block < block_size**2
-    listed = block_in_part[block_of_square]
-    square_in_part = listed & (edges_in_square < _SQUARE**2)
-    own_block, own_square = block_in_part.cumsum(0) - 1, square_in_part.cumsum(0) - 1
+    listed = block_in_part[block_of_tile]
+    tile_in_part = listed & (edges_in_tile < _QUERIES * _KEYS)
+    own_block, own_tile = block_in_part.cumsum(0) - 1, tile_in_part.cumsum(0) - 1
     numbers = torch.where(block_in_part, first_block + own_block, _EVERYTHING).to(torch.int32)
-    square_at = torch.full((int(block_in_part.sum()), squares_across**2), _NOTHING, dtype=torch.int32)
-    square_numbers = torch.where(square_in_part, first_square + own_square, _EVERYTHING).to(torch.int32)
-    square_at[own_block[block_of_square[listed]], squares[listed] % squares_across**2] = square_numbers[listed]
+    tile_at = torch.full((int(block_in_part.sum()), down * across), _NOTHING, dtype=torch.int32)
+    tile_numbers = torch.where(tile_in_part, first_tile + own_tile, _EVERYTHING).to(torch.int32)
+    tile_at[own_block[block_of_tile[listed]], tiles[listed] % (down * across)] = tile_numbers[listed]
 
-    stored = square_in_part[square_of_edge]
-    pair = (row % _SQUARE * _SQUARE + column % _SQUARE)[stored]
-    word = own_square[square_of_edge[stored]] * _WORDS + pair // _WORD
-    words = torch.zeros(int(square_in_part.sum()) * _WORDS, dtype=torch.int32)
+    stored = tile_in_part[tile_of_edge]
+    place = own_tile[tile_of_edge[stored]] * _QUERIES + row[stored] % _QUERIES
+    bits = torch.zeros(int(tile_in_part.sum()) * _QUERIES, dtype=torch.int32)
     # Every pair comes once, so that the sum of its bits is their union.
-    words.index_add_(0, word, (1 << pair % _WORD).to(torch.int32))
-    return _Strip(blocks, numbers, square_at, words.view(-1, _WORDS))
+    bits.index_add_(0, place, (1 << column[stored] % _KEYS).to(torch.int32))
+    return _Strip(blocks, numbers, tile_at, bits.view(-1, _QUERIES))
+
+
+def _divided_by(size: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Quotient and remainder of numbers from 0, by shifts where they will do: FlexAttention asks twice as fast then."""
+    if size & (size - 1) == 0:
+        shift = size.bit_length() - 1
+        return lambda number: (number >> shift, number & (size - 1))
+    return lambda number: (number // size, number % size)
 
 
 def _with_room(parts: list[Tensor], most: int) -> Tensor:
