@@ -544,6 +544,13 @@ class TestValue:
         assert "panels" in str(window.explain(64))
         assert "kernel" not in str(window.explain())
 
+    def test_it_says_which_calls_are_handed_over(self):
+        none = sm.masks.none(num_tokens=9, num_heads=1).explain()
+        assert none.handed_over is not None
+        assert none.handed_over in str(none)
+        assert none.handed_over in none._repr_html_()
+        assert sm.masks.local(num_tokens=9, num_heads=1, window=9).explain().handed_over is None
+
     def test_overlap_is_the_jaccard_index(self):
         for mask in MADE.values():
             dense = mask.to_dense()

@@ -29,6 +29,7 @@ __all__ = [
     "force_kernel",
     "forward",
     "forward_edges",
+    "instruction_set",
     "load_scores",
     "register_backend",
     "register_mask",
@@ -177,6 +178,12 @@ class Edges:
 def force_kernel(name: str | None) -> None:
     """Compute every head that it can with the kernel ``edges``, ``lines`` or ``panels``, in the whole process and until
     it is called with None: to measure and to test kernels where another one would be chosen."""
+
+def instruction_set() -> Literal["scalar", "avx2", "avx512", "avx512bf16", "amx"]:
+    """What the kernels compute with in this process: the fastest of the machine, or what ``SPARSE_MHSA_SIMD`` names.
+
+    Raises a ValueError where the variable names no set, or one that the machine lacks.
+    """
 
 def registered_masks() -> list[dict[str, Any]]:
     """One mapping per mask: ``name``, ``aliases``, ``about``, ``keys`` (its mask_kwargs), ``budget_keys`` (those

@@ -50,6 +50,8 @@ class Explanation:
     num_prefix_tokens: int
     density: float
     heads: tuple[HeadExplanation, ...]
+    handed_over: str | None = None
+    """Which calls PyTorch's dense attention computes instead of the kernels named below, None for none."""
 
     @property
     def edges(self) -> int:
@@ -73,6 +75,7 @@ class Explanation:
         return (
             f"{self.title}: {self.num_tokens} tokens ({self.num_prefix_tokens} prefix), {len(self.heads)} heads, "
             f"{self.edges} edges, density {self.density:.2%}, {self.bytes} bytes"
+            + ("" if self.handed_over is None else f"; {self.handed_over}")
         )
 
     def __str__(self) -> str:
@@ -90,13 +93,14 @@ class Explanation:
         return f"<p>{html.escape(self._summary())}</p><table><tr>{head}</tr>{body}</table>"
 
 
-def explain(edges: Edges, title: str, head_dim: int | None) -> Explanation:
+def explain(edges: Edges, title: str, head_dim: int | None, handed_over: str | None = None) -> Explanation:
     """Describe edges head by head.
 
     Args:
         edges: of all heads.
         title: what to call them.
         head_dim: D, for the cost; None leaves it out.
+        handed_over: which calls other code computes.
 
     Returns:
         The table.
@@ -111,7 +115,7 @@ def explain(edges: Edges, title: str, head_dim: int | None) -> Explanation:
         gmacs = None if head_dim is None else in_unit(attention_macs(entry["edges"], head_dim), "GMACs")
         heads.append(HeadExplanation(head=head, gmacs=gmacs, **entry))
     density = sum(edges.nnz()) / max(1, edges.num_heads * edges.num_tokens**2)
-    return Explanation(title, edges.num_tokens, edges.num_prefix_tokens, density, tuple(heads))
+    return Explanation(title, edges.num_tokens, edges.num_prefix_tokens, density, tuple(heads), handed_over)
 
 
 def _text(value: object) -> str:

@@ -300,6 +300,8 @@ _make_dense_mask._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast as `scaled_dot_product_attention` does under autocast: everything but float64."""
+    if _autocast_dtype(q) == q.dtype == k.dtype == v.dtype:  # nearly always, and small calls feel every microsecond
+        return q, k, v
     q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
     return q, k, v
 
@@ -323,7 +325,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it and pass key_padding_mask")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-    if not _autocast_dtype(q) == _autocast_dtype(k) == _autocast_dtype(v):
+    same_dtype = q.dtype == k.dtype == v.dtype
+    if not (same_dtype or _autocast_dtype(q) == _autocast_dtype(k) == _autocast_dtype(v)):
         raise TypeError(
             "Expected query, key, and value to have the same dtype, but got "
             f"query.dtype: {q.dtype} key.dtype: {k.dtype} and value.dtype: {v.dtype} instead."

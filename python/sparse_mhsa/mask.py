@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from . import explore, viz
+from . import explore, handover, viz
 from ._core import AttentionConfig, Edges
 from .block_mask import to_block_mask
 from .config import MAX_TOKENS, ConfigLike, config_error, index, integer, integers, load_config
@@ -478,9 +478,11 @@ class Mask:
             head_dim: D; default is the one the mask was made with.
 
         Returns:
-            A table: segments by kind, edges, bytes, and where D is known GMACs, kernel and predicted time.
+            A table: segments by kind, edges, bytes, and where D is known GMACs, kernel and predicted time. It says
+            which calls are handed over to PyTorch's dense attention.
         """
-        return explain(self._edges, self.name, self._head_dim if head_dim is None else head_dim)
+        handed_over = handover.EXPLAINED if self.is_dense else None
+        return explain(self._edges, self.name, self._head_dim if head_dim is None else head_dim, handed_over)
 
     def degrees(self, head: int) -> Tensor:
         """(N,) int64: keys kept by each query of a head."""

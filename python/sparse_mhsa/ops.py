@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import _core
+from . import _core, handover
 from .edges import EdgeAttention, EdgeSource, VmapInfo
 from .engine import NAMES, chosen_engine, engine_for
 
@@ -57,11 +57,13 @@ def _fake_backward(
 
 def _kernel(name: str) -> Callable[..., Any]:
     """The core's function, told which engine to use when it runs: never when it is traced."""
-    compute = getattr(_core, name)
+    compute, dense = getattr(_core, name), handover.OPERATORS.get(name)
 
     def run(first: Tensor, *args: object, engine: Tensor | None = None, **options: bool) -> Any:  # noqa: ANN401
-        chosen = None if engine is None else NAMES[int(engine)]
-        return compute(engine_for(first.device, chosen), first, *args, **options)
+        found = engine_for(first.device, None if engine is None else NAMES[int(engine)])
+        if dense is not None and found == "cpu" and (result := dense(first, *args)) is not None:
+            return result
+        return compute(found, first, *args, **options)
 
     return run
 

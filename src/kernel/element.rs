@@ -16,6 +16,8 @@ pub trait Element: Copy + Send + Sync + Debug + 'static {
     type Acc: Real;
     /// How errors and benches call it.
     const NAME: &'static str;
+    /// Whether this type is `bf16`, which some machines multiply in pairs.
+    const IS_BF16: bool;
     /// Exact.
     fn to_acc(self) -> Self::Acc;
     /// Rounded to nearest, ties to even.
@@ -80,6 +82,7 @@ macro_rules! real {
         impl Element for $type {
             type Acc = $type;
             const NAME: &'static str = stringify!($type);
+            const IS_BF16: bool = false;
             #[inline(always)]
             fn to_acc(self) -> $type {
                 self
@@ -158,10 +161,11 @@ real!(f32, u32, u64, Exp::F32, scalar::Portable<f32, 4>, avx2::F32x8, avx512::F3
 real!(f64, u64, u128, Exp::F64, scalar::Portable<f64, 4>, avx2::F64x4, avx512::F64x8);
 
 macro_rules! half {
-    ($type:ident) => {
+    ($type:ident, $is_bf16:literal) => {
         impl Element for $type {
             type Acc = f32;
             const NAME: &'static str = stringify!($type);
+            const IS_BF16: bool = $is_bf16;
             #[inline(always)]
             fn to_acc(self) -> f32 {
                 self.to_f32()
@@ -179,5 +183,5 @@ macro_rules! half {
     };
 }
 
-half!(bf16);
-half!(f16);
+half!(bf16, true);
+half!(f16, false);

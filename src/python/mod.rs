@@ -60,6 +60,12 @@ fn force_kernel(name: Option<&str>) -> PyResult<()> {
     Ok(())
 }
 
+/// The instruction set that kernels use in this process.
+#[pyfunction]
+fn instruction_set(py: Python<'_>) -> PyResult<&'static str> {
+    Ok(ops::isa(py)?.name())
+}
+
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // A second import in the same process (a sub-interpreter, a reload) keeps the first logger.
@@ -72,6 +78,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<edges::PyEdges>()?;
     module.add_function(wrap_pyfunction!(registered_masks, module)?)?;
     module.add_function(wrap_pyfunction!(force_kernel, module)?)?;
+    module.add_function(wrap_pyfunction!(instruction_set, module)?)?;
     module.add_function(wrap_pyfunction!(budget::allocate, module)?)?;
     module.add_function(wrap_pyfunction!(config::register_backend, module)?)?;
     module.add_function(wrap_pyfunction!(config::config_schema, module)?)?;

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use crate::kernel::element::Real;
+use crate::kernel::element::{Element, Real};
 
 const LINE: usize = 64;
 
@@ -18,7 +18,7 @@ pub(super) struct Buffer<R> {
     kind: std::marker::PhantomData<R>,
 }
 
-impl<R: Real> Buffer<R> {
+impl<R: Element> Buffer<R> {
     pub(super) fn zeros(len: usize) -> Self {
         Buffer {
             lines: vec![Line([0; LINE]); (len * size_of::<R>()).div_ceil(LINE)],
@@ -28,27 +28,27 @@ impl<R: Real> Buffer<R> {
     }
 }
 
-impl<R: Real> Buffer<R> {
+impl<R: Element> Buffer<R> {
     /// Numbers that are written before they are read: NaN in tests, to show when one is not.
     pub(super) fn unset(len: usize) -> Self {
         let mut buffer = Self::zeros(len);
         if cfg!(test) {
-            buffer.fill(R::from_f64(f64::NAN));
+            buffer.fill(R::from_acc(R::Acc::from_f64(f64::NAN)));
         }
         buffer
     }
 }
 
-impl<R: Real> Deref for Buffer<R> {
+impl<R: Element> Deref for Buffer<R> {
     type Target = [R];
     #[inline(always)]
     fn deref(&self) -> &[R] {
-        // SAFETY: the lines hold at least `len` numbers, are aligned for them, and any bits make an f32 or f64.
+        // SAFETY: the lines hold at least `len` numbers, are aligned for them, and any bits make an element.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 }
 
-impl<R: Real> DerefMut for Buffer<R> {
+impl<R: Element> DerefMut for Buffer<R> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [R] {
         // SAFETY: as above.

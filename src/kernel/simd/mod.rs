@@ -11,6 +11,8 @@ mod x86;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub mod pairs;
 pub mod scalar;
 
 use std::ops::{Add, Mul, Sub};
@@ -189,11 +191,15 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// That, and products of bfloat16: AVX-512 BF16.
+    Avx512Bf16,
+    /// That, and the matrix unit: AMX TILE and BF16.
+    Amx,
 }
 
 impl Isa {
     /// From the most portable to the fastest.
-    const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// Name in `SPARSE_MHSA_SIMD`.
     pub fn name(self) -> &'static str {
@@ -201,6 +207,8 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
         }
     }
 
@@ -222,8 +230,21 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Isa::Avx512.is_available() && pairs::Pairs::Dots.is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Avx512.is_available() && pairs::Pairs::Tiles.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
+        }
+    }
+
+    /// Whether it is faster than those before it, where it is available.
+    fn is_worthwhile(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => pairs::doubles_products(),
+            _ => true,
         }
     }
 
@@ -252,7 +273,8 @@ impl Isa {
     fn choose(request: Option<&str>) -> Result<Isa> {
         let names = Isa::ALL.map(Isa::name);
         let Some(request) = request.filter(|name| !name.is_empty()) else {
-            return Ok(*Isa::available().last().expect("scalar is always available"));
+            let fastest = Isa::available().into_iter().rev().find(|isa| isa.is_worthwhile());
+            return Ok(fastest.expect("scalar is always worthwhile"));
         };
         match Isa::ALL.into_iter().find(|isa| isa.name() == request) {
             None => Err(Error::Value(format!(
@@ -267,6 +289,16 @@ impl Isa {
                 )))
             }
             Some(isa) => Ok(isa),
+        }
+    }
+
+    /// What multiplies pairs of bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    pub fn pairs(self) -> Option<pairs::Pairs> {
+        match self {
+            Isa::Avx512Bf16 => Some(pairs::Pairs::Dots),
+            Isa::Amx => Some(pairs::Pairs::Tiles),
+            _ => None,
         }
     }
 
@@ -288,7 +320,7 @@ impl Isa {
                 unsafe { avx2::enter(kernel) }
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
                 assert!(self.is_available());
                 // SAFETY: as above.
                 unsafe { avx512::enter(kernel) }

@@ -271,7 +271,8 @@ fn exp_is_precise_and_underflows_to_zero_without_denormals() {
 
 #[test]
 fn the_set_can_be_chosen_by_name() {
-    assert_eq!(Isa::choose(None), Ok(*Isa::available().last().unwrap()));
+    let (fastest, last) = (Isa::choose(None).unwrap(), *Isa::available().last().unwrap());
+    assert!(fastest == last || (fastest, last) == (Isa::Avx512, Isa::Avx512Bf16), "{fastest:?}");
     assert_eq!(Isa::choose(Some("")), Isa::choose(None));
     for isa in Isa::ALL {
         match Isa::choose(Some(isa.name())) {
@@ -287,4 +288,125 @@ fn the_set_can_be_chosen_by_name() {
         error.contains("SPARSE_MHSA_SIMD: unknown instruction set `avx3`: did you mean `avx2`?"),
         "{error}"
     );
+}
+
+/// What [`pairs`] computes, against the same sums in f64.
+#[cfg(target_arch = "x86_64")]
+mod products_of_pairs {
+    use half::bf16;
+
+    use super::super::pairs::{Pairs, Term, narrow};
+    use super::super::*;
+    use crate::kernel::tests::{Random, values};
+
+    const SIDE: usize = 16;
+
+    fn available() -> impl Iterator<Item = Pairs> {
+        Isa::available().into_iter().filter_map(Isa::pairs)
+    }
+
+    fn close(got: f32, want: f64, sum_of_magnitudes: f64) -> bool {
+        (f64::from(got) - want).abs() <= 1e-5 * sum_of_magnitudes
+    }
+
+    /// Squares of which both halves, one or none are needed.
+    fn terms(panels: &[Vec<bf16>]) -> Vec<Term> {
+        let halves = |s: usize| [s % 4 != 1, s % 4 != 2 && s != 3];
+        panels
+            .iter()
+            .enumerate()
+            .map(|(s, panel)| Term { panel: panel.as_ptr(), halves: halves(s) })
+            .collect()
+    }
+
+    #[test]
+    fn scores_are_products_of_rows_and_columns() {
+        let mut random = Random(41);
+        for unit in available() {
+            for (width, count) in (1..=8).flat_map(|chunks| (1..=9).map(move |count| (32 * chunks, count))) {
+                let tile: Vec<bf16> = values(&mut random, SIDE * width, 2.0);
+                let panels: Vec<Vec<bf16>> =
+                    (0..count).map(|_| values(&mut random, SIDE * width, 2.0)).collect();
+                let terms = terms(&panels);
+                let mut scores = vec![f32::NAN; count * SIDE * SIDE];
+                // SAFETY: the set is available; there are sixteen rows, so many panels, and as many squares.
+                unsafe {
+                    unit.begin();
+                    unit.scores(tile.as_ptr(), width, &terms, scores.as_mut_ptr());
+                    unit.finish();
+                }
+                for (s, panel) in panels.iter().enumerate() {
+                    for (i, j) in (0..SIDE).flat_map(|i| (0..SIDE).map(move |j| (i, j))) {
+                        let products = (0..width).map(|d| {
+                            let key = panel[d / 2 * 2 * SIDE + 2 * j + d % 2];
+                            tile[i * width + d].to_f64() * key.to_f64()
+                        });
+                        let (want, most) =
+                            products.fold((0.0, 0.0), |(sum, most), p| (sum + p, most + p.abs()));
+                        let got = scores[(s * SIDE + i) * SIDE + j];
+                        let needed = terms[s].halves[i / 8];
+                        assert!(
+                            !needed || close(got, want, most),
+                            "{unit:?}, {width}, {s} {i} {j}: {got} {want}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weighted_sums_are_added_to_what_is_there() {
+        let mut random = Random(42);
+        for unit in available() {
+            for (width, count) in (1..=16).flat_map(|n| [0, 1, 2, 5, 33].map(move |count| (SIDE * n, count)))
+            {
+                let panels: Vec<Vec<bf16>> =
+                    (0..count).map(|_| values(&mut random, SIDE * width, 2.0)).collect();
+                let terms = terms(&panels);
+                let mut weights: Vec<bf16> = values(&mut random, count * SIDE * SIDE, 1.0);
+                for (s, term) in terms.iter().enumerate() {
+                    for half in (0..2).filter(|&half| !term.halves[half]) {
+                        let first = s * SIDE * SIDE + half * SIDE * SIDE / 2;
+                        weights[first..first + SIDE * SIDE / 2].fill(bf16::ZERO);
+                    }
+                }
+                let before: Vec<f32> = values(&mut random, SIDE * width, 2.0);
+                let mut out = before.clone();
+                // SAFETY: the set is available; there are so many squares of weights, panels of eight pairs, and sixteen rows.
+                unsafe {
+                    unit.begin();
+                    unit.add_sums(weights.as_ptr(), &terms, width, out.as_mut_ptr());
+                    unit.finish();
+                }
+                for (i, c) in (0..SIDE).flat_map(|i| (0..width).map(move |c| (i, c))) {
+                    let products = panels.iter().enumerate().flat_map(|(s, panel)| {
+                        let weights = &weights[(s * SIDE + i) * SIDE..];
+                        (0..SIDE).map(move |j| {
+                            weights[j].to_f64() * panel[j / 2 * 2 * width + 2 * c + j % 2].to_f64()
+                        })
+                    });
+                    let start = f64::from(before[i * width + c]);
+                    let (want, most) =
+                        products.fold((start, start.abs()), |(sum, most), p| (sum + p, most + p.abs()));
+                    let got = out[i * width + c];
+                    assert!(close(got, want, most), "{unit:?}, {width}, {count}, {i} {c}: {got} {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_the_nearest_and_ties_to_even() {
+        let mut random = Random(43);
+        let mut numbers: Vec<f32> = values(&mut random, 16 * 50, 4.0);
+        numbers.extend((0..16).map(|i| 1.0 + (2 * i + 1) as f32 / 256.0));
+        numbers.extend([0.0, -0.0, f32::INFINITY, f32::MAX].repeat(4));
+        if available().next().is_some() {
+            let mut got = vec![bf16::NAN; numbers.len()];
+            // SAFETY: the set is available, and the numbers exist at both places.
+            unsafe { narrow(numbers.as_ptr(), got.as_mut_ptr(), numbers.len()) };
+            assert!(got.iter().zip(&numbers).all(|(got, &x)| got.to_bits() == bf16::from_f32(x).to_bits()));
+        }
+    }
 }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::micro::{SQUARE, Scores, SumOfKeys, SumOfQueries};
-use super::packed::{Keys, Order, Panels, add_wild, set_bits};
+use super::packed::{Keys, Order, Packed, Panels, add_wild, set_bits};
 use super::{GROUP, WORTH_A_THREAD, slots};
 use crate::error::Result;
 use crate::kernel::Run;
@@ -51,7 +51,8 @@ pub(in crate::kernel::cpu) fn backward<T: Element>(
     let panels = sizes.keys.div_ceil(PANEL);
     let isa = run.isa;
     // Three layouts of keys and values, and the sums of dk and dv, share the cache.
-    let slots = slots(call, 3 * padded(sizes.dim) + 2 * padded(sizes.value_dim));
+    let numbers = 3 * padded(sizes.dim) + 2 * padded(sizes.value_dim);
+    let slots = slots(call, numbers * size_of::<T::Acc>());
     let run_tasks = |rows: usize, panels_per_task: usize, pass: Pass<T::Acc>| {
         let (by_rows, by_panels) =
             (sizes.queries.div_ceil(rows).max(1), panels.div_ceil(panels_per_task).max(1));
@@ -138,7 +139,7 @@ struct Queries<'a, T: Element> {
 struct Scratch<R> {
     squares: Vec<Square>,
     slots: Vec<usize>,
-    keys: Keys<R>,
+    keys: Keys<Panels<R>>,
     /// A tile of queries, of their outputs and of the gradients of those.
     queries: Panels<R>,
     out: Panels<R>,
@@ -179,6 +180,7 @@ impl<R: Real> Scratch<R> {
             keys: Keys::new(
                 Panels::new(dim, slots, Order::Both),
                 Panels::new(value_dim, slots, Order::Columns),
+                slots,
             ),
             queries: Panels::new(dim, 1, Order::Both),
             out: Panels::new(value_dim, 1, Order::Columns),
@@ -314,13 +316,13 @@ impl<T: Element> Task<'_, T> {
         let bits = u16::MAX >> (PANEL - count);
         // SAFETY: the queries exist; panels by columns have PANEL numbers for each of their channels.
         unsafe {
-            grad_out.pack::<V, T>(0, &head.grad_out, start, bits);
+            grad_out.pack::<V>(0, &head.grad_out, start, bits);
             deltas.fill([T::Acc::ZERO; 2]);
             if let Pass::Keys(all) = self.pass {
                 let first = head.first_row + start;
                 deltas[..count].copy_from_slice(&all.as_chunks().0[first..first + count]);
             } else if !sums_delta {
-                out.pack::<V, T>(0, &head.out, start, bits);
+                out.pack::<V>(0, &head.out, start, bits);
                 // Summed as scores are: where a query keeps one key, `dO . O` is the `dO . v` of it.
                 for lane in (0..PANEL).step_by(V::LANES) {
                     let mut sum = V::splat(T::Acc::ZERO);
@@ -342,7 +344,7 @@ impl<T: Element> Task<'_, T> {
             for slot in 0..count {
                 shifts[slot] = shift(head.lse.at(start + slot));
             }
-            queries.pack::<V, T>(0, &head.tensors.q, start, bits);
+            queries.pack::<V>(0, &head.tensors.q, start, bits);
             queries.scale::<V>(scale, scale);
         }
     }

@@ -7,8 +7,11 @@
 
 mod backward;
 mod forward;
+#[cfg(target_arch = "x86_64")]
+mod in_pairs;
 mod micro;
 mod packed;
+mod products;
 
 pub(super) use backward::backward;
 pub(super) use forward::forward;
@@ -71,9 +74,9 @@ impl Heads {
     }
 }
 
-/// How many panels of keys a thread keeps packed, where all layouts of one token have so many numbers in total. No more than tiles
+/// How many panels of keys a thread keeps packed, where all layouts of one token have so many bytes in total. No more than tiles
 /// that follow each other share: what is packed anew should take the place of something that is still in the cache.
-fn slots<T: Element>(call: &Call<T>, numbers: usize) -> usize {
+fn slots<T: Element>(call: &Call<T>, bytes: usize) -> usize {
     let heads = call.sizes.heads;
     let needed = |unit: &usize| {
         let (batch, first) = (unit / call.sizes.kv_heads, unit % call.sizes.kv_heads * call.sizes.group());
@@ -81,6 +84,6 @@ fn slots<T: Element>(call: &Call<T>, numbers: usize) -> usize {
         (first..first + call.sizes.group()).map(squares).max().unwrap_or(0)
     };
     let needed = call.panels.units().iter().map(needed).max().unwrap_or(0);
-    let most = PACKED_BYTES / (numbers * PANEL * size_of::<T::Acc>());
+    let most = PACKED_BYTES / (bytes * PANEL);
     (needed + needed / 4 + 2).min(most).max(1)
 }

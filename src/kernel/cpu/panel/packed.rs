@@ -18,6 +18,20 @@ pub(super) enum Order {
     Both,
 }
 
+/// Panels of one matrix, each in a slot.
+pub(super) trait Packed<T: Element> {
+    /// Per slot, which tokens are left out because they are not finite; empty where none is ever left out.
+    fn wild(&self) -> &[u16];
+
+    /// Fill `slot` with the tokens from `first` on whose bit is set; the others are not read, and zeros.
+    ///
+    /// # Safety
+    /// The instructions of `V` are available, and the tokens exist.
+    unsafe fn pack<V>(&mut self, slot: usize, matrix: &Matrix<T>, first: usize, bits: u16)
+    where
+        V: Vector<Lane = T::Acc> + Memory<T>;
+}
+
 /// Room for some panels of one matrix.
 #[derive(Debug)]
 pub(super) struct Panels<R> {
@@ -50,15 +64,31 @@ impl<R: Real> Panels<R> {
         self.width * PANEL
     }
 
-    /// Fill `slot` with the tokens from `first` on whose bit is set; the others are not read, and zeros.
+    /// Multiply the panel at `slot` by `factors` of its columns and of its rows.
     ///
     /// # Safety
-    /// The instructions of `V` are available, and the tokens exist.
+    /// The instructions of `V` are available.
     #[inline(always)]
-    pub unsafe fn pack<V, T>(&mut self, slot: usize, matrix: &Matrix<T>, first: usize, bits: u16)
+    pub unsafe fn scale<V: Vector<Lane = R>>(&mut self, columns: R, rows: R) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            crate::kernel::cpu::row::scale::<V>(&mut self.columns, columns);
+            if self.order != Order::Columns {
+                crate::kernel::cpu::row::scale::<V>(&mut self.rows, rows);
+            }
+        }
+    }
+}
+
+impl<T: Element> Packed<T> for Panels<T::Acc> {
+    fn wild(&self) -> &[u16] {
+        &self.wild
+    }
+
+    #[inline(always)]
+    unsafe fn pack<V>(&mut self, slot: usize, matrix: &Matrix<T>, first: usize, bits: u16)
     where
-        T: Element<Acc = R>,
-        V: Vector<Lane = R> + Memory<T>,
+        V: Vector<Lane = T::Acc> + Memory<T>,
     {
         let (width, size) = (self.width, self.width * PANEL);
         let at = if self.order == Order::Columns { 0 } else { slot * size };
@@ -68,7 +98,7 @@ impl<R: Real> Panels<R> {
                 // SAFETY: the caller says that the token exists; rows have padded width.
                 unsafe { matrix.stage::<V>(first + token, to) };
             } else {
-                to.fill(R::ZERO);
+                to.fill(T::Acc::ZERO);
             }
         }
         if self.order != Order::Rows {
@@ -90,25 +120,10 @@ impl<R: Real> Panels<R> {
                 for (token, row) in rows.chunks_exact_mut(width).enumerate() {
                     // SAFETY: the caller's promise.
                     if !unsafe { is_finite::<V>(row) } {
-                        row.fill(R::ZERO);
+                        row.fill(T::Acc::ZERO);
                         self.wild[slot] |= 1 << token;
                     }
                 }
-            }
-        }
-    }
-
-    /// Multiply the panel at `slot` by `factors` of its columns and of its rows.
-    ///
-    /// # Safety
-    /// The instructions of `V` are available.
-    #[inline(always)]
-    pub unsafe fn scale<V: Vector<Lane = R>>(&mut self, columns: R, rows: R) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            crate::kernel::cpu::row::scale::<V>(&mut self.columns, columns);
-            if self.order != Order::Columns {
-                crate::kernel::cpu::row::scale::<V>(&mut self.rows, rows);
             }
         }
     }
@@ -130,9 +145,9 @@ unsafe fn is_finite<V: Vector>(numbers: &[V::Lane]) -> bool {
 
 /// Packed keys and values of one head after the other, kept while tiles that share them follow each other.
 #[derive(Debug)]
-pub(super) struct Keys<R> {
-    pub k: Panels<R>,
-    pub v: Panels<R>,
+pub(super) struct Keys<P> {
+    pub k: P,
+    pub v: P,
     /// Per slot: whose panel it holds.
     tags: Vec<Option<(usize, usize)>>,
     /// Per slot: the last use.
@@ -142,9 +157,9 @@ pub(super) struct Keys<R> {
     pub allowed: Vec<u16>,
 }
 
-impl<R: Real> Keys<R> {
-    pub fn new(k: Panels<R>, v: Panels<R>) -> Self {
-        let slots = k.wild.len();
+impl<P> Keys<P> {
+    /// `k` and `v` have room for `slots` panels.
+    pub fn new(k: P, v: P, slots: usize) -> Self {
         Keys { k, v, tags: vec![None; slots], used: vec![0; slots], now: 0, allowed: vec![0; slots] }
     }
 
@@ -166,8 +181,9 @@ impl<R: Real> Keys<R> {
         squares: &[Square],
         slots: &mut Vec<usize>,
     ) where
-        T: Element<Acc = R>,
-        V: Vector<Lane = R> + Memory<T>,
+        T: Element,
+        P: Packed<T>,
+        V: Vector<Lane = T::Acc> + Memory<T>,
     {
         assert!(squares.len() <= self.tags.len());
         self.now += 1;
@@ -188,8 +204,8 @@ impl<R: Real> Keys<R> {
                 }
                 // SAFETY: allowed keys exist.
                 unsafe {
-                    self.k.pack::<V, T>(slot, &head.k, first, allowed);
-                    self.v.pack::<V, T>(slot, &head.v, first, allowed);
+                    self.k.pack::<V>(slot, &head.k, first, allowed);
+                    self.v.pack::<V>(slot, &head.v, first, allowed);
                 }
                 self.allowed[slot] = allowed;
                 self.tags[slot] = tag;
