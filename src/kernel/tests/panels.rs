@@ -69,13 +69,15 @@ fn every_number_of_tokens_up_to_two_tiles_is_right() {
     let mut random = Random(1);
     for n in 1..=2 * PANEL + 1 {
         for edges in [full(n, n), window(n, n, -9, 9), window(n, n, -40, 0), window(n, n, 3, 20)] {
-            let case = Case::<f64>::new(&mut random, [1, 1, 1, n, n, 5, 9], &[edges]);
-            check(&in_panels(case), &format!("{n} tokens"));
+            let (sizes, name, edges) = ([1, 1, 1, n, n, 5, 9], format!("{n} tokens"), [edges]);
+            check(&in_panels(Case::<f64>::new(&mut random, sizes, &edges)), &name);
+            check(&in_panels(Case::<bf16>::new(&mut random, sizes, &edges)), &name);
         }
     }
     for (n, s) in [(3, 50), (50, 3), (17, 47), (48, 49), (1, 16), (16, 1)] {
-        let case = Case::<f64>::new(&mut random, [1, 1, 1, n, s, 7, 3], &[full(n, s)]);
-        check(&case, &format!("{n} x {s}"));
+        let (sizes, name, edges) = ([1, 1, 1, n, s, 7, 3], format!("{n} x {s}"), [full(n, s)]);
+        check(&Case::<f64>::new(&mut random, sizes, &edges), &name);
+        check(&Case::<bf16>::new(&mut random, sizes, &edges), &name);
     }
 }
 
@@ -84,9 +86,10 @@ fn every_edge_of_a_band_is_right() {
     let mut random = Random(2);
     for lo in [-70, -33, -17, -16, -15, -1, 0, 5] {
         for width in [12, 15, 16, 17, 31, 48] {
-            let edges = window(75, 75, lo, lo + width);
-            let case = Case::<f64>::new(&mut random, [1, 1, 1, 75, 75, 4, 4], &[edges]);
-            check(&in_panels(case), &format!("offsets {lo} to {}", lo + width));
+            let (sizes, name) = ([1, 1, 1, 75, 75, 4, 4], format!("offsets {lo} to {}", lo + width));
+            let edges = [window(75, 75, lo, lo + width)];
+            check(&in_panels(Case::<f64>::new(&mut random, sizes, &edges)), &name);
+            check(&in_panels(Case::<bf16>::new(&mut random, sizes, &edges)), &name);
         }
     }
 }
@@ -109,12 +112,20 @@ fn every_width_of_head_is_right() {
 
 #[test]
 fn more_keys_than_are_kept_packed_come_in_parts() {
+    come_in_parts::<f32>([1, 2, 1, 40, 1100, 200, 210]);
+    come_in_parts::<bf16>([1, 2, 1, 40, 2100, 200, 210]);
+}
+
+fn come_in_parts<T: Element>(sizes: [usize; 7]) {
     let mut random = Random(4);
-    let mut case = Case::<f32>::new(&mut random, [1, 2, 1, 40, 1100, 200, 210], &[full(40, 1100)]);
+    let [_, _, _, queries, keys, dim, _] = sizes;
+    let mut case = Case::<T>::new(&mut random, sizes, &[full(queries, keys)]);
     // Later keys score higher, so that what was summed before has to shrink.
-    case.k.iter_mut().enumerate().for_each(|(place, k)| *k *= 1.0 + (place / 200) as f32 / 300.0);
+    for (place, k) in case.k.iter_mut().enumerate() {
+        *k = T::from_acc(k.to_acc() * T::Acc::from_f64(1.0 + (place / dim) as f64 / 300.0));
+    }
     check(&case, "parts");
-    case.key_mask = Some((0..1100).map(|key| u8::from(key % 7 != 2 && !(300..420).contains(&key))).collect());
+    case.key_mask = Some((0..keys).map(|key| u8::from(key % 7 != 2 && !(300..420).contains(&key))).collect());
     check(&case, "parts with a key mask");
 }
 
@@ -130,33 +141,44 @@ fn one_head_on_many_threads_gives_the_bits_of_one_thread() {
         Arc::new(blocks.build().unwrap()),
     ] {
         for isa in Isa::available() {
-            let case =
-                Case::<f32>::new(&mut random, [1, 1, 1, 400, 400, 40, 33], std::slice::from_ref(&edges));
-            let case = in_panels(case);
-            let one = case.results(isa);
-            for threads in [2, 3, 7] {
-                let many = results(&case.problem(), case.grad_out(), &run(isa, threads));
-                assert!(one.same_bits(&many), "{threads} threads on {}", isa.name());
-            }
+            the_bits_of_one_thread::<f32>(&mut random, &edges, isa);
+            the_bits_of_one_thread::<bf16>(&mut random, &edges, isa);
         }
+    }
+}
+
+fn the_bits_of_one_thread<T: Element>(random: &mut Random, edges: &Arc<EdgeSet>, isa: Isa) {
+    let case = Case::<T>::new(random, [1, 1, 1, 400, 400, 40, 33], std::slice::from_ref(edges));
+    let case = in_panels(case);
+    let one = case.results(isa);
+    for threads in [2, 3, 7] {
+        let many = results(&case.problem(), case.grad_out(), &run(isa, threads));
+        assert!(one.same_bits(&many), "{threads} threads on {}", isa.name());
     }
 }
 
 #[test]
 fn tokens_that_are_not_finite_reach_their_window_only() {
-    let (n, d, reach, bad) = (70usize, 5, 12usize, 33usize);
+    reach_their_window_only::<f32>();
+    reach_their_window_only::<bf16>();
+}
+
+fn reach_their_window_only<T: Element>() {
+    let (n, d, reach, bad) = (200usize, 5, 40usize, 100usize);
     let edges = window(n, n, -(reach as i64), reach as i64);
+    assert!(Plan::new(std::slice::from_ref(&edges)).unwrap().head(0, 0, 1).in_panels().pays);
     // In the panel kernel, and in the one for lines.
     let kernels = [true, false];
     for (isa, all_kept) in Isa::available().into_iter().flat_map(|isa| kernels.map(|kernel| (isa, kernel))) {
-        for value in [f32::NAN, f32::INFINITY] {
+        for value in [f64::NAN, f64::INFINITY] {
             for tensor in 0..4 {
                 let clean =
-                    Case::<f32>::new(&mut Random(6), [1, 1, 1, n, n, d, d], std::slice::from_ref(&edges));
+                    Case::<T>::new(&mut Random(6), [1, 1, 1, n, n, d, d], std::slice::from_ref(&edges));
                 let clean = if all_kept { in_panels(clean) } else { clean };
                 let mut case = clean.clone();
                 let data = [&mut case.q, &mut case.k, &mut case.v, &mut case.grad_out];
-                data.into_iter().nth(tensor).unwrap()[bad * d..(bad + 1) * d].fill(value);
+                data.into_iter().nth(tensor).unwrap()[bad * d..(bad + 1) * d]
+                    .fill(T::from_acc(T::Acc::from_f64(value)));
                 let (clean, got) = (clean.results(isa), case.results(isa));
                 // A query changes its own row, a key or value the rows of its window; gradients spread once more.
                 let (forward, backward) =
