@@ -318,6 +318,39 @@ def test_the_memory_there_is_ends_at_the_limit_of_the_process(monkeypatch):
     assert 0 < memory.available_memory() <= 64 << 20
 
 
+def test_memory_counts_what_a_container_may_use(tmp_path, monkeypatch):
+    """A limit of a control group holds for all in it, but for files that could be dropped from its memory."""
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "group").write_text("12:memory:/elsewhere\n0::/outer/inner\n")
+    for folder, most, used in ((inner, "max", 5 << 20), (inner.parent, str(9 << 20), 6 << 20)):
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {1 << 20}\n")
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "group")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    assert memory.available_memory() == 4 << 20
+
+
+def test_flex_attention_without_memory_is_out_of_memory_and_not_unsupported(monkeypatch):
+    def short(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Flex, "_compile", short)
+    with pytest.raises(MemoryError, match="can't allocate memory"):
+        Flex().prepare(problem("local"))
+
+
+def test_above_some_hundred_tokens_gradients_of_one_sample_are_compared():
+    config = {"mask": "local", "mask_kwargs": {"window": 3}}
+    few, many = (
+        Gate(Problem(Case("case", config, tokens, 3, 2, 8), torch.float32), masked=True) for tokens in (30, 600)
+    )
+    assert [x.shape[0] for x in (*few.exact, *few.base)] == [3] * 8
+    assert [x.shape[0] for x in (*many.exact, *many.base)] == [3, 1, 1, 1] * 2
+    many.check(Sparse().prepare(Problem(Case("case", config, 600, 3, 2, 8), torch.float32)), backward=True)
+
+
 def test_ratios_are_those_of_the_same_turn():
     """Other work slows the second turn three times: the ratio does not move."""
     assert paired_ratio([2.0, 6.0, None], [1.0, 3.0, 100.0]) == Spread(2.0, 2.0, 2.0, 2)

@@ -64,6 +64,19 @@ def test_a_size_that_does_not_fit_in_memory_is_shown_as_such_before_anything_is_
         assert row["tokens"] == 30 or all("for inputs, results and what" in result["reason"] for result in results)
 
 
+def test_what_was_made_for_the_forward_pass_is_not_counted_again(tmp_path, monkeypatch):
+    """A row with gradients needs less than twice what one without them does."""
+    asked = []
+    monkeypatch.setattr(run, "no_room", lambda need: asked.append(need))
+    options = LatencyOptions(tokens=(600,), batches=(4,), repeat=1, budget=0.1, threads=1, output_dir=tmp_path)
+    bench_latency(options, "sparse-mhsa bench latency", [method for method in METHODS if method.name == OURS])
+    forward, step = asked
+    one = 4 * 12 * 600 * 64 * 4
+    assert step <= 5 * one
+    # Inputs and output; of one sample in four, in float64 too, inputs and gradients for both kinds of attention.
+    assert 4 * one < forward <= 4 * one + 2 * (one + one // 4 * (6 + 12))
+
+
 def test_a_layer_has_the_projections_of_torchs_own_whatever_attends_in_it():
     case = Case("local", {"mask": "local", "mask_kwargs": {"window": 5}}, 30, batch=2, num_heads=3, head_dim=8)
     x, *weights = layer_inputs(case, torch.float64)
@@ -202,12 +215,20 @@ def test_the_crossover_is_the_size_from_which_on_sparse_is_always_faster():
         return {"kind": "attention", "direction": "forward", "batch": 1, "tokens": tokens, "methods": methods}
 
     def found(*rows):
-        return crossover({"rows": [row(*one) for one in rows]}, "attention", "forward", 1)
+        return crossover({"rows": [row(*one) for one in rows]}, "attention", "forward", 1)["tokens"]
 
     assert found((10, 2.0, 1.0), (20, 1.0, 2.0), (40, 1.0, 3.0)) == 20
     assert found((10, 1.0, 2.0), (20, 3.0, 2.0), (40, 1.0, 3.0)) == 40
     assert found((40, 1.0, None), (20, 1.0, 2.0)) == 20
     assert found((10, 2.0, 1.0)) is None
+
+
+def test_where_nothing_was_compared_there_is_no_crossover_to_name(tmp_path):
+    options = LatencyOptions(tokens=(30,), batches=(1,), repeat=1, budget=0.1, threads=1, output_dir=tmp_path)
+    bench_latency(options, "sparse-mhsa bench latency", [method for method in METHODS if method.name == OURS])
+    text = (tmp_path / "latency.md").read_text()
+    assert "attention, forward, batch 1: not measured" in text
+    assert "at none" not in text
 
 
 def test_the_command_names_what_it_cannot_use(capsys):

@@ -16,7 +16,7 @@ from .methods import Attention, Problem
 
 def kept(problem: Problem, rows: Tensor) -> Tensor:
     """(H, rows, N) bool: the edges of some queries that a mask by content should choose, in float64."""
-    q, k, _ = (x.detach()[0].double() for x in problem.case.inputs(problem.dtype))
+    q, k, _ = (x.detach()[0].double() for x in problem.inputs)
     prefix, kwargs = problem.mask.num_prefix_tokens, _kwargs(problem, "mask_kwargs")
     keep = torch.ones(q.shape[0], len(rows), q.shape[1], dtype=torch.bool)
     if problem.mask.name == "topk":

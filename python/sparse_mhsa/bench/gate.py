@@ -2,8 +2,8 @@
 
 The truth is dense masked attention in float64; the yardstick is the error that torch's own dense masked attention
 makes in the dtype of the row. Attention without edges is compared with its formula in the same way. Edges that are
-chosen by content must be those of the definition. Up to `ALL_ROWS` tokens every query is compared, above it
-`SAMPLED_ROWS` of them, with all gradients that flow from them.
+chosen by content must be those of the definition. Up to `ALL_ROWS` tokens every query of every sample is compared,
+above it `SAMPLED_ROWS` queries of each, with all gradients that flow from them in one sample.
 """
 
 import torch
@@ -40,7 +40,9 @@ class Gate:
         step = 1 if tokens <= ALL_ROWS else (tokens - 1) / (SAMPLED_ROWS - 1)
         self.rows = torch.unique((torch.arange(min(tokens, int(tokens / step) + 1)) * step).round().long())
         self.rows = self.rows[self.rows < tokens]
-        self.inputs = problem.case.inputs(problem.dtype)
+        self.inputs = problem.inputs
+        # Gradients are compared for so many: in float64, those of all would take several times the memory of inputs.
+        self.samples = problem.case.batch if tokens <= ALL_ROWS else min(1, problem.case.batch)
         grad = torch.zeros(self.inputs[0].shape, dtype=problem.dtype)
         generator = torch.Generator().manual_seed(1)
         grad[:, :, self.rows] = torch.randn((*grad.shape[:2], len(self.rows), grad.shape[-1]), generator=generator).to(
@@ -68,25 +70,42 @@ class Gate:
                 results = (attend(*(x.detach() for x in self.inputs)),)
         for (name, factor), result, exact, base in zip(FACTOR.items(), results, self.exact, self.base, strict=False):
             got = result.detach()
-            if name == "out":
-                got = got[:, :, self.rows]
+            got = got[:, :, self.rows] if name == "out" else got[: self.samples]
             error = (got.double() - exact).abs().max().item()
             usual = (base.double() - exact).abs().max().item()
             allowed = factor * usual + self.floor * exact.abs().max().item()
             if not error <= allowed:  # also for NaN
                 raise WrongResultError(f"{name} differs by {error:.2e}, allowed are {allowed:.2e}")
 
+    @staticmethod
+    def memory(problem: Problem) -> int:
+        """Bytes that it holds and computes with, about, beside the inputs of the problem."""
+        case = problem.case
+        sample = case.num_heads * case.num_tokens * case.head_dim
+        samples = case.batch if case.num_tokens <= ALL_ROWS else min(1, case.batch)
+        # Gradients that it gives and gets; in float64 and in the dtype of the row inputs and gradients.
+        return case.batch * sample * problem.item + samples * sample * (6 * 8 + 6 * problem.item)
+
     def _dense(self, dtype: torch.dtype, keep: Tensor | None, *, stepwise: bool = False) -> tuple[Tensor, ...]:
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in self.inputs)
+        """The chosen rows of the outputs of all samples, and the gradients of the first ones."""
+        q, k, v = (x.detach()[: self.samples].to(dtype).requires_grad_() for x in self.inputs)
+        out = self._rows_of(q, k, v, keep, stepwise=stepwise)
+        grads = torch.autograd.grad(out, (q, k, v), self.grad[: self.samples, :, self.rows].to(dtype))
+        outs = [out.detach()]
+        for sample in range(self.samples, len(self.inputs[0])):
+            q, k, v = (x.detach()[sample : sample + 1].to(dtype) for x in self.inputs)
+            outs.append(self._rows_of(q, k, v, keep, stepwise=stepwise))
+        return torch.cat(outs), *grads
+
+    def _rows_of(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, stepwise: bool) -> Tensor:
         if self.formula is not None:
-            out = self.formula(q, k, v)[:, :, self.rows]
+            out: Tensor = self.formula(q, k, v)[:, :, self.rows]
         elif stepwise:
             scores = q[:, :, self.rows] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
             out = (scores if keep is None else scores.masked_fill(~keep, -torch.inf)).softmax(dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q[:, :, self.rows], k, v, attn_mask=keep)
-        grads = torch.autograd.grad(out, (q, k, v), self.grad[:, :, self.rows].to(dtype))
-        return out.detach(), *grads
+        return out
 
     def _keep(self, problem: Problem) -> Tensor:
         """(1, H, rows, N) of the mask, from its edges: never N x N above `ALL_ROWS`."""

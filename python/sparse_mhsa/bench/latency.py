@@ -22,7 +22,7 @@ from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, spread
 from .methods import METHODS, OURS, Attention, Method, Problem, UnaffordableError
 from .options import BenchOptions, LatencyOptions
-from .run import extra_memory, failure, forward, measure_case, refused, short_of_memory, step, torch_threads
+from .run import extra_memory, failure, forward, measure_case, no_room, refused, short_of_memory, step, torch_threads
 from .table import MARKS
 
 logger = logging.getLogger("sparse_mhsa")
@@ -169,6 +169,10 @@ def _layer_times(
     case: Case, dtype: torch.dtype, options: LatencyOptions, direction: str, layers: dict[str, Layer]
 ) -> dict[str, dict[str, Any]]:
     backward = direction == "step"
+    numbers = case.batch * case.num_heads * case.num_tokens * case.head_dim * dtype.itemsize
+    # What goes in and comes out, q, k and v side by side, what attention gives; and the gradients of all of them.
+    if layers and (refusal := no_room((12 if backward else 6) * numbers)) is not None:
+        return dict.fromkeys(layers, refusal)
     try:
         inputs = layer_inputs(case, dtype)
         grad = torch.ones_like(inputs[0])
@@ -192,24 +196,28 @@ def _layer_times(
     return results
 
 
-def crossover(report: dict[str, Any], kind: str, direction: str, batch: int) -> int | None:
-    """The least number of tokens from which on sparse attention beat SDPA at every size measured with both."""
-    pairs = sorted(
+def crossover(report: dict[str, Any], kind: str, direction: str, batch: int) -> dict[str, Any]:
+    """Where sparse attention beats SDPA.
+
+    Returns:
+        ``sizes``: the numbers of tokens measured with both. ``tokens``: the least of them from which on sparse
+        attention was always faster, None if there is none.
+    """
+    both = sorted(
         (row["tokens"], *(row["methods"].get(name, {}).get("seconds", {}).get("median") for name in (OURS, "sdpa")))
         for row in report["rows"]
         if (row["kind"], row["direction"], row["batch"]) == (kind, direction, batch)
     )
+    both = [(tokens, ours, dense) for tokens, ours, dense in both if ours is not None and dense is not None]
     found = None
-    for tokens, ours, dense in pairs:
-        if ours is None or dense is None:
-            continue
+    for tokens, ours, dense in both:
         found = (tokens if found is None else found) if ours < dense else None
-    return found
+    return {"sizes": [tokens for tokens, *_ in both], "tokens": found}
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     report["crossover"] = [
-        {"kind": kind, "direction": direction, "batch": batch, "tokens": crossover(report, kind, direction, batch)}
+        {"kind": kind, "direction": direction, "batch": batch, **crossover(report, kind, direction, batch)}
         for kind, direction in PANELS
         for batch in sorted({row["batch"] for row in report["rows"]})
     ]
@@ -232,7 +240,8 @@ def _markdown(report: dict[str, Any]) -> str:
     lines += [_line(row, report) for row in report["rows"]]
     lines += ["", "Sparse is faster than SDPA from N on, at every size measured:", ""]
     lines += [
-        f"- {one['kind']}, {DIRECTIONS[one['direction']]}, batch {one['batch']}: {one['tokens'] or 'at none'}"
+        f"- {one['kind']}, {DIRECTIONS[one['direction']]}, batch {one['batch']}: "
+        f"{one['tokens'] or ('at none' if one['sizes'] else 'not measured')}"
         for one in report["crossover"]
     ]
     reasons = [

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from .measure import out_of_memory
 from .methods import METHODS, Problem
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def footprint(
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping and within ``ulimit -v``.
+    """Bytes that can be used without swapping, within ``ulimit -v`` and within what a container may use.
 
     Half of what the machine has where the system does not say.
     """
@@ -79,9 +80,28 @@ def available_memory() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - _resident("VmSize")))
+        bounds = [free, *_free_in_groups()]
+        if limit != resource.RLIM_INFINITY:
+            bounds.append(limit - _resident("VmSize"))
+        return max(0, min(bounds))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What is left of the memory limit of every control group (version 2) that this process is in."""
+    groups = next((line[3:] for line in GROUP.read_text().splitlines() if line.startswith("0::")), "/")
+    folder = GROUPS / groups.lstrip("/")
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(GROUPS):
+            return
+        try:
+            most, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:  # the root has no limit, nor has a group whose memory is not controlled
+            continue
+        if most != "max":
+            yield int(most) - int(used) + int(stat.get("inactive_file", 0))
 
 
 def _measure(case: Case, name: str, dtype: torch.dtype, backward: bool, threads: int, whole_layer: bool) -> Footprint:

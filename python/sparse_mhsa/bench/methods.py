@@ -18,7 +18,7 @@ from ..content import choose_masks
 from ..functional import attend, sparse_attention
 from ..mask import Mask
 from .cases import Case
-from .measure import seconds_of
+from .measure import out_of_memory, seconds_of
 from .torch_sparse import CsrAttention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,6 +50,11 @@ class Problem:
     dtype: torch.dtype
 
     @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, N, D) that require gradients: what is timed and what is compared."""
+        return self.case.inputs(self.dtype)
+
+    @cached_property
     def mask(self) -> Mask:
         """The edges; those chosen for the inputs of the row where they depend on content.
 
@@ -59,7 +64,7 @@ class Problem:
         case = self.case
         if not self.by_content:
             return case.layer_mask.at(case.num_tokens)
-        q, k, _ = (x.detach() for x in case.inputs(self.dtype))
+        q, k, _ = (x.detach() for x in self.inputs)
         (mask,) = choose_masks(case.config, q, k)
         return mask
 
@@ -263,8 +268,8 @@ class Flex(Method):
     block_sizes = (64, 128)
 
     def memory(self, problem: Problem, *, backward: bool) -> int:
-        """The dense mask, and what making the block mask of it takes."""
-        return problem.square // problem.case.batch * 3
+        """The dense mask, and what making the block mask of it takes: twelve bytes per pair were seen."""
+        return problem.square // problem.case.batch * 13
 
     def prepare(self, problem: Problem) -> Attention:
         """Compile for every block size and keep the fastest."""
@@ -280,6 +285,8 @@ class Flex(Method):
                     attend(*inputs)
                 return min(attends, key=lambda attend: min(seconds_of(partial(attend, *inputs)) for _ in range(3)))
         except Exception as error:  # no C++ compiler, or whatever else the compiler stack raises
+            if (message := out_of_memory(error)) is not None:
+                raise MemoryError(message.removeprefix("out of memory: ")) from error
             raise UnsupportedError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
     @staticmethod

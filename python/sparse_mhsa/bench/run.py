@@ -111,23 +111,27 @@ def measure_case(
     problem = Problem(case, dtype)
     gates: dict[tuple[bool, bool], Gate] = {}
     prepared: dict[str, Attention | dict[str, Any]] = {}
+    refusal: dict[str, Any] | None = None
     for direction in ("forward", "step"):
         backward = direction == "step"
         results: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
-        if (refusal := _no_room(problem)) is not None:
+        numbers = problem.item * case.batch * case.num_heads * case.num_tokens * case.head_dim
+        # The output and its gradient and those of q, k and v; what was made for the forward pass is there already.
+        need = 5 * numbers if backward else 4 * numbers + 2 * Gate.memory(problem)
+        refusal = refusal or no_room(need)
+        if refusal is not None:
             yield _row(problem, direction, {method.name: refusal for method in methods})
             continue
         try:
-            inputs = case.inputs(dtype)
+            inputs = problem.inputs
             grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         except (MemoryError, RuntimeError) as error:
             yield _row(problem, direction, {method.name: short_of_memory(error) for method in methods})
             continue
         for method in methods:
-            refusal = admit(method, problem, gates, prepared, backward=backward)
-            if refusal is not None:
-                results[method.name] = refusal
+            if (why_not := admit(method, problem, gates, prepared, backward=backward)) is not None:
+                results[method.name] = why_not
                 continue
             attend: Any = prepared[method.name]
             calls[method.name] = partial(step, attend, inputs, grad) if backward else partial(forward, attend, inputs)
@@ -165,13 +169,9 @@ def measure_case(
         yield _row(problem, direction, {method.name: results[method.name] for method in methods})
 
 
-def _no_room(problem: Problem) -> dict[str, Any] | None:
-    """The result of all methods where the row does not fit: what promises more memory than there is kills."""
-    case = problem.case
-    numbers = case.batch * case.num_heads * case.num_tokens * case.head_dim
-    # q, k, v and their gradients, the output and its gradient, once for timing and once for the gate, which holds
-    # torch's own gradients and, in float64, inputs and gradients as well.
-    need, free = numbers * (2 * 8 * problem.item + 3 * problem.item + 6 * 8), available_memory()
+def no_room(need: int) -> dict[str, Any] | None:
+    """The result of all methods where a row needs more bytes than there are: what the system promises beyond, kills."""
+    free = available_memory()
     if need <= free:
         return None
     sizes = (
