@@ -227,6 +227,24 @@ assert not loaded, loaded
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def parsers(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from parsers(part)
+
+
+@pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda parser: parser.prog)
+def test_every_help_ends_with_examples_of_the_command(parser):
+    text, _, examples = parser.format_help().partition("examples:\n")
+    assert text
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    assert lines
+    first = [line for line in lines if line.startswith("sparse-mhsa") or "sparse_mhsa" in line]
+    assert any(line.startswith(parser.prog) for line in first), lines
+
+
 def test_the_module_is_the_command(local):
     done = subprocess.run(
         [sys.executable, "-m", "sparse_mhsa", "config", "check", str(local)], capture_output=True, text=True

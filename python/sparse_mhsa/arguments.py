@@ -28,7 +28,32 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def add_command(commands: Any, name: str, run: Any, about: str, examples: tuple[str, ...] = ()) -> Parser:  # noqa: ANN401
+def with_examples(*lines: str) -> dict[str, Any]:
+    """What a parser is made with, so that its help ends with these command lines."""
+    return {
+        "epilog": "examples:\n" + "\n".join(f"  {line}" for line in lines),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def add_group(commands: Any, name: str, metavar: str, about: str, examples: tuple[str, ...]) -> Any:  # noqa: ANN401
+    """Add a command that consists of others.
+
+    Args:
+        commands: what ``add_subparsers`` returned.
+        name: of the group.
+        metavar: what the help calls one of the others.
+        about: a sentence.
+        examples: command lines for the end of the help text.
+
+    Returns:
+        What to add the others to.
+    """
+    group = commands.add_parser(name, help=about, description=about, allow_abbrev=False, **with_examples(*examples))
+    return group.add_subparsers(required=True, metavar=metavar)
+
+
+def add_command(commands: Any, name: str, run: Any, about: str, examples: tuple[str, ...]) -> Parser:  # noqa: ANN401
     """Add a command.
 
     Args:
@@ -46,8 +71,7 @@ def add_command(commands: Any, name: str, run: Any, about: str, examples: tuple[
         help=about,
         description=about,
         allow_abbrev=False,
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **with_examples(*examples),
     )
     added.set_defaults(run=run)
     return added

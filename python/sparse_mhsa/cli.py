@@ -8,13 +8,14 @@ import argparse
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._core import ConfigError, __version__
-from .arguments import Parser, add_command, configuration, hyphenate, natural, positive
+from .arguments import Parser, add_command, add_group, configuration, hyphenate, natural, positive, with_examples
 from .bench import commands as bench_commands
 from .bench.measure import out_of_memory
 from .config import configs, load_config
@@ -88,13 +89,31 @@ SCHEMA_LIMITS = (
 
 def build_parser() -> Parser:
     """The parser of all commands; the chosen command's function is in ``run``."""
-    parser = Parser(prog="sparse-mhsa", description="Sparse attention for PyTorch.", allow_abbrev=False)
+    parser = Parser(
+        prog="sparse-mhsa",
+        description="Sparse attention for PyTorch.",
+        allow_abbrev=False,
+        **with_examples(
+            "sparse-mhsa masks --list",
+            "sparse-mhsa demo",
+            "sparse-mhsa finetune --dataset mnist5k --attn-cfg vit_fibottention --epochs 5",
+            "sparse-mhsa COMMAND --help",
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"sparse_mhsa {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train_commands.add_commands(commands)
     masks = add_command(
-        commands, "masks", run_masks, "List what there is, or count and draw the edges of an attention configuration."
+        commands,
+        "masks",
+        run_masks,
+        "List what there is, or count and draw the edges of an attention configuration.",
+        (
+            "sparse-mhsa masks --list",
+            "sparse-mhsa masks vit_fibottention --tokens 197 --heads 12",
+            "sparse-mhsa masks neighborhood --tokens 197 --heads 3 --grid 14 14 --prefix-tokens 1 --plot heads.png",
+        ),
     )
     masks.add_argument(
         "file", type=configuration, nargs="?", help="attention configuration: a YAML file or a name from `config list`"
@@ -116,20 +135,36 @@ def build_parser() -> Parser:
     masks.add_argument("--grid", type=positive, nargs="+", help="patch grid, unless FILE says: H W, or T H W")
     masks.add_argument("--plot", type=Path, metavar="FILE", help="draw every head into this image")
     bench_commands.add_commands(commands)
-    config = add_command(commands, "config", run_config_list, "Work with attention configurations.")
-    actions = config.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="Say whether configurations are valid.", allow_abbrev=False)
-    check.add_argument("files", type=configuration, nargs="+", metavar="FILE")
-    check.set_defaults(run=run_config_check)
-    listing = actions.add_parser("list", help="Show the paths of the configurations that come with the package.")
-    listing.set_defaults(run=run_config_list)
-    schema = actions.add_parser(
-        "schema",
-        help="Print the JSON Schema of a configuration.",
-        description=f"Print the JSON Schema of a configuration. {SCHEMA_LIMITS}",
-        allow_abbrev=False,
+    actions = add_group(
+        commands,
+        "config",
+        "ACTION",
+        "Work with attention configurations.",
+        ("sparse-mhsa config list", "sparse-mhsa config check my.yaml"),
     )
-    schema.set_defaults(run=run_config_schema)
+    check = add_command(
+        actions,
+        "check",
+        run_config_check,
+        "Say whether configurations are valid.",
+        ("sparse-mhsa config check my.yaml", "sparse-mhsa config check vit_fibottention configs/*.yaml"),
+    )
+    check.add_argument("files", type=configuration, nargs="+", metavar="FILE")
+    add_command(
+        actions,
+        "list",
+        run_config_list,
+        "Show the paths of the configurations that come with the package.",
+        ("sparse-mhsa config list",),
+    )
+    schema = add_command(
+        actions,
+        "schema",
+        run_config_schema,
+        "Print the JSON Schema of a configuration.",
+        ("sparse-mhsa config schema > attention.schema.json",),
+    )
+    schema.description = textwrap.fill(f"Print the JSON Schema of a configuration. {SCHEMA_LIMITS}")
     return parser
 
 

@@ -15,7 +15,7 @@ import torch
 from sparse_mhsa.cli import main
 from sparse_mhsa.train import DataError, LoaderError, UsageError
 from sparse_mhsa.train.checkpoint import read_checkpoint
-from sparse_mhsa.train.datasets import digits, load_data, mnist5k, split_by_class
+from sparse_mhsa.train.datasets import digits, fingerprint, load_data, mnist5k, split_by_class
 from sparse_mhsa.train.engine import LAST, Trainer
 from sparse_mhsa.train.finetune import finetune
 from sparse_mhsa.train.folders import _read_image
@@ -146,10 +146,44 @@ def test_an_image_that_becomes_unreadable_costs_nothing_learned(
     broken.unlink()
     with pytest.raises(UsageError, match=r"24 training images, this run has 23; .* replaced, not removed"):
         finetune(replace(run, resume=run.output_dir / LAST))
+    (broken.parent / "renamed.png").write_bytes(content)
+    with pytest.raises(UsageError, match=r"--resume: .* other files in the training set than --data-path has now"):
+        finetune(replace(run, resume=run.output_dir / LAST))
+    (broken.parent / "renamed.png").rename(broken)
     broken.write_bytes(content)
     resumed = finetune(replace(run, resume=run.output_dir / LAST))
     straight = finetune(replace(run, output_dir=tmp_path / "straight"))
     assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+
+
+def test_test_images_must_be_the_same_ones_after_a_resume(options, image_root, tmp_path):
+    """Else the best of both halves of the run would be one of two different things."""
+    run = replace(options, dataset="imagefolder", data_path=image_root, batch_size=6, patch_size=4, epochs=1)
+    finetune(run)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(image_root, moved)
+    finetune(replace(run, data_path=moved, epochs=2, resume=run.output_dir / LAST))
+    next(path for path in (moved / "val").rglob("*.png")).unlink()
+    with pytest.raises(UsageError, match=r"--resume: .* other files in the test set than --data-path has now"):
+        finetune(replace(run, data_path=moved, epochs=3, resume=run.output_dir / LAST))
+
+
+def test_a_folder_without_labels_splits_anew_where_an_image_is_gone(options, tmp_path):
+    """Every tenth is held out, so that images move between the sets while their numbers stay."""
+    from PIL import Image
+
+    for number in range(21):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    recipe = PretrainOptions(dataset="imagefolder", data_path=tmp_path, input_size=8, output_dir=tmp_path / "out")
+    before = load_data(recipe)
+    shutil.copytree(tmp_path, tmp_path.with_name("moved"))
+    moved = load_data(replace(recipe, data_path=tmp_path.with_name("moved")))
+    assert fingerprint(before.train) == fingerprint(moved.train)
+    (tmp_path / "00.png").unlink()
+    after = load_data(recipe)
+    assert before.sizes[0] == after.sizes[0] == 18
+    assert fingerprint(before.train) != fingerprint(after.train)
+    assert fingerprint(before.test) != fingerprint(after.test)
 
 
 def test_a_run_stopped_inside_an_epoch_sees_the_augmentations_it_would_have_seen(

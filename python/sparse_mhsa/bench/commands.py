@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Parser, add_command, add_options, hyphenate, is_given, positive, read_options
+from ..arguments import Parser, add_command, add_group, add_options, hyphenate, is_given, positive, read_options
 from ..train import UsageError
 from ..train.recipes import FinetuneOptions
 from .options import DTYPES, GPU_EXAMPLES, QUICK_BUDGET, AccuracyOptions, BenchOptions, LatencyOptions
@@ -14,8 +14,13 @@ from .options import DTYPES, GPU_EXAMPLES, QUICK_BUDGET, AccuracyOptions, BenchO
 
 def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers returned)
     """Add ``bench`` and what it measures."""
-    bench = commands.add_parser("bench", help="Measure speed, memory and accuracy.", allow_abbrev=False)
-    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    kinds = add_group(
+        commands,
+        "bench",
+        "WHAT",
+        "Measure speed, memory and accuracy.",
+        ("sparse-mhsa bench kernels --quick", "sparse-mhsa bench latency --tokens 197 1025 --batches 1"),
+    )
     kernels = add_command(
         kinds,
         "kernels",

@@ -12,7 +12,8 @@ Keys of the file:
     history: what ``log.txt`` holds, one mapping per finished epoch.
     rng: states of the random generators of torch, NumPy and Python, one mapping per process.
     args: the options of the run.
-    data: ``classes`` (names, in the order of the outputs) and ``train_images`` (their number).
+    data: ``classes`` (names, in the order of the outputs), ``train_images`` (their number) and, in newer files,
+        ``sets``: the `fingerprint` of both.
     attention: the attention configuration as YAML text, or ``None`` for dense attention.
     decoder_attention: likewise, of the decoder of a masked autoencoder.
 
@@ -294,6 +295,10 @@ def _check(state: Field, task: str) -> None:
         each.mapping()
     state["data"].mapping()
     state["data"]["train_images"].integer(1)
+    if "sets" in state["data"].value:
+        for name, known in state["data"]["sets"].mapping().items():
+            if known is not None:
+                state["data"]["sets"][name].instance(str, "the fingerprint of a set or nothing")
     for each in state["data"]["classes"].items():
         each.instance(str, "the name of a class")
     for name in ("attention", "decoder_attention"):

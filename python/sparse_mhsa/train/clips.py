@@ -117,6 +117,11 @@ class Clips(Dataset[tuple[Tensor, int]]):
         return len(self.places)
 
     @property
+    def samples(self) -> list[tuple[Path, int]]:
+        """The film of every clip, and where in it the clip begins."""
+        return [(film.path, start) for film, start, _ in self.places]
+
+    @property
     def labels(self) -> list[int]:
         """Of every clip, without decoding it."""
         return [int(backward) if self.arrow else film.label for film, _, backward in self.places]

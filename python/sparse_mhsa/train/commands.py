@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_command, add_options, configuration, is_given, read_options
+from ..arguments import add_command, add_group, add_options, configuration, is_given, read_options
 from ..config import configs
 from .calibrate import CalibrateOptions
 from .dinov2 import Dinov2Options
@@ -94,9 +94,14 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  (what add_subparsers r
         ),
     )
     add_options(video, VideoOptions())
-    ablate = commands.add_parser("ablate", help="Take parts from a trained model.", allow_abbrev=False)
     heads = add_command(
-        ablate.add_subparsers(required=True, metavar="WHAT"),
+        add_group(
+            commands,
+            "ablate",
+            "WHAT",
+            "Take parts from a trained model.",
+            ("sparse-mhsa ablate heads --resume runs/finetune/checkpoint-best.pth",),
+        ),
         "heads",
         run_ablate_heads,
         "Test a classifier without each of its heads, and compare the heads' masks.",

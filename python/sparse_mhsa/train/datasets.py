@@ -1,6 +1,8 @@
 """Images to train on: real sets that come inside Python packages. `folders` has those that do not."""
 
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,20 @@ class ImageData:
     def sizes(self) -> tuple[int, int]:
         """Number of training and of test images."""
         return _length(self.train), _length(self.test)
+
+
+def fingerprint(dataset: Dataset[Any]) -> str | None:
+    """A hash of the path of each sample in order, or None for a set that does not consist of files.
+
+    The part that all paths share does not count, so that a data set may be moved.
+    """
+    samples = getattr(dataset, "samples", None)
+    if not samples:
+        return None
+    paths = [os.fspath(path) for path, *_ in samples]
+    shared = len(os.path.commonpath({Path(path).parent for path in paths}))
+    names = (path[shared:] for path in paths)
+    return hashlib.blake2b("\0".join(names).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
 def load_data(options: ImageOptions) -> ImageData:

@@ -31,7 +31,7 @@ from .checkpoint import (
     trained_epoch,
     write_checkpoint,
 )
-from .datasets import ImageData
+from .datasets import ImageData, fingerprint
 from .distributed import World, averaged
 from .events import Events
 from .interrupt import Interrupted, catch_interrupt
@@ -217,7 +217,11 @@ class Trainer:
             "history": self.history,
             "rng": self.world.gather(random_state()),
             "args": self.options.as_dict(),
-            "data": {"classes": list(self.data.class_names), "train_images": self.data.sizes[0]},
+            "data": {
+                "classes": list(self.data.class_names),
+                "train_images": self.data.sizes[0],
+                "sets": {"training": fingerprint(self.data.train), "test": fingerprint(self.data.test)},
+            },
             **self.attention,
         }
 

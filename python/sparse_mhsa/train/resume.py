@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import UsageError
 from .checkpoint import Field
+from .datasets import fingerprint
 from .options import flag_name
 
 if TYPE_CHECKING:
@@ -132,6 +133,15 @@ def check_run(trainer: "Trainer", state: dict[str, Any], path: Path) -> Iterator
             f"{trainer.options.sample_name}s, this run has {train_images}; a file that cannot be read must be "
             "replaced, not removed: on other data the run starts anew (--overwrite instead of --resume)"
         )
+    sets = {"training": trainer.data.train, "test": trainer.data.test}
+    for name, known in state["data"].get("sets", {}).items():
+        found = fingerprint(sets[name]) if name in sets else None
+        if None not in (known, found) and known != found:
+            raise UsageError(
+                f"--resume: '{path}' was written with other files in the {name} set than --data-path has now; an image "
+                "must be replaced, not removed, added or renamed: on other data the run starts anew (--overwrite "
+                "instead of --resume)"
+            )
     options, steps = trainer.options, trainer.steps_per_epoch
     if state["epoch"] > options.epochs:
         raise UsageError(
