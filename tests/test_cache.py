@@ -731,6 +731,31 @@ def test_worths_that_no_later_entry_could_have_are_refused(name, options, bound)
         cache.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "state: expected a mapping of names to tensors, got NoneType"),
+        ({0: torch.zeros(1)}, "state: expected names '<layer>.<tensor>', got 0"),
+    ],
+)
+def test_what_is_no_state_is_refused_by_name(state, message):
+    with pytest.raises(TypeError, match=message):
+        used("combined", {"recent": 2}).load_state_dict(state)
+
+
+def test_what_is_no_tensor_of_a_state_is_refused_by_name():
+    cache = used("combined", {"recent": 2})
+    with pytest.raises(TypeError, match=r"values: expected a torch.Tensor, got list"):
+        cache.load_state_dict({**cache.state_dict(), "1.values": [1.0]})
+
+
+def test_a_name_is_no_policy():
+    with pytest.raises(TypeError, match="policy: expected a CachePolicy, got str"):
+        KVCache.with_budget("sliding_window", 40, [[1.0]])
+    with pytest.raises(ValueError, match="policy: unknown name"):
+        CachePolicy(["a"])
+
+
 def test_a_refused_state_leaves_every_layer_as_it_was():
     cache = used("combined", {"recent": 2})
     before = {name: tensor.clone() for name, tensor in cache.state_dict().items()}

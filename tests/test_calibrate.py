@@ -326,6 +326,23 @@ def test_attention_that_is_not_finite_is_an_error_that_names_layer_batch_and_sam
     assert not isinstance(model.layers[0].self_attn, SparseLayer)  # it is as it was
 
 
+def test_a_batch_without_a_token_is_an_error_that_names_it():
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    padding = {"src": x, "src_key_padding_mask": torch.ones(2, 12, dtype=torch.bool)}
+    for nothing in (x[:0], padding):
+        with pytest.raises(
+            ValueError, match=r"loader: batch 1 .* layer `layers\.0\.self_attn` no sample, or padding"
+        ):
+            sm.calibrate(encoder(), [x, nothing], [LOCAL])
+
+
+@pytest.mark.parametrize("mass", ["a", None, True])
+def test_what_is_no_share_of_mass_is_a_type_error(mass):
+    result = sm.calibrate(encoder(), [torch.randn(2, 12, 16, dtype=torch.float64)], [LOCAL])
+    with pytest.raises(TypeError, match="mass: expected a number above 0 and at most 1, got"):
+        result.recommend(mass)
+
+
 def test_attention_to_padding_need_not_be_finite():
     model, x = encoder(), torch.randn(2, 12, 16, dtype=torch.float64)
     padding = torch.arange(12) >= torch.tensor([[12], [0]])  # the second sample has no key at all

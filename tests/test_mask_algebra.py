@@ -397,6 +397,20 @@ class TestBlockMask:
         # Two kernels where the masks are to both sides of a length.
         assert len({tuple(x.shape for x in captured(each)) for each in made}) <= 2
 
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")
+    def test_one_compiled_function_takes_masks_of_several_lengths(self):
+        """By itself, torch makes its second kernel for any length, and that does not compile on the CPU."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention)
+        for tokens in (140, 197):
+            mask = sm.masks.fibottention(num_tokens=tokens, num_heads=2)
+            q, k, v = (torch.randn(1, 2, tokens, 16) for _ in range(3))
+            with torch.no_grad():
+                got = compiled(q, k, v, block_mask=mask.to_block_mask())
+            assert_same(got, sm.sparse_attention(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
     def test_sizes(self):
         with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
             MADE["union"].to_block_mask(0)

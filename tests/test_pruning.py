@@ -488,6 +488,12 @@ def test_attention_that_is_not_finite_is_an_error_and_not_a_row_without_attentio
         sm.collect_scores(encoder(), [first, second], method=kind)
 
 
+def test_a_batch_of_no_samples_is_an_error_that_names_it():
+    first, second = batches(2)
+    with pytest.raises(ValueError, match=r"loader: batch 1 .* layer `layers\.0\.self_attn` no sample, or padding"):
+        sm.collect_scores(encoder(), [first, second[:0]])
+
+
 @pytest.mark.parametrize("kind", ["attention", "magnitude"])
 def test_queries_that_may_attend_to_nothing_have_no_scores(kind):
     nothing = torch.zeros(PATCHES, PATCHES, dtype=torch.bool)

@@ -46,9 +46,12 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
 
     Blocks that keep every pair are full, and of those that keep none nothing is stored. Each of the others takes 4
     bytes per tile of 8 queries and 32 keys in it, and 32 bytes for each of these tiles that is kept in part, once for
-    all heads that share their edges. With blocks of 128 that is about 8 bytes per edge along diagonals and at most 288
+    all heads that share their edges. With blocks of 128 that is about 8 bytes per edge along diagonals and at most 324
     per edge of any mask, whatever N. Beside those, memory is one number per pair of blocks, as in any `BlockMask`. A
     query without a key gives zero in FlexAttention too.
+
+    `torch.compile` makes a kernel for each length, also where it is left to choose: its kernels for any length fail to
+    compile on the CPU.
 
     Args:
         edges: of H heads.
@@ -93,6 +96,8 @@ def to_block_mask(edges: Edges, block_size: int = 128, device: torch.device | st
     block_of = blocks_of_head.view(num_heads, side, side).to(device)
     tile_of = _with_room(tile_at, _FIRST + most_blocks).view(-1, down, across).to(device)
     bits_of = _with_room(bits, _FIRST + most_blocks * down * across).to(device)
+    for table in (block_of, tile_of, bits_of):
+        torch._dynamo.mark_static(table)
     by_block, by_queries, by_keys = map(_divided_by, (block_size, _QUERIES, _KEYS))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 `KVCache` holds one `LayerCache` per layer. Plain tensors go in and out; nothing here knows a framework.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from .budget import Weights, allocate, numbers
-from .cache_policy import CachePolicy, whole_number
+from .cache_policy import CachePolicy, check_policy, whole_number
 from .config import index
 from .layer_cache import CacheMemory, CacheUpdate, Capacity, LayerCache, is_one_number
 
@@ -61,6 +61,7 @@ class KVCache:
             ValueError: the budget is less than the minimum of all heads together, the weights have another shape, or
                 the policy has a capacity of its own.
         """
+        check_policy(policy)
         if policy.capacity is not None:
             raise ValueError(
                 f"capacity: the policy `{policy.name}` has {policy.capacity} and total is {total}; give one of them, "
@@ -116,14 +117,20 @@ class KVCache:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave a cache of the same policy and capacities.
+        """Go on from what `state_dict` gave a cache of the same policy and capacities, or of smaller ones.
+
+        A layer of which nothing is in ``state`` is empty afterwards.
 
         Raises:
-            TypeError: a tensor has a wrong dtype.
+            TypeError: the state is no mapping of names to tensors, or a tensor has a wrong dtype.
             ValueError: a tensor is missing, unknown, or does not fit the others, the policy or the capacities.
         """
         of_layers: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping of names to tensors, got {type(state).__name__}")
         for name, tensor in state.items():
+            if not isinstance(name, str):
+                raise TypeError(f"state: expected names '<layer>.<tensor>', got {name!r}")
             index, _, rest = name.partition(".")
             if not index.isdecimal() or int(index) >= len(self.layers):
                 raise ValueError(

@@ -69,7 +69,7 @@ class CachePolicy:
     keep: Literal["low", "high"] | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in POLICIES:
+        if not isinstance(self.name, str) or self.name not in POLICIES:
             close = get_close_matches(str(self.name), POLICIES, n=1)
             hint = f"did you mean `{close[0]}`? " if close else ""
             raise ValueError(f"policy: unknown name {self.name!r}; {hint}allowed: {', '.join(get_args(PolicyName))}")
@@ -150,3 +150,9 @@ def whole_number(value: object, name: str, least: int) -> int:
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number
+
+
+def check_policy(policy: object) -> None:
+    """Raise a TypeError for what is no `CachePolicy`, the name of one for instance."""
+    if not isinstance(policy, CachePolicy):
+        raise TypeError(f"policy: expected a CachePolicy, got {type(policy).__name__}")

@@ -218,11 +218,14 @@ class Slots:
     def from_state(
         cls, policy: CachePolicy, capacity: int | tuple[int, ...] | None, state: Mapping[str, Tensor]
     ) -> "Slots":
-        """What `state` gave, checked so that nothing in it can mislead a later step."""
+        """What `state` gave, whose names, dtypes, shapes, bounds and order are checked: a step reads by them."""
         names = [item.name for item in fields(cls) if item.name not in ("capacities", "appended", "fits")]
         if set(state) != {*names, "policy"}:
             expected = ", ".join([*names, "policy"])
             raise ValueError(f"state: expected {expected}, got {', '.join(map(str, state)) or 'nothing'}")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if not torch.equal(state["policy"].cpu(), _bytes(policy.rule)):
             raise ValueError(
                 f"policy: expected a state of `{policy.rule}` as of the cache, got {_text(state['policy'])}"

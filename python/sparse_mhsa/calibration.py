@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import numbers
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,8 +78,11 @@ class Calibration:
             YAML text that `load_config` takes, for `sparsify` on the same model.
 
         Raises:
-            ValueError: ``mass`` is out of range.
+            TypeError: ``mass`` is no number.
+            ValueError: it is out of range.
         """
+        if isinstance(mass, bool) or not isinstance(mass, numbers.Real):
+            raise TypeError(f"mass: expected a number above 0 and at most 1, got {mass!r}")
         if not 0.0 < mass <= 1.0:
             raise ValueError(f"mass: expected above 0 and at most 1, got {mass}")
         chosen = {layer: self._cheapest(layer, mass) for layer in self.layers}

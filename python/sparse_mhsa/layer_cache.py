@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
-from .cache_policy import CachePolicy, whole_number
+from .cache_policy import CachePolicy, check_policy, whole_number
 from .cache_slots import Entries, Slots
 from .config import load_config
 from .decoding import check_on_cpu, refuse_gradients
@@ -87,8 +87,7 @@ class LayerCache:
     """
 
     def __init__(self, policy: CachePolicy, capacity: Capacity | None = None) -> None:
-        if not isinstance(policy, CachePolicy):
-            raise TypeError(f"policy: expected a CachePolicy, got {type(policy).__name__}")
+        check_policy(policy)
         self.policy = policy
         self._capacity = _capacities(policy, capacity)
         self._slots: Slots | None = None

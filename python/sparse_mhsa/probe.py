@@ -184,6 +184,11 @@ class Probe(Backend, ABC):
 
     def _refuse_what_is_not_finite(self, seen: Seen) -> None:
         """Raise where shares of attention would mean nothing, instead of counting nothing."""
+        if not _real(seen).any():
+            raise ValueError(
+                f"loader: batch {self.batch} (the first is 0) gave the layer `{self.site.name or '(root)'}` no sample, "
+                "or padding alone"
+            )
         finite = seen.lse.isfinite() & seen.out.isfinite().all(-1)
         spoiled = (_real(seen) & ~finite).any(2).any(1)
         if spoiled.any():

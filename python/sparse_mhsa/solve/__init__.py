@@ -73,8 +73,8 @@ def solve_budget(
     layers share what is set; `sparse_mhsa.budget.allocate` divides a budget among them. A mask that chooses keys by
     content is counted in the mean over queries and keys that are drawn independently from one normal distribution, so
     that scaled scores have a variance of 1: to a few percent for an estimated ``vertical_slash``, which looks at sums
-    of weights, and to a tenth for ``block_topk`` with ``pool: max``, where a shorter last block, which noise chooses
-    less often, counts as likely as the others.
+    of weights, and to about a percent for ``block_topk`` with ``pool: max``, where a shorter last block loses the more
+    often the more channels there are: 64 are taken.
 
     Args:
         config: whatever `load_config` takes; a mapping may leave out the parameter itself.

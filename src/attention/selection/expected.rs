@@ -105,30 +105,62 @@ fn top_blocks_expected(patches: usize, keep: usize, block_size: usize, pool: Poo
 
 /// How likely a block of `shorter` keys is one of the `keep` best beside `others` blocks of `block_size`.
 ///
-/// The score of a mean of n keys is normal with a variance of 1 / n, so that it wins or loses by more the shorter its block is. The
-/// integral is over the score t that the `keep`-th best of the others has. Maxima have no such law for all dimensions; they
-/// count as equally likely.
+/// The integral is over the score t that the `keep`-th best of the others has, in units of their deviation.
 fn share_of_shorter(keep: usize, others: usize, shorter: usize, block_size: usize, pool: Pool) -> f64 {
     if keep > others {
         return 1.0;
     }
-    if pool == Pool::Max {
-        return keep as f64 / (others + 1) as f64;
-    }
-    let narrower = (shorter as f64 / block_size as f64).sqrt();
+    let (lower, wider) = law_of_shorter(shorter, block_size, pool);
     let log_density = |t: f64| {
         let (worse, better) = ((others - keep) as f64, (keep - 1) as f64);
         worse * above(-t).ln() + better * above(t).ln() - t * t / 2.0
     };
-    let scores = || (-12 * PER_UNIT..=12 * PER_UNIT).map(|step| f64::from(step) / f64::from(PER_UNIT));
-    let most = scores().map(log_density).fold(f64::NEG_INFINITY, f64::max);
+    let most = units().map(log_density).fold(f64::NEG_INFINITY, f64::max);
     let (mut total, mut won) = (0.0, 0.0);
-    for t in scores() {
+    for t in units() {
         let density = (log_density(t) - most).exp();
         total += density;
-        won += density * above(t * narrower);
+        won += density * above((t + lower) / wider);
     }
     won / total
+}
+
+/// By how much the mean score of a block of `shorter` keys is lower than that of one of `block_size`, and how many times as large its
+/// deviation is, both in units of the deviation of the latter.
+///
+/// Keys are standard normal in every channel. Their mean over n keys has a variance of 1 / n. Their maximum is lower where there are
+/// fewer of them, and so is the score with the maximum of the queries, which is positive: the more the more channels there are, for which
+/// [`CHANNELS`] are taken.
+fn law_of_shorter(shorter: usize, block_size: usize, pool: Pool) -> (f64, f64) {
+    if pool == Pool::Mean {
+        return (0.0, (block_size as f64 / shorter.max(1) as f64).sqrt());
+    }
+    let ((mean, variance), (own_mean, own_variance)) =
+        (law_of_largest(block_size), law_of_largest(shorter.max(1)));
+    let square_of_query = mean * mean + variance;
+    let lower = CHANNELS.sqrt() * mean * (mean - own_mean) / (square_of_query * variance).sqrt();
+    (lower, (own_variance / variance).sqrt())
+}
+
+/// What heads usually have.
+const CHANNELS: f64 = 64.0;
+
+/// Mean and variance of the largest of `count` standard normal numbers.
+fn law_of_largest(count: usize) -> (f64, f64) {
+    let (mut total, mut first, mut second) = (0.0, 0.0, 0.0);
+    for t in units() {
+        let density = ((count as f64 - 1.0) * above(-t).ln() - t * t / 2.0).exp();
+        total += density;
+        first += density * t;
+        second += density * t * t;
+    }
+    let mean = first / total;
+    (mean, second / total - mean * mean)
+}
+
+/// Places to sum a function of a normal number at.
+fn units() -> impl Iterator<Item = f64> {
+    (-12 * PER_UNIT..=12 * PER_UNIT).map(|step| f64::from(step) / f64::from(PER_UNIT))
 }
 
 /// Pairs between `patches` patches of which a head keeps columns, distances and the `nearest` distances.
@@ -223,6 +255,19 @@ mod tests {
     }
 
     #[test]
+    fn the_law_of_the_largest_is_that_of_tables() {
+        for (count, mean, variance) in
+            [(1, 0.0, 1.0), (2, 0.564_189_58, 0.681_690_11), (10, 1.538_752_73, 0.343_5)]
+        {
+            let (found, spread) = law_of_largest(count);
+            assert!(
+                (found - mean).abs() < 1e-6 && (spread - variance).abs() < 1e-3,
+                "{count}: {found} {spread}"
+            );
+        }
+    }
+
+    #[test]
     fn early_columns_are_likelier_and_as_many_are_expected_as_are_kept() {
         for (keep, patches, last_queries) in
             [(1, 1, 1), (5, 49, 64), (8, 196, 64), (1, 196, 1), (195, 196, 3), (0, 7, 2)]
@@ -259,6 +304,12 @@ mod tests {
             assert!((share(32) - equal).abs() < 1e-6, "{keep} of {others}: {}", share(32));
             let extreme = (share(1) - 0.5).abs();
             assert!(extreme < (equal - 0.5).abs() + 1e-9, "{keep} of {others}: {}", share(1));
+        }
+        // Maxima of fewer are lower, and of as many no other.
+        for (keep, others) in [(1, 1), (2, 3), (40, 4000)] {
+            let share = |shorter| share_of_shorter(keep, others, shorter, 32, Pool::Max);
+            assert!((share(32) - keep as f64 / (others + 1) as f64).abs() < 1e-6);
+            assert!(share(31) < share(32) && share(8) < share(31) && share(8) < 1e-3);
         }
         // One of two: the sign of a difference, whatever the variances.
         assert!((share_of_shorter(1, 1, 1, 32, Pool::Mean) - 0.5).abs() < 1e-9);
