@@ -330,9 +330,7 @@ def test_a_batch_without_a_token_is_an_error_that_names_it():
     x = torch.randn(2, 12, 16, dtype=torch.float64)
     padding = {"src": x, "src_key_padding_mask": torch.ones(2, 12, dtype=torch.bool)}
     for nothing in (x[:0], padding):
-        with pytest.raises(
-            ValueError, match=r"loader: batch 1 .* layer `layers\.0\.self_attn` no sample, or padding"
-        ):
+        with pytest.raises(ValueError, match=r"loader: batch 1 .* layer `layers\.0\.self_attn` no sample, or padding"):
             sm.calibrate(encoder(), [x, nothing], [LOCAL])
 
 
