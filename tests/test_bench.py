@@ -318,27 +318,58 @@ def test_the_memory_there_is_ends_at_the_limit_of_the_process(monkeypatch):
     assert 0 < memory.available_memory() <= 64 << 20
 
 
-def test_memory_counts_what_a_container_may_use(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("groups", "root", "limit", "none", "use", "droppable"),
+    [
+        ("12:memory:/elsewhere\n0::/outer/inner\n", "", "max", "max", "current", "inactive_file"),
+        (
+            "4:memory:/outer/inner\n1:name=systemd:/\n0::/\n",
+            "memory",
+            "limit_in_bytes",
+            str(2**63 - 4096),
+            "usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_memory_counts_what_a_container_may_use(groups, root, limit, none, use, droppable, tmp_path, monkeypatch):
     """A limit of a control group holds for all in it, but for files that could be dropped from its memory."""
-    inner = tmp_path / "outer" / "inner"
+    inner = tmp_path / root / "outer" / "inner"
     inner.mkdir(parents=True)
-    (tmp_path / "group").write_text("12:memory:/elsewhere\n0::/outer/inner\n")
-    for folder, most, used in ((inner, "max", 5 << 20), (inner.parent, str(9 << 20), 6 << 20)):
-        (folder / "memory.max").write_text(f"{most}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {1 << 20}\n")
+    (tmp_path / "group").write_text(groups)
+    for folder, most, used in ((inner, none, 5 << 20), (inner.parent, str(9 << 20), 6 << 20)):
+        (folder / f"memory.{limit}").write_text(f"{most}\n")
+        (folder / f"memory.{use}").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{droppable} {1 << 20}\n")
     monkeypatch.setattr(memory, "GROUP", tmp_path / "group")
     monkeypatch.setattr(memory, "GROUPS", tmp_path)
     assert memory.available_memory() == 4 << 20
 
 
+def test_without_control_groups_what_the_machine_has_free_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUP", tmp_path / "none")
+    monkeypatch.setattr(memory.os, "sysconf", lambda _: 0)
+    assert memory.available_memory() > 0
+
+
 def test_flex_attention_without_memory_is_out_of_memory_and_not_unsupported(monkeypatch):
     def short(*_, **__):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory")
+        # The compiler's own words come first, and there are many of them.
+        raise RuntimeError(
+            f"{'x' * 300} [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        )
 
     monkeypatch.setattr(Flex, "_compile", short)
-    with pytest.raises(MemoryError, match="can't allocate memory"):
+    with pytest.raises(MemoryError, match=r"^xxx"):
         Flex().prepare(problem("local"))
+
+
+def test_flex_attention_is_let_in_with_no_less_memory_than_it_was_seen_to_take():
+    """A byte per pair for the mask, and up to 12.8 more while the block mask is made, whatever the batch."""
+    of_one = Flex().memory(Problem(Case("case", {"mask": "none"}, 100, 1), torch.float32), backward=False)
+    of_many = Flex().memory(Problem(Case("case", {"mask": "none"}, 100, 8), torch.float32), backward=False)
+    assert of_one == of_many >= 13.8 * 12 * 100 * 100
 
 
 def test_above_some_hundred_tokens_gradients_of_one_sample_are_compared():

@@ -36,12 +36,12 @@ def seconds_of(call: Call) -> float:
 
 def out_of_memory(error: Exception) -> str | None:
     """What an error says about memory that is missing, or None for an error about something else."""
-    message = " ".join(str(error).split())[:200]
+    message = " ".join(str(error).split())
     # torch names what it could not allocate, our core what does not fit, the loader which library.
     signs = ("allocate memory", "fit in memory", "out of memory", "failed to map segment")
     if not isinstance(error, MemoryError) and not any(sign in message for sign in signs):
         return None
-    return f"out of memory: {message}" if message else "out of memory"
+    return f"out of memory: {message[:200]}" if message else "out of memory"
 
 
 @contextmanager

@@ -24,6 +24,12 @@ from .methods import METHODS, Problem
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+LIMITS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By the controllers in a line of `GROUP`, which are "" for version 2: the folder below `GROUPS`, the files with limit
+and use, and what files that could be dropped are called in ``memory.stat``."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +95,25 @@ def available_memory() -> int:
 
 
 def _free_in_groups() -> Iterator[int]:
-    """What is left of the memory limit of every control group (version 2) that this process is in."""
-    groups = next((line[3:] for line in GROUP.read_text().splitlines() if line.startswith("0::")), "/")
-    folder = GROUPS / groups.lstrip("/")
-    for group in (folder, *folder.parents):
-        if not group.is_relative_to(GROUPS):
-            return
-        try:
-            most, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        except OSError:  # the root has no limit, nor has a group whose memory is not controlled
+    """What is left of the memory limit of every control group, of either version, that this process is in."""
+    for line in GROUP.read_text().splitlines() if GROUP.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers not in LIMITS:
             continue
-        if most != "max":
-            yield int(most) - int(used) + int(stat.get("inactive_file", 0))
+        folder, limit, use, droppable = LIMITS[controllers]
+        root = GROUPS / folder
+        inner = root / name.lstrip("/")
+        # Inside a container the inner ones may not be there: its own is mounted as the root.
+        for group in (inner, *inner.parents):
+            if not group.is_relative_to(root):
+                break
+            try:
+                most, used = ((group / file).read_text().strip() for file in (limit, use))
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except OSError:  # the root has no limit, nor has a group whose memory is not controlled
+                continue
+            if most != "max":
+                yield int(most) - int(used) + int(stat.get(droppable, 0))
 
 
 def _measure(case: Case, name: str, dtype: torch.dtype, backward: bool, threads: int, whole_layer: bool) -> Footprint:

@@ -268,8 +268,8 @@ class Flex(Method):
     block_sizes = (64, 128)
 
     def memory(self, problem: Problem, *, backward: bool) -> int:
-        """The dense mask, and what making the block mask of it takes: twelve bytes per pair were seen."""
-        return problem.square // problem.case.batch * 13
+        """The dense mask, and what making the block mask of it takes: up to 12.8 bytes per pair were seen."""
+        return problem.square // problem.case.batch * 14
 
     def prepare(self, problem: Problem) -> Attention:
         """Compile for every block size and keep the fastest."""
