@@ -181,6 +181,7 @@ def test_a_wrong_kernel_is_printed_as_failed_without_a_speed_and_ends_the_comman
     page = (tmp_path / "kernels.md").read_text()
     assert "| local-20 | forward | 23.50% | FAILED |" in page
     assert "differs by" in page
+    assert "above it in 64 queries of every sample and in those gradients" in page
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -375,11 +376,46 @@ def test_flex_attention_is_let_in_with_no_less_memory_than_it_was_seen_to_take()
 def test_above_some_hundred_tokens_gradients_of_one_sample_are_compared():
     config = {"mask": "local", "mask_kwargs": {"window": 3}}
     few, many = (
-        Gate(Problem(Case("case", config, tokens, 3, 2, 8), torch.float32), masked=True) for tokens in (30, 600)
+        Gate(Problem(Case("case", config, tokens, 3, num_heads=2, head_dim=8), torch.float32), masked=True)
+        for tokens in (30, 600)
     )
-    assert [x.shape[0] for x in (*few.exact, *few.base)] == [3] * 8
-    assert [x.shape[0] for x in (*many.exact, *many.base)] == [3, 1, 1, 1] * 2
-    many.check(Sparse().prepare(Problem(Case("case", config, 600, 3, 2, 8), torch.float32)), backward=True)
+    assert {(part, len(exact)) for part, exact in few.exact.items()} == {
+        ((b, h), 4) for b in range(3) for h in range(2)
+    }
+    assert {(part, len(exact)) for part, exact in many.exact.items()} == {
+        ((b, h), 1 if b else 4) for b in range(3) for h in range(2)
+    }
+    many.check(
+        Sparse().prepare(Problem(Case("case", config, 600, 3, num_heads=2, head_dim=8), torch.float32)), backward=True
+    )
+
+
+@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize("sample", [0, 1, 2])
+def test_every_head_of_every_sample_is_compared(sample, head):
+    def spoil(attend, q, k, v):
+        out = attend(q, k, v).clone()
+        out[sample, head, 0] += 1e-3
+        return out
+
+    one = Problem(
+        Case("case", {"mask": "local", "mask_kwargs": {"window": 3}}, 600, 3, num_heads=2, head_dim=8), torch.float32
+    )
+    with pytest.raises(WrongResultError, match=r"^out differs by 1"):
+        Gate(one, masked=True).check(Wrong(spoil).prepare(one), backward=False)
+
+
+def test_what_is_compared_takes_no_more_memory_than_what_is_timed():
+    """At the largest default size: a row that fits is not shown as out of memory for what it is compared with."""
+    one = Problem(Case("case", {"mask": "local", "mask_kwargs": {"window": 3}}, 65537, 8), torch.float32)
+    assert Gate.memory(one) < 2 * 8 * 12 * 65537 * 64 * 4
+
+
+def test_a_method_without_memory_for_what_it_is_compared_with_has_no_speed(monkeypatch):
+    monkeypatch.setattr(run, "no_room", lambda need: run.refused("oom", str(need)))
+    one, gates = problem("local"), {}
+    assert run.admit(Sparse(), one, gates, {}, backward=False) == run.refused("oom", str(Gate.memory(one)))
+    assert not gates
 
 
 def test_ratios_are_those_of_the_same_turn():

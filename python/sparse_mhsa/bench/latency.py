@@ -17,6 +17,7 @@ from ..machine import environment
 from ..train import require_packages
 from ..train.checkpoint import make_folder, replacing, write_text
 from .cases import Case
+from .gate import EXTENT
 from .layer import Layer, layer_inputs
 from .limits import Bandwidth, peak_flops
 from .measure import Call, interleave, spread
@@ -232,9 +233,9 @@ def _markdown(report: dict[str, Any]) -> str:
         f"# Latency of `{report['mask']}`\n",
         f"Made by `{report['command']}` on {report['created']}: {machine['machine']}, {machine['threads']} threads, "
         f"load {machine['load_average']:.1f} at the start, torch {machine['torch']}, {report['dtype']}. Milliseconds, "
-        "medians; all methods of a row were compared with dense masked attention first and then took turns. "
-        "In brackets: peak "
-        "memory beyond inputs and outputs, in MiB. Whole layers: the same projections around each method.\n",
+        f"medians; all methods of a row were compared with dense masked attention first, {EXTENT}, and then took "
+        "turns. In brackets: peak memory beyond inputs and outputs, in MiB. Whole layers: the same projections around "
+        "each method.\n",
         "| what | pass | B | N | " + " | ".join(names.values()) + " |",
         "|" + "---|" * (4 + len(names)),
     ]

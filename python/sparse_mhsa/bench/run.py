@@ -117,15 +117,17 @@ def measure_case(
         results: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
         numbers = problem.item * case.batch * case.num_heads * case.num_tokens * case.head_dim
-        # The output and its gradient and those of q, k and v; what was made for the forward pass is there already.
-        need = 5 * numbers if backward else 4 * numbers + 2 * Gate.memory(problem)
+        # The output, its gradients for gate and clock, and those of q, k and v; what was made for the forward pass is
+        # there already.
+        need = 6 * numbers if backward else 4 * numbers + Gate.memory(problem)
         refusal = refusal or no_room(need)
         if refusal is not None:
             yield _row(problem, direction, {method.name: refusal for method in methods})
             continue
         try:
             inputs = problem.inputs
-            grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+            shape = inputs[0].shape if backward else torch.Size()
+            grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         except (MemoryError, RuntimeError) as error:
             yield _row(problem, direction, {method.name: short_of_memory(error) for method in methods})
             continue
@@ -233,6 +235,8 @@ def admit(
             return attend
         kind = (method.masked, method.stepwise)
         if kind not in gates:
+            if (refusal := no_room(Gate.memory(problem))) is not None:
+                return refusal
             gates[kind] = _gate(method, problem)
         gates[kind].check(attend, backward=backward)
     except WrongResultError as error:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..machine import environment
+from .gate import EXTENT
 from .methods import OURS
 
 DIRECTIONS = {"forward": "forward", "step": "forward + backward"}
@@ -59,9 +60,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [
         "# Kernels\n",
         made_by(report),
-        "Every method of a row was first compared with dense masked attention in float64, then timed in one process "
-        "with the others, taking turns. `ms`, `ns / edge` and shares are of sparse_mhsa; `x METHOD` is how many times "
-        "longer METHOD takes, the median over turns and the quartiles. `of bandwidth`: inputs and outputs moved once; "
+        f"Every method of a row was first compared with dense masked attention in float64, {EXTENT}, then timed in "
+        "one process with the others, taking turns. "
+        "`ms`, `ns / edge` and shares are of sparse_mhsa; `x METHOD` is how many times longer METHOD takes, the median "
+        "over turns and the quartiles. `of bandwidth`: inputs and outputs moved once; "
         "`of gather`: a row read per edge and operand (above 100 % where edges share what they read). `extra MB`: peak "
         "memory beyond inputs, outputs and gradients in a fresh process; `mask ms` and `first call ms` likewise. Where "
         "edges are chosen by content, the choice is part of `ms`, while the other methods are given the edges; "
