@@ -183,6 +183,16 @@ def test_a_run_whose_checkpoint_was_cut_is_to_be_removed_and_made_again(finished
     assert "4 runs, 3 of them finished before" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_from_its_best_checkpoint_where_the_disk_was_full_for_the_last(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "table")
+    run = folder / "dense" / "seed-1"
+    for name in ("checkpoint-last.pth", "log.txt", "output.txt"):
+        (run / name).unlink()
+    assert table(folder) == 0
+    assert "4 runs, 3 of them finished before" in capsys.readouterr().out
+    assert f"resuming {run / 'checkpoint-best.pth'} at epoch 2" in (run / "output.txt").read_text()
+
+
 def test_a_folder_keeps_to_one_recipe_and_budget(finished, capsys):
     assert table(finished, recipe=[*RECIPE, "--lr", "0.1"]) == 2
     assert "holds runs of another recipe" in capsys.readouterr().err

@@ -498,6 +498,29 @@ def test_a_demo_goes_on_where_it_was_interrupted_with_the_same_command(run, tmp_
     assert len(steps) == 20
 
 
+def test_a_demo_goes_on_where_the_disk_was_full(run, tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    pytest.importorskip("matplotlib")
+    from sparse_mhsa.train import TrainingError, engine
+
+    recipe = f"demo --dataset digits --patch-size 4 --batch-size 256 --epochs 1 --output-dir {tmp_path}"
+    write = engine.write_checkpoint
+
+    def only_best_fits(path, state):
+        if path.name == engine.LAST:
+            raise TrainingError(f"cannot write '{path}'")
+        write(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_checkpoint", only_best_fits)
+        code, _, err = run(recipe)
+    assert code == 1
+    assert err.strip().endswith("once that is mended, the same command goes on where it stopped")
+    code, out, _ = run(recipe)
+    assert code == 0
+    assert f"resuming {tmp_path / 'dense' / engine.BEST} at epoch 2" in out
+
+
 def test_of_a_distributed_demo_only_the_first_process_measures_and_writes(monkeypatch, tmp_path):
     pytest.importorskip("timm")
     pytest.importorskip("matplotlib")

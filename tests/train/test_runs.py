@@ -199,6 +199,28 @@ def test_a_full_disk_between_last_and_best_loses_neither(straight, tmp_path, mon
     assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_disk_full_for_the_first_last_checkpoint_leaves_the_best_to_go_on_from(
+    straight, tmp_path, monkeypatch, without_times, log_of, epochs
+):
+    def only_best_fits(path, state):
+        if path.name == LAST:
+            raise TrainingError(f"cannot write '{path}'")
+        write_checkpoint(path, state)
+
+    run = replace(straight.options, output_dir=tmp_path, epochs=epochs)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_checkpoint", only_best_fits)
+        with pytest.raises(TrainingError, match=f"{LAST}'; once .* mended, continue with --resume {tmp_path / BEST}$"):
+            finetune(run)
+    with pytest.raises(UsageError, match=occupied(tmp_path, f"--resume {tmp_path / BEST}")):
+        finetune(run)
+    resumed = finetune(replace(run, resume=tmp_path / BEST))
+    assert read_checkpoint(tmp_path / LAST)["epoch"] == len(log_of(tmp_path)) == epochs
+    if epochs == straight.options.epochs:
+        assert without_times(resumed.trainer.history) == without_times(straight.trainer.history)
+
+
 def test_the_largest_seed_trains_and_resumes(options):
     run = replace(options, epochs=1, seed=2**63 - 1)
     finetune(run)

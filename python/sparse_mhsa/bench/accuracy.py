@@ -28,7 +28,7 @@ from ..machine import environment  # noqa: E402
 from ..train.checkpoint import make_folder, write_text  # noqa: E402
 from ..train.datasets import ImageData, load_data  # noqa: E402
 from ..train.dry_run import checkpoint_bytes, room  # noqa: E402
-from ..train.engine import LAST, LOG  # noqa: E402
+from ..train.engine import LAST, LOG, checkpoint_of  # noqa: E402
 from ..train.interrupt import sigterm_as_ctrl_c  # noqa: E402
 from ..train.models import build_model, num_tokens  # noqa: E402
 from ..train.recipes import FinetuneOptions  # noqa: E402
@@ -173,8 +173,8 @@ def _check_checkpoints(recipe: FinetuneOptions, tasks: Sequence[Task]) -> None:
     """Refuse a checkpoint that a run would go on from, or that will be timed, before anything is trained."""
     timed = set(_timed(tasks).values())
     for task in tasks:
-        path = task.folder / LAST
-        if path.is_file() and (path in timed or not is_finished(task, recipe)):
+        path = checkpoint_of(task.folder)
+        if path is not None and (path in timed or not is_finished(task, recipe)):
             read_run(path)
 
 
@@ -219,8 +219,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _run(options: AccuracyOptions, task: Task, processes: list[subprocess.Popen[bytes]]) -> int:
     task.folder.mkdir(parents=True, exist_ok=True)
     words = list(task.words)
-    if (task.folder / LAST).is_file():
-        words += ["--resume", str(task.folder / LAST)]
+    if (checkpoint := checkpoint_of(task.folder)) is not None:
+        words += ["--resume", str(checkpoint)]
     start = [sys.executable, "-m", *(["torch.distributed.run", *task.torchrun] if task.torchrun else ["sparse_mhsa"])]
     env = dict(os.environ)
     if options.threads is not None:

@@ -27,7 +27,7 @@ import timm  # noqa: E402
 from . import figures  # noqa: E402
 from .checkpoint import read_checkpoint  # noqa: E402
 from .datasets import ImageData  # noqa: E402
-from .engine import LAST  # noqa: E402
+from .engine import checkpoint_of  # noqa: E402
 from .finetune import Run, attention_text, finetune  # noqa: E402
 from .interrupt import Interrupted  # noqa: E402
 from .models import num_tokens  # noqa: E402
@@ -284,14 +284,12 @@ def _run_options(options: DemoOptions, name: str, attn_cfg: Path | None) -> Fine
     # Another demo in the same folder is replaced, this one goes on.
     own = {"attn_cfg": attn_cfg, "output_dir": options.output_dir / name, "overwrite": True}
     run = FinetuneOptions(**{**asdict(options), **own})
-    last = run.output_dir / LAST
-    return replace(run, resume=last) if _is_of(run, last) else run
+    checkpoint = checkpoint_of(run.output_dir)
+    return replace(run, resume=checkpoint) if checkpoint is not None and _is_of(run, checkpoint) else run
 
 
 def _is_of(run: FinetuneOptions, checkpoint: Path) -> bool:
     """Whether a file is a checkpoint of this very run, which another demo in the same folder leaves there too."""
-    if not checkpoint.is_file():
-        return False
     try:
         state = read_checkpoint(checkpoint)
     except UsageError:  # damaged, or of an older version: trained anew

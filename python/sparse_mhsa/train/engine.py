@@ -54,15 +54,22 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def checkpoint_of(folder: Path) -> Path | None:
+    """The checkpoint that a run in a folder goes on from: `BEST` where the disk was full for its first `LAST`."""
+    # Not Path.is_file, which raises where the folder may not be read; what speaks against that is said elsewhere.
+    there = (folder / name for name in (LAST, BEST) if os.path.isfile(folder / name))  # noqa: PTH113
+    return next(there, None)
+
+
 def occupied(options: RunOptions) -> str | None:
     """What speaks against starting a run in its output folder: another run there, whose files it would replace."""
     folder, resume = options.output_dir, getattr(options, "resume", None)
     goes_on = resume is not None and resume.parent.resolve() == folder.resolve()
-    # Not Path.is_file, which raises where the folder may not be read; what speaks against that is said elsewhere.
-    if goes_on or not os.path.isfile(folder / LAST):  # noqa: PTH113
+    checkpoint = checkpoint_of(folder)
+    if goes_on or checkpoint is None:
         return None
     if resume is None:
-        holds = f"holds a run: continue it with --resume {folder / LAST}"
+        holds = f"holds a run: continue it with --resume {checkpoint}"
     else:
         holds = f"holds another run than --resume continues: continue that one with --output-dir {resume.parent}"
     return f"--output-dir: '{folder}' {holds}, give a new folder, or start over in this one with --overwrite"
@@ -165,6 +172,8 @@ class Trainer:
                         self._stop_if(interrupted)
                     self._finish_epoch(self.evaluate(lambda: self._stop_if(interrupted, alone=True)), events)
                     self._stop_if(interrupted, saved=True)
+                if self.world.any(not (self.options.output_dir / LOG).is_file()):
+                    self.save(LAST)  # of a finished run for whose last files there was no room, and now is
         except (DataError, LoaderError) as error:
             if self.epoch == self.step == 0:
                 raise
@@ -414,7 +423,7 @@ class Trainer:
             self.replaces = False
         for name in names:
             write_checkpoint(folder / name, state)
-            self.last = folder / name if name == LAST else self.last
+            self.last = folder / name  # one named BEST is as good to go on from, where there is no room for LAST
         # Rewritten from the history, so that a resumed run neither repeats nor loses lines.
         lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.history)
         with replacing(folder / LOG) as file:
