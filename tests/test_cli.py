@@ -535,6 +535,21 @@ def test_of_a_distributed_demo_only_the_first_process_measures_and_writes(monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_names_the_runs_that_a_killed_command_left_going(run, tmp_path):
+    pytest.importorskip("timm")
+    from sparse_mhsa.train.lock import locked
+
+    folder = tmp_path / "dense" / "seed-1"
+    folder.mkdir(parents=True)
+    words = f"bench accuracy --methods dense --seeds 0 1 --output-dir {tmp_path} -- --dataset digits --patch-size 4"
+    with locked(folder):
+        code, _, err = run(words)
+    assert code == 2
+    assert f"going on in '{tmp_path}': process {os.getpid()} on " in err
+    assert f" trains in '{folder}'; wait until they have ended, or end them, and the same command goes on" in err
+    assert not (tmp_path / "dense" / "seed-0").exists()
+
+
 def test_a_table_of_a_published_set_can_be_planned_without_it(run):
     pytest.importorskip("timm")
     words = "bench accuracy --dry-run --methods dense fibottention --seeds 0 --"

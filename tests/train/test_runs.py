@@ -1,5 +1,6 @@
 """Runs: what they write, and that they can be stopped and continued anywhere without a trace."""
 
+import errno
 import math
 import os
 import shutil
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from sparse_mhsa.cli import main
-from sparse_mhsa.train import TrainingError, UsageError, engine
+from sparse_mhsa.train import TrainingError, UsageError, engine, lock
 from sparse_mhsa.train.checkpoint import read_checkpoint, trained_epoch, write_checkpoint
 from sparse_mhsa.train.datasets import load_data
 from sparse_mhsa.train.engine import BEST, LAST, LOG, Interrupted, Trainer
 from sparse_mhsa.train.finetune import finetune
+from sparse_mhsa.train.lock import LOCK, locked, runner
 from sparse_mhsa.train.models import build_model
 from sparse_mhsa.train.recipes import FinetuneOptions
 
@@ -357,7 +359,9 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(options, interrupt_in, monk
     monkeypatch.setattr(Trainer, "_train_step", interrupt_in(1))
     with pytest.raises(Interrupted):
         finetune(over)
-    assert {name: len(content) for name, content in contents(options.output_dir).items() if name != LAST} == {LOG: 0}
+    assert {
+        name: len(content) for name, content in contents(options.output_dir).items() if name not in (LAST, LOCK)
+    } == {LOG: 0}
     assert read_checkpoint(options.output_dir / LAST)["args"]["seed"] == 1
     resumed = finetune(replace(over, resume=options.output_dir / LAST))  # --overwrite may stay on the command line
     straight = finetune(replace(over, output_dir=options.output_dir / "straight"))
@@ -385,6 +389,76 @@ def test_a_plan_says_that_the_folder_holds_a_run(options, caplog):
     finetune(replace(options, dry_run=True, resume=options.output_dir / LAST))
     assert "holds a run" not in caplog.text
     assert contents(options.output_dir) == before
+
+
+def test_a_folder_is_kept_to_one_run_at_a_time(options):
+    run = replace(options, epochs=1)
+    finetune(run)
+    before = contents(options.output_dir)
+    again = replace(run, epochs=2, resume=options.output_dir / LAST)
+    message = rf"^--output-dir: another run is going on in '{options.output_dir}', process {os.getpid()} on .*: wait "
+    with locked(options.output_dir):
+        for second in (again, replace(run, overwrite=True)):
+            with pytest.raises(UsageError, match=message):
+                finetune(second)
+        finetune(replace(run, resume=options.output_dir / LAST, eval=True))
+        finetune(replace(run, dry_run=True))
+        assert contents(options.output_dir) == before
+    assert runner(options.output_dir) is None
+    finetune(again)
+
+
+def test_a_killed_run_leaves_its_folder_to_the_next(tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from sparse_mhsa.train.lock import locked, runner
+with locked(Path({str(tmp_path)!r})):
+    assert runner(Path({str(tmp_path)!r})).startswith(f"process {{os.getpid()}} on "), "nobody"
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+    assert (tmp_path / LOCK).read_text()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_run_whoever_was_forked_in_it(tmp_path, monkeypatch):
+    """A loader process has the file open too; a copy of the descriptor stands for it."""
+    taken = []
+    flock = lock.fcntl.flock
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *given: (taken.append(os.dup(given[0].fileno())), flock(*given)))
+    with locked(tmp_path):
+        pass
+    monkeypatch.undo()
+    try:
+        assert runner(tmp_path) is None
+    finally:
+        for copy in taken:
+            os.close(copy)
+
+
+def test_a_full_disk_leaves_the_lock_without_a_name(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path):
+        assert runner(tmp_path) == "another process"
+
+
+@pytest.mark.parametrize("there", ["no such locks", "not on this disk"])
+def test_where_there_are_no_locks_runs_go_without(tmp_path, monkeypatch, there):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if there == "no such locks":
+        monkeypatch.setattr(lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with locked(tmp_path), locked(tmp_path):
+        assert runner(tmp_path) is None
 
 
 @pytest.mark.parametrize("command", ["pretrain", "video"])

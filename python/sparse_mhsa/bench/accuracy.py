@@ -30,6 +30,7 @@ from ..train.datasets import ImageData, load_data  # noqa: E402
 from ..train.dry_run import checkpoint_bytes, room  # noqa: E402
 from ..train.engine import LAST, LOG, checkpoint_of  # noqa: E402
 from ..train.interrupt import sigterm_as_ctrl_c  # noqa: E402
+from ..train.lock import runner  # noqa: E402
 from ..train.models import build_model, num_tokens  # noqa: E402
 from ..train.recipes import FinetuneOptions  # noqa: E402
 from .accuracy_methods import METHODS, Solved, solve_methods  # noqa: E402
@@ -114,6 +115,7 @@ def bench_accuracy(
         logger.info("files: %.1f MiB per checkpoint in %s, %s", size / 2**20, options.output_dir, kept)
         return None
     _prepare(options, solved, words)
+    _check_runners(options, tasks)
     _check_checkpoints(recipe, tasks)
     failed = _run_all(options, recipe, tasks)
     if failed:
@@ -167,6 +169,17 @@ def _prepare(options: AccuracyOptions, solved: Sequence[Solved], words: Sequence
 def _timed(tasks: Sequence[Task]) -> dict[str, Path]:
     """By method, the checkpoint that is timed: that of the first seed."""
     return {task.method.name: task.folder / LAST for task in reversed(tasks)}
+
+
+def _check_runners(options: AccuracyOptions, tasks: Sequence[Task]) -> None:
+    """Refuse runs that are going on, as those of a command that was killed, which no one else could stop, are."""
+    found = ((task.folder, runner(task.folder)) for task in tasks)
+    going = [f"{process} trains in '{folder}'" for folder, process in found if process is not None]
+    if going:
+        raise UsageError(
+            f"--output-dir: runs of an earlier command are going on in '{options.output_dir}': {', '.join(going)}; "
+            "wait until they have ended, or end them, and the same command goes on"
+        )
 
 
 def _check_checkpoints(recipe: FinetuneOptions, tasks: Sequence[Task]) -> None:

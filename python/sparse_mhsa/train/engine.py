@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from .distributed import World, averaged
 from .events import Events
 from .interrupt import Interrupted, catch_interrupt
 from .loading import Loaders
+from .lock import locked
 from .recipes import RunOptions
 from .resume import check_data, check_model, check_run
 from .schedule import learning_rate, set_learning_rate
@@ -147,13 +148,31 @@ class Trainer:
         """Train to the last epoch; `history` then holds one mapping per epoch.
 
         Raises:
+            UsageError: another run is going on in the output folder, or it cannot be made or written.
             TrainingError: the loss became infinite or NaN, or a file cannot be written.
             DataError: an image cannot be read; `LAST` continues after the last finished step.
             LoaderError: a process of ``--num-workers`` ended; likewise.
             Interrupted: Ctrl-C was pressed or SIGTERM came; `LAST` continues after the last finished step.
         """
-        # Now rather than after an epoch: a folder that cannot be made should cost nothing.
-        make_folder(self.options.output_dir)
+        with self._own_folder():
+            self._fit()
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Make the output folder and keep it to this run; what speaks against it in one process is raised in all."""
+        with ExitStack() as stack:
+            error = None
+            try:
+                # Now rather than after an epoch: a folder that cannot be made should cost nothing.
+                make_folder(self.options.output_dir)
+                if self.world.is_first:
+                    stack.enter_context(locked(self.options.output_dir))
+            except UsageError as caught:
+                error = caught
+            self.world.share(error)
+            yield
+
+    def _fit(self) -> None:
         clock = AttentionClock([site.module for site in find_attention(self.model)], self.device)
         try:
             with ExitStack() as stack:
